@@ -1,0 +1,217 @@
+"""Where the alphas of a forward come from, and the state that one model's bundle layers share.
+
+In order of precedence: a call's own `alphas=`, a `with model.alphas(...)` block, what `set_alphas` set, the config's
+defaults. The first two belong to the thread that runs the call, so that two threads can serve one model with different
+alphas; nothing is a module global.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from .config import BundleConfig
+    from .packing import Packing
+    from .signals import Route
+
+
+# A gate for one bundle: a number, a tensor (B,) or (B, T) or (), or one number a layer.
+AlphaValue = Union[float, Tensor, tuple[float, ...]]
+
+
+class _Call(threading.local):
+    """What holds for the forwards that this thread runs now."""
+
+    def __init__(self) -> None:
+        self.alphas: dict[str, AlphaValue] = {}
+        self.route: Route | None = None
+        self.adapter_names: list[str] | None = None
+        self.expand_rows = False  # inside generate, one row of alphas may serve several beams
+        self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
+        self.cache: dict[Any, Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Call, ()  # a copy of the model starts with no call in progress
+
+
+@dataclass
+class BundleState:
+    """Shared by all `BundleLayer`s of one model."""
+
+    configs: dict[str, BundleConfig] = field(default_factory=dict)
+    packings: dict[tuple[str, int], Packing] = field(default_factory=dict)
+    num_layers: int = 0
+    set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
+    call: _Call = field(default_factory=_Call)
+    seen: set[tuple[str, str]] = field(default_factory=set)  # (adapter, bundle) that a grad-mode forward let learn
+    deferred: list[Route] = field(default_factory=list)  # routes that wait for `routed_backward`
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
+        copy = BundleState(dict(self.configs), dict(self.packings), self.num_layers, dict(self.set_alphas))
+        memo[id(self)] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "deferred": []}
+
+    def bundle_names(self) -> list[str]:
+        """Names of the bundles of all adapters, each once."""
+        return list(dict.fromkeys(name for config in self.configs.values() for name in config.bundles or ()))
+
+
+def state_of(model: nn.Module) -> BundleState:
+    """The `BundleState` of a model that has bundles, whichever way they were attached.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+    """
+    from .layer import BundleLayer
+
+    for module in model.modules():
+        if isinstance(module, BundleLayer):
+            return module.state
+    raise ValueError(
+        f"{type(model).__name__} has no bundles; attach some with get_peft_model(model, BundleConfig(...))."
+    )
+
+
+def parse_alphas(
+    values: Mapping[str, Any] | Tensor | Sequence[Any], state: BundleState, per: str = "row"
+) -> dict[str, AlphaValue]:
+    """Normalise what the user gave into one gate per bundle.
+
+    Args:
+        values: bundle name -> number, (B,), (B, T), or with per="layer" (L,); or all M bundles at once, (M,), (B, M),
+            (B, T, M), or with per="layer" (L, M), in the order of the config of the only adapter.
+        per: what the first axis means where there is one: "row" of the batch or decoder "layer".
+
+    Raises:
+        ValueError: an unknown bundle, a wrong shape, or a number that is not finite.
+    """
+    if per not in ("row", "layer"):
+        raise ValueError(f"per={per!r} is unknown; choose 'row' or 'layer'.")
+    known = state.bundle_names()
+    if not isinstance(values, Mapping):
+        if len(state.configs) != 1:
+            raise ValueError(
+                f"alphas as a tensor are ambiguous with {len(state.configs)} adapters; give a dict by bundle name."
+            )
+        table = torch.as_tensor(values)
+        if table.dim() == 0 or table.shape[-1] != len(known):
+            raise ValueError(
+                f"alphas of shape {tuple(table.shape)} must end in one value per bundle, {len(known)}: {known}."
+            )
+        values = dict(zip(known, table.unbind(-1)))
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"alphas for unknown bundle(s) {unknown}; known are {known}.")
+    return {name: _parse_one(name, value, per, state.num_layers) for name, value in values.items()}
+
+
+def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
+    if isinstance(value, (int, float)):
+        if not math.isfinite(value):
+            raise ValueError(f"alphas[{name!r}]={value!r} must be a finite number.")
+        return float(value)
+    tensor = torch.as_tensor(value)
+    tensor = tensor if tensor.is_floating_point() else tensor.float()
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
+    if per == "layer" and tensor.dim() == 1:
+        if len(tensor) != num_layers:
+            raise ValueError(f"alphas[{name!r}] has {len(tensor)} values, but the model has {num_layers} layers.")
+        return tuple(tensor.tolist())
+    if tensor.dim() == 0 and not tensor.requires_grad:
+        return float(tensor)
+    if tensor.dim() > 2 or (per == "layer" and tensor.dim() > 0):
+        wanted = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
+        raise ValueError(f"alphas[{name!r}] of shape {tuple(tensor.shape)} must be {wanted}.")
+    return tensor
+
+
+@contextmanager
+def alphas(
+    model: nn.Module,
+    values: Mapping[str, Any] | Tensor | Sequence[Any] | None = None,
+    *,
+    per: str = "row",
+    **by_name: Any,
+) -> Iterator[None]:
+    """Run the block's forwards with these alphas, in this thread only; bundles not named keep what they had.
+
+    Args: see `parse_alphas`; bundles may also be given as keywords, `alphas(model, b_rl_policy=0.0)`.
+    """
+    state = state_of(model)
+    given = parse_alphas(values, state, per) if values is not None else {}
+    given.update(parse_alphas(by_name, state, per))
+    call = state.call
+    before = call.alphas, call.cache
+    call.alphas, call.cache = {**call.alphas, **given}, {}
+    try:
+        yield
+    finally:
+        call.alphas, call.cache = before
+
+
+def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
+    """Set alphas for all later forwards of this model, in every thread. Not saved: `BundleSpec.alpha` is the default."""
+    state = state_of(model)
+    state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
+    state.call.cache = {}
+
+
+def layer_alphas(
+    state: BundleState, adapter: str, layer: int, hidden: Tensor
+) -> tuple[tuple[float, ...], None] | tuple[None, Tensor]:
+    """The alphas of one adapter's bundles in one layer: M numbers where all are numbers, else a tensor (B|1, T|1, M).
+
+    Raises:
+        ValueError: alphas given per row (token) for another number of rows (tokens) than `hidden` has.
+    """
+    call, config = state.call, state.configs[adapter]
+    assert config.bundles is not None
+    values = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
+    values = [v[layer] if isinstance(v, tuple) else v for v in values]
+    if not any(isinstance(v, Tensor) for v in values):
+        return tuple(values), None  # type: ignore[arg-type]
+    key = (adapter, layer if any(isinstance(v, tuple) for v in values) else None, hidden.shape[:2], hidden.device)
+    learnt = any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    if learnt or key not in call.cache:
+        columns = [_broadcast(v, n, hidden, call.expand_rows) for n, v in zip(config.bundles, values)]
+        table = torch.stack(torch.broadcast_tensors(*columns), -1)
+        if learnt:  # a cached graph would be freed by the first backward
+            return None, table
+        call.cache[key] = table
+    return None, call.cache[key]
+
+
+def _broadcast(value: Any, name: str, hidden: Tensor, expand_rows: bool) -> Tensor:
+    """A gate as (B|1, T|1) for this batch."""
+    if not isinstance(value, Tensor):
+        return torch.full((1, 1), value, device=hidden.device)
+    value = value.to(hidden.device)
+    if value.dim() == 0:
+        return value.view(1, 1)
+    batch, tokens = hidden.shape[0], hidden.shape[1]
+    rows = value.shape[0]
+    if expand_rows and batch % rows == 0:
+        value = value.repeat_interleave(batch // rows, 0)  # generate repeats each prompt for its beams the same way
+    elif batch != rows:
+        raise ValueError(f"alphas[{name!r}] has {rows} rows, but the batch has {batch}; give one value a row.")
+    if value.dim() == 1:
+        return value.view(-1, 1)
+    if expand_rows and tokens != value.shape[1]:
+        return value[:, -1:]  # new tokens keep the gate of the prompt's last one
+    if value.shape[1] != tokens:
+        raise ValueError(
+            f"alphas[{name!r}] has {value.shape[1]} tokens a row, but the batch has {tokens}; give one value a token."
+        )
+    return value

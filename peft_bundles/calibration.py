@@ -1,0 +1,237 @@
+"""Calibration: measure the base model's residual stream once, before training (design.md section 2).
+
+Sets mu and sigma of every layer, and U where the config asks for a basis of high or low variance. As EVA does for LoRA
+(PEFT's `initialize_lora_eva_weights`), it needs only forwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .alphas import state_of
+from .basis import choose_basis, fingerprint
+from .layer import BundleLayer
+
+
+OUTLIER = 3.0  # tokens whose state is this many times longer than the median one are attention sinks and left out
+
+
+class _Moments:
+    """Running sums of one layer's states in float64: count, sum, sum of squares or of outer products."""
+
+    def __init__(self, size: int, outer: bool, device: torch.device) -> None:
+        self.kept = self.seen = 0
+        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self.square = torch.zeros(*((size, size) if outer else (size,)), dtype=torch.float64, device=device)
+        self.outer = outer
+
+    def add(self, states: Tensor) -> None:
+        """states: (N, d)."""
+        states = states.double()
+        norms = states.norm(dim=-1)
+        kept = states[norms <= OUTLIER * norms.median()]
+        self.seen += len(states)
+        self.kept += len(kept)
+        self.sum += kept.sum(0)
+        self.square += kept.T @ kept if self.outer else kept.square().sum(0)
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """mu (d,), sigma (d,), and the correlation matrix (d, d) of the standardised stream if it was asked for."""
+        mean = self.sum / self.kept
+        centred = self.square / self.kept - (torch.outer(mean, mean) if self.outer else mean.square())
+        variance = centred.diagonal() if self.outer else centred
+        scale = variance.clamp_min(0).sqrt()
+        scale = scale.clamp_min(1e-3 * scale.median().clamp_min(1e-12))  # a dead channel must not divide by zero
+        return mean, scale, centred / torch.outer(scale, scale) if self.outer else None
+
+
+def calibrate(
+    model: nn.Module,
+    texts: Iterable[str] | None = None,
+    tokenizer: Any = None,
+    *,
+    adapter: str | None = None,
+    tokens: int = 20_000,
+    max_length: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Set mu, sigma and (for "pca" and "null") U of every layer from the residual stream without bundles.
+
+    Args:
+        model: a model with a fresh bundle adapter.
+        texts: text of the kind that must not be disturbed. None: samples of the base model itself.
+        tokenizer: needed for `texts`; without texts only for the token to start from, if the model's config has none.
+        adapter: which adapter; needed only when there are several.
+        tokens: stop after about so many tokens.
+        max_length: tokens per sequence, cut or sampled.
+        batch_size: sequences per forward.
+        seed: of the sampling, when there are no texts.
+        progress: show a progress bar.
+
+    Returns:
+        What is also saved in `config.calibration`: tokens, source, share of tokens left out as outliers.
+
+    Raises:
+        ValueError: no adapter or several and none named, texts without a tokenizer, or no usable token.
+        RuntimeError: the adapter has been trained; another basis would make nonsense of its weights.
+    """
+    state = state_of(model)
+    if adapter is None and len(state.configs) != 1:
+        raise ValueError(f"name the adapter to calibrate, one of {sorted(state.configs)}.")
+    adapter = adapter if adapter is not None else next(iter(state.configs))
+    if adapter not in state.configs:
+        raise ValueError(f"there is no bundle adapter {adapter!r}; there are {sorted(state.configs)}.")
+    config = state.configs[adapter]
+    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
+    if not config.bundles:
+        raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate.")
+    if any(_is_trained(layer, adapter) for layer in layers):
+        raise RuntimeError(
+            f"adapter {adapter!r} has been trained; calibrate a fresh one, its weights belong to the old basis."
+        )
+    if texts is not None and tokenizer is None:
+        raise ValueError("texts need a tokenizer; pass tokenizer=.")
+    outer = config.basis_init != "random"
+    if outer and tokens < layers[0].hidden_size:
+        raise ValueError(
+            f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; ask for more."
+        )
+
+    device = next(model.parameters()).device
+    moments = {layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device) for layer in layers}
+    batches = (
+        _own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device)
+        if texts is None
+        else _tokenised(texts, tokenizer, max_length, batch_size, device)
+    )
+    seen = 0
+    with (
+        _measuring(model, layers, moments) as mask,
+        tqdm(total=tokens, unit="token", desc="calibrate", disable=not progress) as bar,
+    ):
+        for batch in batches:
+            mask.append(batch["attention_mask"].bool())
+            model(**batch, use_cache=False)
+            mask.clear()
+            step = int(batch["attention_mask"].sum())
+            seen += step
+            bar.update(min(step, tokens - bar.n))
+            if seen >= tokens:
+                break
+    if min(m.kept for m in moments.values()) < 2:
+        raise ValueError("calibration saw no usable token; are the texts empty?")
+    if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
+        raise ValueError(
+            f"{few} tokens cannot measure a {layers[0].hidden_size}-dimensional covariance; give more text."
+        )
+
+    for layer in layers:
+        mean, scale, correlation = moments[layer.index].statistics()
+        layer.bundle_mean[adapter], layer.bundle_scale[adapter] = mean.float(), scale.float()
+        if correlation is not None:
+            basis = layer.bundle_basis[adapter]
+            chosen = choose_basis(correlation, basis.shape[1], config.basis_init, config.basis_seed, layer.index)
+            layer.bundle_basis[adapter] = chosen.to(basis.device)
+    config.calibration = {
+        "tokens": seen,
+        "source": "given texts" if texts is not None else "the base model's own samples",
+        "outliers": 1 - sum(m.kept for m in moments.values()) / sum(m.seen for m in moments.values()),
+    }
+    config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
+    return dict(config.calibration)
+
+
+def _is_trained(layer: BundleLayer, adapter: str) -> bool:
+    """Whether some bundle adds anything: its last map is no longer zero."""
+    shapes = layer.packing(adapter).shapes
+    last = (
+        (layer.bundle_weight_out if shape.kind == "identity" else layer.bundle_up)[adapter][name]
+        for name, shape in shapes.items()
+    )
+    return any(bool(weight.detach().any()) for weight in last)
+
+
+@contextmanager
+def _measuring(
+    model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]
+) -> Iterator[list[Tensor]]:
+    """Bundles off, no gradients, eval mode, and every block's output added to its moments; yields the mask to fill."""
+    mask: list[Tensor] = []
+
+    def measure(layer: BundleLayer) -> Any:
+        def hook(block: nn.Module, args: Any, output: Any) -> None:
+            if mask:
+                hidden = output[0] if isinstance(output, tuple) else output
+                moments[layer.index].add(hidden[mask[0].to(hidden.device)])
+
+        return hook
+
+    off, training = [layer._disable_adapters for layer in layers], model.training
+    handles = [layer.get_base_layer().register_forward_hook(measure(layer)) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield mask
+    finally:
+        for layer, before, handle in zip(layers, off, handles):
+            layer._disable_adapters = before
+            handle.remove()
+        model.train(training)
+
+
+def _tokenised(
+    texts: Iterable[str], tokenizer: Any, max_length: int, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    rows: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        rows += [ids] if len(ids) else []
+        if len(rows) == batch_size:
+            yield _padded(rows, pad, device)
+            rows = []
+    if rows:
+        yield _padded(rows, pad, device)
+
+
+def _padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _own_samples(
+    model: nn.Module, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Text that the base model writes by itself, from its start token, at temperature 1."""
+    config = model.config.get_text_config(decoder=True)
+    starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), config.eos_token_id)
+    start = next((t for t in starts if t is not None), 0)
+    start = start[0] if isinstance(start, list) else start
+    cuda = [device] if device.type == "cuda" else []
+    for number in range(math.ceil(tokens / (batch_size * max_length))):
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed + number)
+            prompt = torch.full((batch_size, 1), start, device=device)
+            ids = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=max_length - 1,
+                max_new_tokens=max_length - 1,
+                pad_token_id=start,
+            )
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

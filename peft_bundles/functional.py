@@ -1,0 +1,186 @@
+"""The bundle operation on tensors: the plain reference and the stacked form that training uses.
+
+Both compute design.md section 2,
+
+    x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + sum_k alpha_k (u_k W_k) U^T
+
+The reference is written bundle by bundle as it stands there. The stacked form uses that everything left of the
+activation is linear, and so is everything right of it. With all bundles' hidden units side by side (H = sum_k b_k)
+
+    s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = up^T W U^T  (H x d)
+
+so a token pays for two thin matrix products whatever the number of bundles, the rank or the size of the basis. `D` and
+`E` are folded from the bundles' own parameters once a forward (`layer.py`), a cost that does not depend on the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class BundleWeights:
+    """What one bundle is made of; a field its adapter kind does not have is None (shapes in `BundleLayer`)."""
+
+    kind: str
+    support: Tensor
+    weight: Tensor | None = None
+    weight_out: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+
+def bundle_reference(
+    hidden: Tensor,
+    bundles: Sequence[BundleWeights],
+    basis: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    alphas: Tensor,
+) -> Tensor:
+    """Design.md section 2, one bundle after another: what the stacked form is tested against.
+
+    Args:
+        hidden: h, (B, T, d).
+        basis: U, (d, R). mean, scale: mu and sigma, (d,).
+        alphas: gates, broadcast against (B, T, M).
+
+    Returns:
+        y, (B, T, d).
+    """
+    standardised = (hidden - mean) / scale
+    x = standardised @ basis
+    alphas = alphas.expand(*hidden.shape[:-1], len(bundles))
+    out = hidden
+    for k, b in enumerate(bundles):
+        gate = alphas[..., k, None]
+        if b.kind == "full":
+            out = out + gate * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
+            continue
+        z = F.linear(x[..., b.support], b.weight)
+        if b.kind == "mlp":
+            u = F.linear(F.gelu(F.linear(z, b.down)), b.up)
+        elif b.kind == "linear":
+            u = F.linear(F.linear(z, b.down), b.up)
+        else:
+            u = z * b.up if b.kind == "diag" else z
+        back = b.weight if b.weight_out is None else b.weight_out
+        out = out + gate * ((u @ back) @ basis[:, b.support].T)
+    return out
+
+
+def _activate(s: Tensor, nonlinear: int) -> Tensor:
+    """GELU on the first `nonlinear` hidden units, identity on the rest."""
+    if nonlinear == s.shape[-1]:
+        return F.gelu(s)
+    if nonlinear == 0:
+        return s
+    return torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1)
+
+
+def _activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
+    if nonlinear == s.shape[-1]:
+        return torch.ops.aten.gelu_backward(grad, s)
+    if nonlinear == 0:
+        return grad
+    first = torch.ops.aten.gelu_backward(grad[..., :nonlinear].contiguous(), s[..., :nonlinear].contiguous())
+    return torch.cat([first, grad[..., nonlinear:]], -1)
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
+    if base.dtype == right.dtype:
+        return torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right).view_as(base)
+    return base + (left.flatten(0, -2) @ right).view_as(base)
+
+
+class _Bundles(torch.autograd.Function):
+    """`bundle_forward` with its own backward: row gates on the weight gradients, low-rank activations recomputed.
+
+    A weight gradient is a sum over tokens, so scaling a token's term by the gate of its row routes it (design.md
+    section 3, guarantee 3). The gradient that flows on to earlier layers is never gated.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype):
+        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
+        a = _activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
+        for factor in (mask, alpha):
+            a = a if factor is None else a * factor.to(dtype)
+        out = _add_product(residual, a, E.to(dtype))
+        ctx.save_for_backward(hidden, D, E, mean, alpha, mask)
+        # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
+        # passes of one graph (signals.py), which the version check of saved tensors would forbid.
+        ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is hidden
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, D, E, mean, alpha, mask = ctx.saved_tensors
+        needs, dtype, nonlinear = ctx.needs_input_grad, ctx.dtype, ctx.nonlinear
+        D, E = D.to(dtype), E.to(dtype)
+        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
+        x, dy, shape = x.flatten(0, -2).to(dtype), grad.flatten(0, -2).to(dtype), (*hidden.shape[:-1], -1)
+        s = x @ D
+        a = _activate(s, nonlinear).view(shape)
+        a = a if mask is None else a * mask.to(dtype)
+        da = (dy @ E.T).view(shape)
+
+        d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
+        for factor in (alpha, ctx.gate):
+            a = a if factor is None else a * factor.to(dtype)
+        dE = (a.flatten(0, -2).T @ dy).to(ctx.saved_tensors[2].dtype) if needs[3] else None
+        for factor in (alpha, mask):
+            da = da if factor is None else da * factor.to(dtype)
+        ds = _activate_backward(da.flatten(0, -2), s, nonlinear)
+        d_hidden = d_residual = None
+        if ctx.shared:  # the residual is h itself: one fused product gives both terms
+            d_hidden = _add_product(grad, ds.view(shape), D.T) if needs[0] else None
+        else:
+            d_hidden = (ds @ D.T).view_as(hidden).to(hidden.dtype) if needs[0] else None
+            d_residual = grad if needs[1] else None
+        if ctx.gate is not None:
+            ds = (ds.view(shape) * ctx.gate.to(dtype)).flatten(0, -2)
+        dD = (x.T @ ds).to(ctx.saved_tensors[1].dtype) if needs[2] else None
+        return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
+
+
+def bundle_forward(
+    hidden: Tensor,
+    D: Tensor,
+    E: Tensor,
+    *,
+    nonlinear: int,
+    residual: Tensor | None = None,
+    mean: Tensor | None = None,
+    alpha: Tensor | None = None,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The stacked bundle operation, y = residual + (alpha * mask * act((h - mu) D)) E.
+
+    Args:
+        hidden: h, (B, T, d), any floating dtype; the token-wise products run in that dtype, or in autocast's.
+        D, E: the folded maps, (d, H) and (H, d), usually float32.
+        nonlinear: hidden units up to this one pass through GELU, the rest are linear.
+        residual: what the result is added to, (B, T, d); None is `hidden` itself.
+        mean: mu, (d,); None is 0. (sigma is folded into D.)
+        alpha: gates of the hidden units, broadcast against (B, T, H); None is 1. Differentiable.
+        mask: dropout mask of the hidden units, already scaled, broadcast against (B, T, H).
+        gate: routing weights of the hidden units, broadcast against (B, T, H); multiplies the gradients of D and E
+            row by row and touches nothing else. Read during backward. None is 1.
+
+    Returns:
+        (B, T, d), in the dtype of `hidden`.
+    """
+    residual = hidden if residual is None else residual
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):  # the casts are the function's own, the same forward and backward
+        return _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)

@@ -1,0 +1,263 @@
+"""`BundleLayer`: the bundles of one decoder block.
+
+It is a child of the block with a prepended forward hook, not a wrapper around it: the block stays what it was for
+everybody else (hidden-state capture, LoRA on its linears, device maps, FSDP units), and what the hook returns is what
+the block outputs.
+
+A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has them first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .alphas import BundleState, layer_alphas
+from .basis import draw_basis
+from .functional import BundleWeights, bundle_forward
+from .packing import Packing
+
+
+MERGE_ERROR = (
+    "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and no "
+    "weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
+)
+
+
+class BundleLayer(nn.Module, BaseTunerLayer):
+    """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
+
+    bundle_weight: W_k (r, |support|), not for "full". bundle_weight_out: the same for Q_k, untied projections only.
+    bundle_down: (b, r), "mlp" and "linear"; (b, d), "full". bundle_up: (r, b); (d, b), "full"; (r,), "diag".
+    bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
+    """
+
+    adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
+    other_param_names = ("bundle_basis", "bundle_mean", "bundle_scale")
+
+    def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
+        super().__init__()
+        self._block = (block,)  # a tuple, so that the parent is not registered as a child
+        self.index, self.hidden_size, self.state = index, hidden_size, state
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict(persistent=True))
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._handle = block.register_forward_hook(self.hook, prepend=True)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.index}, adapters={sorted(self.bundle_basis.keys())}"
+
+    def get_base_layer(self) -> nn.Module:
+        return self._block[0]
+
+    def detach_from_block(self) -> None:
+        """Remove the hook; the block is the base model's again."""
+        self._handle.remove()
+
+    # ---- parameters ----
+
+    def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
+        """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
+        config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
+        generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
+
+        def uniform(rows: int, columns: int) -> nn.Parameter:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
+            bound = 1 / math.sqrt(columns)
+            return nn.Parameter(
+                torch.rand(rows, columns, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
+            )
+
+        def last(rows: int, columns: int) -> nn.Parameter:  # the map that makes a fresh adapter the base model
+            return nn.Parameter(torch.zeros(rows, columns, device="cpu")) if init_weights else uniform(rows, columns)
+
+        tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
+        for name, shape in packing.shapes.items():
+            r, b = shape.rank, shape.hidden
+            if shape.kind == "full":
+                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, d), last(d, b)
+                continue
+            support = len(shape.support)
+            tables["bundle_weight"][name] = uniform(r, support)
+            if not config.tie_projections:
+                identity = shape.kind == "identity"
+                tables["bundle_weight_out"][name] = last(r, support) if identity else uniform(r, support)
+            if shape.kind in ("mlp", "linear"):
+                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, r), last(r, b)
+            elif shape.kind == "diag":
+                tables["bundle_up"][name] = nn.Parameter(last(1, r).data[0])
+        for what, table in tables.items():
+            getattr(self, what)[adapter] = nn.ParameterDict(table)
+        self.bundle_basis[adapter] = draw_basis(d, packing.basis_rank, config.basis_seed, self.index)
+        self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def packing(self, adapter: str) -> Packing:
+        return self.state.packings[adapter, self.hidden_size]
+
+    def bundle_parameters(self, adapter: str, bundle: str) -> list[nn.Parameter]:
+        """The trainable weights of one bundle in this layer."""
+        tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
+        return [table[bundle] for table in tables if bundle in table]
+
+    def bundle_weights(self, adapter: str) -> list[BundleWeights]:
+        """One adapter's bundles as the plain reference takes them (functional.py)."""
+        return [
+            BundleWeights(
+                shape.kind,
+                shape.support.to(self.bundle_basis[adapter].device),
+                *(
+                    getattr(self, what)[adapter][name] if name in getattr(self, what)[adapter] else None
+                    for what in self.adapter_layer_names
+                ),
+            )
+            for name, shape in self.packing(adapter).shapes.items()
+        ]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT looks for `.weight`; a block has none of its own.
+        own = {id(p) for p in self.parameters()}
+        for parameter in base_layer.parameters():
+            if id(parameter) not in own and parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+        first = next((p for p in base_layer.parameters() if id(p) not in own), None)
+        return (None, None) if first is None else (first.device, torch.float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
+        # `model.to(torch.bfloat16)` must not round the basis: U loses orthogonality (2e-3) and mu its digits.
+        kept = {(n, a): t for n in self.other_param_names for a, t in getattr(self, n).items()}
+        super()._apply(fn, recurse)
+        for (name, adapter), before in kept.items():
+            after = getattr(self, name)[adapter]
+            if torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits:
+                getattr(self, name)[adapter] = before.to(after.device)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device if device is not None else base_device
+        if device is None:
+            return
+        for what in self.adapter_layer_names:
+            table = getattr(self, what)[adapter_name] if adapter_name in getattr(self, what) else {}
+            for name in list(table.keys()):
+                if table[name].device.type != "meta":
+                    table[name] = nn.Parameter(table[name].data.to(device, dtype), table[name].requires_grad)
+        for what in self.other_param_names:
+            getattr(self, what)[adapter_name] = getattr(self, what)[adapter_name].to(device)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        raise ValueError(MERGE_ERROR)
+
+    # ---- the forward ----
+
+    def hook(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the block: its hidden states, through the bundles."""
+        if isinstance(output, tuple):
+            return (self(output[0]), *output[1:])
+        return self(output)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
+        if self._disable_adapters:
+            return hidden
+        names = self.state.call.adapter_names
+        out = None
+        for adapter in self.active_adapters if names is None else dict.fromkeys(names):
+            if adapter not in self.bundle_basis or not self.packing(adapter).names:
+                continue
+            out = self._apply_bundles(adapter, hidden, out, names)
+        return hidden if out is None else out
+
+    def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
+        packing, state = self.packing(adapter), self.state
+        config, device = state.configs[adapter], hidden.device
+        numbers, alpha = layer_alphas(state, adapter, self.index, hidden)
+        live, gate = None, None
+        if numbers is not None:
+            if not any(numbers):
+                return hidden if residual is None else residual
+            live = [
+                name for name, number in zip(packing.names, numbers) if number
+            ]  # a bundle that is off learns nothing
+        if (route := state.call.route) is not None and torch.is_grad_enabled():
+            owners = route.live(adapter)
+            live = [name for name in packing.names if name in owners and (live is None or name in live)]
+            gate = route.gate(adapter, packing, hidden)
+        D, E = self._folded(adapter, numbers, live)
+        if alpha is not None:
+            alpha = alpha[..., packing.index(device)["owner"]]
+        if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
+            mine = _expand([name == adapter for name in rows], hidden, state.call.expand_rows)
+            alpha = mine if alpha is None else alpha * mine
+        mask = None
+        if config.dropout and self.training:
+            keep = torch.rand(*hidden.shape[:-1], D.shape[1], device=device) >= config.dropout
+            mask = keep.to(hidden.dtype) / (1 - config.dropout)
+        centred = config.calibration is not None and config.input_norm == "standard"
+        return bundle_forward(
+            hidden,
+            D,
+            E,
+            nonlinear=packing.nonlinear,
+            residual=residual,
+            mean=self.bundle_mean[adapter] if centred else None,
+            alpha=alpha,
+            mask=mask,
+            gate=gate,
+        )
+
+    def _folded(
+        self, adapter: str, numbers: tuple[float, ...] | None, live: list[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """D and E with the numeric alphas in E; kept while `generate` (or `model.folded()`) says nothing can change."""
+        folds = self.state.call.folds if not torch.is_grad_enabled() else None
+        key = (id(self), adapter, numbers)
+        if folds is not None and key in folds:
+            return folds[key]
+        config, packing, basis = self.state.configs[adapter], self.packing(adapter), self.bundle_basis[adapter]
+        centred = config.calibration is not None and config.input_norm == "standard"
+        with torch.autocast(basis.device.type, enabled=False):  # the maps are small and shared: full precision
+            D, E = packing.fold(
+                self.bundle_weight[adapter],
+                self.bundle_weight_out[adapter],
+                self.bundle_down[adapter],
+                self.bundle_up[adapter],
+                basis,
+                self.bundle_scale[adapter].reciprocal() if centred else None,
+                live,
+            )
+            if numbers is not None and any(number != 1.0 for number in numbers):
+                E = E * self._hidden_gates(packing, numbers, E)
+        if folds is not None:
+            folds[key] = D, E
+        return D, E
+
+    def _hidden_gates(self, packing: Packing, numbers: tuple[float, ...], like: Tensor) -> Tensor:
+        """Numeric alphas as (H, 1), copied to the device once a call and not once a layer."""
+        cache, key = self.state.call.cache, (packing, numbers, like.device, like.dtype)
+        if key not in cache:
+            gates = torch.tensor(numbers, device=like.device, dtype=like.dtype)
+            cache[key] = gates[packing.index(like.device)["owner"], None]
+        return cache[key]
+
+
+def _expand(rows: list[bool], hidden: Tensor, expand_rows: bool) -> Tensor:
+    """Row mask (B, 1, 1) for this batch."""
+    mask = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
+    if expand_rows and hidden.shape[0] % len(rows) == 0:
+        mask = mask.repeat_interleave(hidden.shape[0] // len(rows))
+    if len(mask) != hidden.shape[0]:
+        raise ValueError(f"adapter_names has {len(rows)} names, but the batch has {hidden.shape[0]} rows.")
+    return mask.view(-1, 1, 1)

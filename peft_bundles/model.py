@@ -1,0 +1,380 @@
+"""`BundleModel`: finds the decoder blocks, gives each its bundles, and carries the public methods of a bundled model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from . import signals as routing
+from .alphas import BundleState, alphas, set_alphas
+from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
+from .config import BundleConfig
+from .layer import MERGE_ERROR, BundleLayer
+from .packing import Packing
+from .report import BundleReport, report
+
+
+CHILD = "bundles"  # the name under which a block holds its BundleLayer
+PEFT_PREFIX = "base_model.model."
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks, in order.
+
+    First the list of `num_hidden_layers` modules that the model says must not be split; then any list of such modules;
+    then the longest list inside `get_decoder()`. The longest list alone would pick a vision tower.
+
+    Raises:
+        ValueError: none found; then `target_modules` has to name them.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
+    decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
+    for candidates in (
+        {name: m for name, m in unsplit.items() if len(m) == depth},
+        unsplit,
+        {name: m for name, m in decoding.items() if len(m) == depth},
+    ):
+        if candidates:
+            name = max(candidates, key=lambda n: len(candidates[n]))
+            return [f"{name}.{i}" for i in range(len(candidates[name]))]
+    raise ValueError(
+        f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
+        r"r'.*\.layers\.\d+'."
+    )
+
+
+class BundleModel(BaseTuner):
+    """The BUNDLE tuner (design.md sections 2, 3 and 5). Made by `get_peft_model(model, BundleConfig(...))`.
+
+    Its methods are reached through the `PeftModel` too: `model.route(...)`, `model.alphas(...)`,
+    `model.bundle_report()`. Where there is no `BundleModel` (adapters that transformers attached), the functions of the
+    same names in `peft_bundles` take any model.
+    """
+
+    prefix = "bundle_"
+    tuner_layer_cls = BundleLayer
+    target_module_mapping: dict[str, list[str]] = {}  # blocks are found, not looked up
+
+    # ---- injection ----
+
+    def _check_new_adapter_config(self, config: BundleConfig) -> None:
+        super()._check_new_adapter_config(config)
+        names = {name for c in self.peft_config.values() for name in getattr(c, "bundles", None) or ()}
+        if clash := sorted(names & set(self.peft_config)):
+            raise ValueError(
+                f"{clash} name(s) both an adapter and a bundle; PEFT would drop that bundle's weights on saving. "
+                "Rename the adapter."
+            )
+        if config.base_shape is not None and config.base_shape != (shape := self._base_shape()):
+            raise ValueError(
+                f"this adapter was made for a base model with (hidden size, layers) {tuple(config.base_shape)}, but "
+                f"{type(self.model).__name__} has {tuple(shape)}; load it onto the base model it was trained on"
+                + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
+            )
+
+    def _base_shape(self) -> list[int]:
+        config = self.model.config.get_text_config(decoder=True)
+        return [config.hidden_size, config.num_hidden_layers]
+
+    def _prepare_adapter_config(self, peft_config: BundleConfig, model_config: dict[str, Any]) -> BundleConfig:
+        if peft_config.target_modules is None:
+            blocks = find_blocks(self.model)
+        else:
+            bare = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
+            blocks = [name for name in bare if check_target_module_exists(_whole_depth(peft_config), name)]
+        chosen = peft_config.layers_to_transform
+        if chosen is not None and (wrong := [i for i in chosen if not 0 <= i < len(blocks)]):
+            raise ValueError(f"layers_to_transform has {wrong}, but the model has layers 0 to {len(blocks) - 1}.")
+        # Not a field: names differ between AutoModel and the CausalLM, so they are found anew at every injection.
+        peft_config._blocks = {name: i for i, name in enumerate(blocks) if chosen is None or i in chosen}  # type: ignore[attr-defined]
+        return peft_config
+
+    def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
+        state = layers[0].state if layers else BundleState()
+        shape = self._base_shape()
+        state.num_layers = shape[1]
+        adapter = next(name for name, config in self.peft_config.items() if config is peft_config)
+        shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
+        state.configs[adapter] = peft_config
+        state.packings[adapter, shape[0]] = Packing(shapes, basis_rank(peft_config, shape[0]))
+        peft_config.base_shape = shape
+        self._state = state
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: BundleConfig, key: str) -> bool:
+        found = key in peft_config._blocks  # type: ignore[attr-defined]
+        return found and (
+            peft_config.exclude_modules is None or bool(check_target_module_exists(_anything(peft_config), key))
+        )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own. A state dict names our layers ("h.0.bundles"), PEFT looks for the modules they sit in ("h.0")."""
+        if (state_dict := kwargs.get("state_dict")) is not None:
+            kwargs["state_dict"] = {
+                f"{key.rsplit(f'.{CHILD}.', 1)[0]}.{self.prefix}": v for key, v in state_dict.items()
+            }
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = {
+            str(m.index): m for m in model.modules() if isinstance(m, BundleLayer) and adapter_name in m.bundle_basis
+        }
+        if config.bundles and config.basis_fingerprint is None:
+            config.basis_fingerprint = {i: fingerprint(m.bundle_basis[adapter_name]) for i, m in layers.items()}
+
+    def _create_and_replace(
+        self,
+        peft_config: BundleConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = getattr(target, CHILD, None)
+        if not isinstance(layer, BundleLayer):
+            index = peft_config._blocks[current_key]  # type: ignore[attr-defined]
+            layer = BundleLayer(target, index, peft_config.base_shape[0], self._state)
+            setattr(target, CHILD, layer)
+        layer.update_layer(adapter_name, peft_config.init_weights, peft_config.inference_mode)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # A config without bundles is plain fine-tuning: the trunk stays trainable.
+        if all(config.bundles or config.inference_mode for config in self.peft_config.values()):
+            super()._mark_only_adapters_as_trainable(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's own; the shared state forgets the adapter too."""
+        super().delete_adapter(adapter_name)
+        self._state.configs.pop(adapter_name, None)
+
+    def unload(self) -> nn.Module:
+        """The base model, without hooks and bundles."""
+        for module in list(self.model.modules()):
+            layer = getattr(module, CHILD, None)
+            if isinstance(layer, BundleLayer):
+                layer.detach_from_block()
+                delattr(module, CHILD)
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_ERROR)
+
+    def unmerge_adapter(self) -> None:
+        """Raises ValueError: bundles cannot be merged, so there is nothing to undo."""
+        raise ValueError(MERGE_ERROR)
+
+    # ---- checkpoints ----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: BundleConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if not config.bundles:  # plain fine-tuning: what was trained is the base model
+            return {k: v for k, v in state_dict.items() if f".{CHILD}." not in k}
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+        return {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # "...bundles.bundle_weight.<adapter>.<bundle>" and "...bundles.bundle_basis.<adapter>"
+        head, child, tail = key.rpartition(f".{CHILD}.")
+        if not child:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        what, _, rest = tail.partition(".")
+        rest = rest.removeprefix(adapter_name).removeprefix(".")
+        return f"{head}{child}{what}" + (f".{rest}" if rest else "")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BundleConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's own, after checking that the file is whole and made for this base model and basis.
+
+        Raises:
+            ValueError: tensors missing, of another shape, left over or not finite; another basis.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not config.bundles:
+            return remapped
+        present = {k.removeprefix(PEFT_PREFIX): v for k, v in remapped.items() if f".{CHILD}.bundle_" in k}
+        expected = {
+            k.removeprefix(PEFT_PREFIX): v
+            for k, v in model.state_dict().items()
+            if _adapter_of(k) == adapter_name and (config.save_basis or ".bundle_basis." not in k)
+        }
+        if missing := sorted(expected.keys() - present.keys()):
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of adapter {adapter_name!r}, first {missing[0]!r}."
+            )
+        if extra := sorted(present.keys() - expected.keys()):
+            raise ValueError(
+                f"the checkpoint has {len(extra)} tensors that adapter {adapter_name!r} has not, first {extra[0]!r}."
+            )
+        for key, tensor in present.items():
+            if tensor.shape != expected[key].shape:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(expected[key].shape)} in the "
+                    "model; it belongs to another base model or another config."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{key!r} holds NaN or infinity; the checkpoint is damaged.")
+        _check_basis(model, config, adapter_name, present)
+        return remapped
+
+    # ---- a call's own alphas and adapters ----
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`PeftModel` runs every forward and generate inside this; it takes `alphas=` and `adapter_names=`."""
+        call = self._state.call
+        given, names = kwargs.get("alphas"), kwargs.get("adapter_names")
+        if names is not None:
+            if self.training:
+                raise ValueError("adapter_names cannot be used in training mode; call model.eval() or set_adapter.")
+            if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
+                raise ValueError(f"adapter_names has {unknown}; the adapters are {sorted(self.peft_config)}.")
+        if torch.is_grad_enabled() and call.route is None:
+            self._state.seen.update((a, name) for a, c in self._state.configs.items() for name in c.bundles or ())
+        before = call.adapter_names
+        call.adapter_names = names if names is not None else before
+        try:
+            with alphas(self.model, given) if given is not None else _nothing():
+                yield
+        finally:
+            call.adapter_names = before
+
+    def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The base model's, with alphas and adapter names for this call."""
+        if alphas is None and adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The base model's, with alphas and adapter names for this call; rows are those of the prompt batch.
+
+        The bundles are folded once for the whole call.
+        """
+        call = self._state.call
+        before, call.expand_rows = call.expand_rows, True
+        try:
+            with self.folded(), self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names):
+                return self.model.generate(*args, **kwargs)
+        finally:
+            call.expand_rows = before
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Fold the bundles once for all no-grad forwards of the block (in this thread). Do not change weights inside."""
+        call = self._state.call
+        before = call.folds
+        call.folds = before if before is not None else {}
+        try:
+            yield
+        finally:
+            call.folds = before
+
+    # ---- alphas, routing, report: the functions of the same names, on this model ----
+
+    def alphas(self, values: Any = None, *, per: str = "row", **by_name: Any) -> AbstractContextManager[None]:
+        """`with model.alphas(b_rl_policy=0.0):` gates for the block's forwards in this thread; see `alphas.parse_alphas`."""
+        return alphas(self.model, values, per=per, **by_name)
+
+    def set_alphas(self, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
+        """Gates for all later forwards; see `alphas.set_alphas`."""
+        set_alphas(self.model, values, per=per)
+
+    def route(self, signals: Any, *, block_diagonal: bool = False) -> AbstractContextManager[None]:
+        """Route the gradients of the block's forwards; see `signals.route`."""
+        return routing.route(self.model, signals, block_diagonal=block_diagonal)
+
+    def routed_backward(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> None:
+        """Backward of several losses into their own bundles; see `signals.routed_backward`."""
+        routing.routed_backward(self.model, losses, retain_graph=retain_graph)
+
+    def finalize_grads(self, *, reduce: bool = True) -> None:
+        """Close a step's backwards; see `signals.finalize_grads`."""
+        routing.finalize_grads(self.model, reduce=reduce)
+
+    def clip_bundle_grads(self, max_norm: float) -> dict[str, Tensor]:
+        """Clip every bundle's gradient by itself; see `signals.clip_bundle_grads`."""
+        return routing.clip_bundle_grads(self.model, max_norm)
+
+    def bundle_parameters(self, bundle: str, adapter: str | None = None) -> list[nn.Parameter]:
+        """The weights of one bundle over all layers, of the active adapter unless another is named."""
+        adapter = adapter or self.active_adapters[0]
+        table = routing.bundle_parameters(self.model)
+        if (adapter, bundle) not in table:
+            raise ValueError(
+                f"adapter {adapter!r} has no bundle {bundle!r}; it has {[b for a, b in table if a == adapter]}."
+            )
+        return table[adapter, bundle]
+
+    def bundle_report(self, adapter: str | None = None, *, angles: bool = False) -> BundleReport:
+        """Ranks, supports, overlaps, signals and parameters of an adapter's bundles; print it. See `report.report`."""
+        return report(self.model, adapter or self.active_adapters[0], angles=angles)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _whole_depth(config: BundleConfig) -> Any:
+    """The config's own module filter, without `layers_to_transform` (PEFT's reading of it expects submodules of layers)."""
+    filter_ = type("Filter", (), {})()
+    filter_.target_modules, filter_.target_parameters = config.target_modules, None
+    return filter_
+
+
+def _anything(config: BundleConfig) -> Any:
+    filter_ = type("Filter", (), {})()
+    filter_.target_modules, filter_.target_parameters = ".*", None
+    filter_.exclude_modules = config.exclude_modules
+    return filter_
+
+
+def _adapter_of(key: str) -> str | None:
+    """Adapter that a key of the model's state dict belongs to: "h.0.bundles.bundle_weight.<adapter>.<bundle>"."""
+    _, child, tail = key.rpartition(f".{CHILD}.")
+    return tail.split(".")[1] if child else None
+
+
+def _check_basis(model: nn.Module, config: BundleConfig, adapter: str, present: Mapping[str, Tensor]) -> None:
+    """Compare the basis in the file, or the one drawn from the seed, with the fingerprint in the config."""
+    for name, layer in model.named_modules():
+        if not (isinstance(layer, BundleLayer) and adapter in layer.bundle_basis):
+            continue
+        key = f"{name.removeprefix(PEFT_PREFIX)}.bundle_basis.{adapter}"
+        found, wanted = fingerprint(present.get(key, layer.bundle_basis[adapter])), config.basis_fingerprint or {}
+        if abs(found - wanted.get(str(layer.index), found)) > FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"layer {layer.index}: the basis of adapter {adapter!r} is not the one it was trained in (fingerprint "
+                f"{found:.6f}, the config says {wanted[str(layer.index)]:.6f}); was the seed or the file changed?"
+            )
+
+
+def _announce_alphas(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Tell a `PeftModel` that gets a `BundleModel` that `alphas` is an argument of ours and not of the base model."""
+    if isinstance(child, BundleModel) and isinstance(parent, PeftModel):
+        parent.special_peft_forward_args = {*parent.special_peft_forward_args, "alphas"}
+
+
+register_module_module_registration_hook(_announce_alphas)

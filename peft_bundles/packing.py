@@ -1,0 +1,123 @@
+"""Folding many small bundles into the two stacked maps D and E (see functional.py) with few kernels.
+
+The bundles' weights are parameters of their own, so that an optimizer can skip one. A forward needs them side by side:
+one `cat` and one `scatter` per kind of weight lay them out as block matrices, whatever the number of bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from .basis import BundleShape
+
+
+# Hidden units are laid out kind by kind, the non-linear ones first.
+_ORDER = ("mlp", "full", "linear", "diag", "identity")
+
+
+class Packing:
+    """Where each weight of each bundle goes in the block matrices; the same for every layer of an adapter.
+
+    Attributes:
+        names: bundles in the order of the config (the order of alphas and gates).
+        nonlinear: number of leading hidden units that pass through the activation.
+    """
+
+    def __init__(self, shapes: Mapping[str, BundleShape], basis_rank: int) -> None:
+        self.shapes, self.basis_rank = dict(shapes), basis_rank
+        self.names = list(shapes)
+        ordered = sorted(self.names, key=lambda name: _ORDER.index(shapes[name].kind))
+        self.full = [n for n in ordered if shapes[n].kind == "full"]
+        self.projected = [n for n in ordered if shapes[n].kind != "full"]
+        self.before_full = sum(shapes[n].hidden for n in ordered if shapes[n].kind == "mlp")
+        self.nonlinear = self.before_full + sum(shapes[n].hidden for n in self.full)
+        self.owner = torch.cat(
+            [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered] or [torch.arange(0)]
+        )
+        self.total_rank = sum(shapes[n].rank for n in self.projected)
+        self.total_hidden = sum(shapes[n].hidden for n in self.projected)
+
+        weight, down, up, down_eye, up_eye = [], [], [], [], []
+        r0 = h0 = 0
+        for name in self.projected:
+            shape = shapes[name]
+            r, b = shape.rank, shape.hidden
+            rows = torch.arange(r0, r0 + r)
+            hidden = torch.arange(h0, h0 + b)
+            weight.append((rows[:, None] * basis_rank + shape.support[None, :]).flatten())
+            block = hidden[:, None] * self.total_rank + rows[None, :]  # (b, r)
+            if shape.kind in ("mlp", "linear"):
+                down.append(block.flatten())
+                up.append(block.T.flatten())  # `up` is (r, b), and E needs its transpose
+            else:
+                down_eye.append(block.diagonal())
+                (up if shape.kind == "diag" else up_eye).append(block.diagonal())
+            r0, h0 = r0 + r, h0 + b
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts) if parts else torch.arange(0)
+
+        self._index = {
+            "weight": joined(weight),
+            "down": joined(down),
+            "up": joined(up),
+            "down_eye": joined(down_eye),
+            "up_eye": joined(up_eye),
+            "owner": self.owner,
+        }
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    def index(self, device: torch.device) -> dict[str, Tensor]:
+        """The index tensors on a device, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
+        return self._on_device[device]
+
+    def fold(
+        self,
+        weight: Mapping[str, Tensor],
+        weight_out: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+        up: Mapping[str, Tensor],
+        basis: Tensor,
+        inverse_scale: Tensor | None,
+        live: Collection[str] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """D (d, H) and E (H, d), differentiable in the weights of the `live` bundles only (None: of all).
+
+        A bundle that is not live enters as a constant, so that autograd leaves its `.grad` None: AdamW moves a
+        parameter whose gradient is merely zero.
+        """
+        index, dtype = self.index(basis.device), basis.dtype
+
+        def part(table: Mapping[str, Tensor], name: str) -> Tensor:
+            value = table[name].to(dtype)
+            return value if live is None or name in live else value.detach()
+
+        def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
+            out = basis.new_zeros(rows * columns)
+            if len(eye := index.get(f"{where}_eye", ())):
+                out = out.index_fill(0, eye, 1.0)
+            parts = [part(table, name).reshape(-1) for name in self.projected if name in table]
+            out = out.scatter(0, index[where], torch.cat(parts)) if parts else out
+            return out.view(rows, columns)
+
+        D, E = [], []
+        if self.projected:
+            W = blocks(weight, "weight", self.total_rank, self.basis_rank)
+            W_out = blocks(weight_out, "weight", self.total_rank, self.basis_rank) if weight_out else W
+            into = blocks(down, "down", self.total_hidden, self.total_rank) @ W
+            back = blocks(up, "up", self.total_hidden, self.total_rank) @ W_out
+            D, E = [basis @ into.T], [back @ basis.T]
+        if self.full:
+            m = self.before_full
+            d_full = torch.cat([part(down, name) for name in self.full]).T
+            e_full = torch.cat([part(up, name).T for name in self.full])
+            D = [D[0][:, :m], d_full, D[0][:, m:]] if D else [d_full]
+            E = [E[0][:m], e_full, E[0][m:]] if E else [e_full]
+        d_all = torch.cat(D, 1) if len(D) > 1 else D[0]
+        e_all = torch.cat(E, 0) if len(E) > 1 else E[0]
+        return d_all if inverse_scale is None else d_all * inverse_scale[:, None], e_all

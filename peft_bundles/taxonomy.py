@@ -1,0 +1,231 @@
+"""The named bundles and the presets, as data (design.md section 6).
+
+A preset is a pair of tables: sub-bases (name -> rank, as a fraction of the hidden size d) and bundles (name -> the
+fields of a `BundleSpec`). `BundleConfig(preset=...)` reads them; nothing here runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+SIDE = 0.3  # weight of a signal's side bundles: they are helped along, not owned
+
+TOPICS = ("animals", "ml", "programming", "finance", "law", "medical")
+
+SIGNALS = (
+    "lm",
+    "logic",
+    "meta_correctness",
+    "calibration",
+    "confusion",
+    "consistency",
+    "contrastive",
+    "temporal",
+    "policy",
+    "value",
+    "advantage",
+    "curiosity",
+    "preference",
+    "entropy",
+    "kl",
+)
+
+# Ranks are fractions of d: the low end of each range in design.md, so that the six sub-bases sum to 0.85 d.
+COGNITIVE_SUB_BASES = {
+    "mem": 0.30,
+    "logic": 0.20,
+    "abstraction": 0.15,
+    "temporal": 0.10,
+    "meta": 0.05,
+    "policy": 0.05,
+}
+
+COGNITIVE: dict[str, dict[str, Any]] = {
+    "b_mem_global": {
+        "rank": 0.30,
+        "sub_bases": ["mem"],
+        "signals": {"lm": 1.0, "logic": 0.05, "calibration": SIDE},
+    },
+    "b_logic_global": {
+        "rank": 0.20,
+        "sub_bases": ["logic"],
+        "signals": {"logic": 1.0, "meta_correctness": SIDE},
+    },
+    "b_abstraction": {
+        "rank": 0.15,
+        "sub_bases": ["abstraction"],
+        "signals": {"lm": 1.0, "logic": 1.0, "contrastive": 1.0},
+    },
+    "b_temporal": {
+        "rank": 0.10,
+        "sub_bases": ["temporal"],
+        "signals": {"temporal": 1.0, "policy": SIDE, "value": SIDE},
+    },
+}
+
+CONTROL: dict[str, dict[str, Any]] = {
+    "b_meta": {
+        "rank": 0.05,
+        "sub_bases": ["meta"],
+        "signals": {
+            "meta_correctness": 1.0,
+            "calibration": 1.0,
+            "confusion": SIDE,
+            "consistency": SIDE,
+            "value": SIDE,
+            "preference": SIDE,
+        },
+    },
+    "b_policy": {
+        "rank": 0.05,
+        "sub_bases": ["policy"],
+        "role": "signal",
+        "signals": {
+            "policy": 1.0,
+            "preference": 1.0,
+            "entropy": 1.0,
+            "kl": 1.0,
+            "advantage": SIDE,
+            "curiosity": SIDE,
+        },
+    },
+}
+
+SEMANTIC: dict[str, dict[str, Any]] = {
+    f"b_sem_{topic}": {
+        "rank": 0.03,
+        "sub_bases": ["mem", "abstraction"],
+        "role": "semantic",
+        "topic": topic,
+        "signals": {"lm": SIDE, "logic": SIDE},
+    }
+    for topic in TOPICS
+}
+
+ERRORS: dict[str, dict[str, Any]] = {
+    name: {"rank": 0.03, "sub_bases": ["meta", "policy", "abstraction"], "role": "signal", "signals": signals}
+    for name, signals in {
+        "b_err_confusion": {"confusion": 1.0, "meta_correctness": 1.0},
+        "b_err_consistency": {"consistency": 1.0, "meta_correctness": 1.0},
+        "b_err_calibration": {"calibration": 1.0},
+    }.items()
+}
+
+RL: dict[str, dict[str, Any]] = {
+    "b_rl_value": {
+        "rank": 0.05,
+        "sub_bases": ["policy", "temporal", "meta"],
+        "role": "signal",
+        "signals": {"value": 1.0},
+    },
+    "b_rl_advantage": {
+        "rank": 0.05,
+        "sub_bases": ["policy", "temporal"],
+        "role": "signal",
+        "signals": {"advantage": 1.0, "curiosity": 1.0, "policy": SIDE},
+    },
+}
+
+
+def _affective(rank: float, signals: dict[str, float], topic: str | None = None) -> dict[str, Any]:
+    return {"rank": rank, "sub_bases": ["affect", "social"], "role": "semantic", "topic": topic, "signals": signals}
+
+
+def _own(sub_basis: str, rank: float, *signals: str, **fields: Any) -> dict[str, Any]:
+    return {"rank": rank, "sub_bases": [sub_basis], "signals": dict.fromkeys(signals, 1.0), **fields}
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # No bundle at all: the trunk itself is trained. The plain fine-tuning control.
+    "baseline": {"sub_bases": {}, "bundles": {}},
+    # One adapter that every signal updates: the monolithic control.
+    "single_adapter": {
+        "sub_bases": {"main": 0.5},
+        "bundles": {"b_main": _own("main", 0.5, *SIGNALS)},
+    },
+    # Three bundles that share 80% of their support: separate weights, one space.
+    "all_overlap": {
+        "sub_bases": {"ssl": 0.05, "policy": 0.05, "value": 0.05, "common": 0.20},
+        "bundles": {
+            "b_ssl": _own("ssl", 0.20, "lm", "logic", "contrastive", overlap=0.8),
+            "b_rl_policy": _own("policy", 0.20, "policy", "preference", "entropy", "kl", role="signal", overlap=0.8),
+            "b_rl_value": _own("value", 0.20, "value", "advantage", "curiosity", role="signal", overlap=0.8),
+        },
+    },
+    # Language modelling and RL in orthogonal halves of the basis, one bundle a signal.
+    "ssl_rl_separate": {
+        "sub_bases": {"ssl": 0.375, "rl": 0.375},
+        "bundles": {
+            "b_ssl_main": _own("ssl", 0.18, "lm", bottleneck=1.0),
+            "b_ssl_semantic": _own("ssl", 0.12, "lm", bottleneck=1.0, role="semantic"),
+            "b_rl_policy": _own("rl", 0.10, "policy", bottleneck=1.0, role="signal"),
+            "b_rl_value": _own("rl", 0.08, "value", bottleneck=1.0, role="signal"),
+            "b_rl_explore": _own("rl", 0.05, "entropy", bottleneck=1.0, role="signal"),
+            "b_rl_anchor": _own("rl", 0.06, "kl", bottleneck=1.0, role="signal"),
+        },
+    },
+    "full_modular": {
+        "sub_bases": COGNITIVE_SUB_BASES,
+        "bundles": {**COGNITIVE, **CONTROL, **SEMANTIC, **ERRORS},
+    },
+    "affective_social": {
+        "sub_bases": {"mem": 0.30, "abstraction": 0.15, "affect": 0.15, "social": 0.15, "policy": 0.05, "meta": 0.05},
+        "bundles": {
+            "b_mem_global": COGNITIVE["b_mem_global"],
+            "b_abstraction": COGNITIVE["b_abstraction"],
+            "b_affect_valence": _affective(0.05, {"lm": SIDE, "contrastive": SIDE}, "emotion"),
+            "b_affect_arousal": _affective(0.03, {"lm": SIDE, "contrastive": SIDE}, "emotion"),
+            "b_affect_tone": _affective(0.05, {"lm": SIDE, "preference": SIDE}, "tone"),
+            "b_social_empathy": _affective(0.05, {"lm": SIDE, "preference": SIDE}, "empathy"),
+            "b_social_norms": _affective(0.05, {"lm": SIDE, "preference": SIDE}, "norms"),
+            "b_social_mind": _affective(0.05, {"lm": SIDE, "consistency": 1.0}, "theory_of_mind"),
+            "b_social_persona": _affective(0.03, {"lm": SIDE, "consistency": SIDE}, "persona"),
+            "b_policy": CONTROL["b_policy"],
+            "b_meta": CONTROL["b_meta"],
+            "b_err_calibration": {**ERRORS["b_err_calibration"], "sub_bases": ["meta", "policy", "abstraction"]},
+        },
+    },
+    # Each kind of feedback in a space of its own.
+    "feedback_isolated": {
+        "sub_bases": {"ssl": 0.30, "preference": 0.12, "policy": 0.12, "value": 0.08, "critique": 0.12},
+        "bundles": {
+            "b_ssl": _own("ssl", 0.30, "lm", "logic"),
+            "b_fb_preference": _own("preference", 0.12, "preference", role="signal"),
+            "b_fb_reward": _own("policy", 0.12, "policy", "entropy", "kl", role="signal"),
+            "b_fb_value": _own("value", 0.08, "value", "advantage", role="signal"),
+            "b_fb_critique": _own("critique", 0.12, "meta_correctness", "calibration", role="signal"),
+        },
+    },
+    # Semantic supports nested inside the cognitive ones: each cognitive sub-basis has a part its topic shares.
+    "hierarchical": {
+        "sub_bases": {
+            "mem": 0.25,
+            "mem_animals": 0.05,
+            "logic": 0.15,
+            "logic_programming": 0.05,
+            "abstraction": 0.10,
+            "abstraction_law": 0.05,
+        },
+        "bundles": {
+            "b_mem_global": {**COGNITIVE["b_mem_global"], "sub_bases": ["mem", "mem_animals"]},
+            "b_logic_global": {**COGNITIVE["b_logic_global"], "sub_bases": ["logic", "logic_programming"]},
+            "b_abstraction": {**COGNITIVE["b_abstraction"], "sub_bases": ["abstraction", "abstraction_law"]},
+            "b_sem_animals": {**SEMANTIC["b_sem_animals"], "sub_bases": ["mem_animals"]},
+            "b_sem_programming": {**SEMANTIC["b_sem_programming"], "sub_bases": ["logic_programming"]},
+            "b_sem_law": {**SEMANTIC["b_sem_law"], "sub_bases": ["abstraction_law"]},
+        },
+    },
+    # Cognitive and semantic bundles in orthogonal spaces.
+    "cognitive_semantic_split": {
+        "sub_bases": {"mem": 0.30, "logic": 0.20, "abstraction": 0.15, "temporal": 0.10, "semantic": 0.15},
+        "bundles": {
+            **COGNITIVE,
+            **{name: {**spec, "sub_bases": ["semantic"]} for name, spec in SEMANTIC.items()},
+        },
+    },
+    "taxonomy": {
+        "sub_bases": COGNITIVE_SUB_BASES,
+        "bundles": {**COGNITIVE, **CONTROL, **SEMANTIC, **ERRORS, **RL},
+    },
+}
