@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # A gate for one bundle: a number, a tensor (B,) or (B, T) or (), or one number a layer.
-AlphaValue = Union[float, Tensor, tuple[float, ...]]
+AlphaValue: TypeAlias = float | Tensor | tuple[float, ...]
 
 
 class _Call(threading.local):
@@ -162,7 +162,7 @@ def alphas(
 
 
 def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
-    """Set alphas for all later forwards of this model, in every thread. Not saved: `BundleSpec.alpha` is the default."""
+    """Set alphas for all later forwards of this model, in every thread. Not saved: `BundleSpec.alpha` is what is."""
     state = state_of(model)
     state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
     state.call.cache = {}
@@ -181,7 +181,7 @@ def layer_alphas(
     values = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
     values = [v[layer] if isinstance(v, tuple) else v for v in values]
     if not any(isinstance(v, Tensor) for v in values):
-        return tuple(values), None  # type: ignore[arg-type]
+        return tuple(cast(list[float], values)), None
     key = (adapter, layer if any(isinstance(v, tuple) for v in values) else None, hidden.shape[:2], hidden.device)
     learnt = any(isinstance(v, Tensor) and v.requires_grad for v in values)
     if learnt or key not in call.cache:

@@ -161,9 +161,7 @@ def _is_trained(layer: BundleLayer, adapter: str) -> bool:
 
 
 @contextmanager
-def _measuring(
-    model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]
-) -> Iterator[list[Tensor]]:
+def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]) -> Iterator[list[Tensor]]:
     """Bundles off, no gradients, eval mode, and every block's output added to its moments; yields the mask to fill."""
     mask: list[Tensor] = []
 
@@ -213,7 +211,7 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, 
 
 
 def _own_samples(
-    model: nn.Module, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
+    model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Text that the base model writes by itself, from its start token, at temperature 1."""
     config = model.config.get_text_config(decoder=True)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -24,7 +24,7 @@ BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
-Rank = Union[int, float]
+Rank: TypeAlias = int | float
 
 
 def resolve_rank(rank: Rank, hidden_size: int) -> int:
@@ -194,7 +194,7 @@ class BundleConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.BUNDLE
+        self.peft_type = PeftType("BUNDLE")
         me = "BundleConfig"
         if self.preset is None and self.bundles is None:
             self.preset = "single_adapter"
@@ -277,7 +277,7 @@ class BundleConfig(PeftConfig):
         return list(dict.fromkeys(s for spec in self.bundles.values() for s, w in spec.signals.items() if w > 0))
 
     def column(self, signal: str) -> dict[str, float]:
-        """Routing column of a signal: bundle -> weight in [0, 1] (one row of the S x M table of design.md section 3)."""
+        """Routing column of a signal: bundle -> weight in [0, 1] (a row of the S x M table of design.md section 3)."""
         assert self.bundles is not None
         return {name: float(spec.signals.get(signal, 0.0)) for name, spec in self.bundles.items()}
 

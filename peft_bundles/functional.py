@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,10 @@ class BundleWeights:
 
     kind: str
     support: Tensor
-    weight: Tensor | None = None
-    weight_out: Tensor | None = None
-    down: Tensor | None = None
-    up: Tensor | None = None
+    weight: Any = None
+    weight_out: Any = None
+    down: Any = None
+    up: Any = None
 
 
 def bundle_reference(
@@ -107,7 +108,8 @@ class _Bundles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype):
+    def forward(ctx: Any, hidden: Tensor, residual: Tensor, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
+        mean, alpha, mask, gate, nonlinear, dtype = rest
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         a = _activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
@@ -121,7 +123,7 @@ class _Bundles(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, D, E, mean, alpha, mask = ctx.saved_tensors
         needs, dtype, nonlinear = ctx.needs_input_grad, ctx.dtype, ctx.nonlinear
         D, E = D.to(dtype), E.to(dtype)

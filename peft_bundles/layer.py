@@ -24,8 +24,8 @@ from .packing import Packing
 
 
 MERGE_ERROR = (
-    "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and no "
-    "weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
+    "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
+    "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
 )
 
 
@@ -40,6 +40,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
     other_param_names = ("bundle_basis", "bundle_mean", "bundle_scale")
 
+    # ModuleDict of ParameterDict, and BufferDict, by adapter
+    bundle_weight: Any
+    bundle_weight_out: Any
+    bundle_down: Any
+    bundle_up: Any
+    bundle_basis: Any
+    bundle_mean: Any
+    bundle_scale: Any
+
     def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
         super().__init__()
         self._block = (block,)  # a tuple, so that the parent is not registered as a child
@@ -53,7 +62,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self._handle = block.register_forward_hook(self.hook, prepend=True)
 
     def extra_repr(self) -> str:
-        return f"layer={self.index}, adapters={sorted(self.bundle_basis.keys())}"
+        return f"layer={self.index}, adapters={self.bundle_adapters()}"
 
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
@@ -103,6 +112,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def packing(self, adapter: str) -> Packing:
         return self.state.packings[adapter, self.hidden_size]
 
+    def bundle_adapters(self) -> list[str]:
+        """Names of the bundle adapters on this block."""
+        return list(self.bundle_basis.keys())
+
     def bundle_parameters(self, adapter: str, bundle: str) -> list[nn.Parameter]:
         """The trainable weights of one bundle in this layer."""
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
@@ -114,10 +127,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             BundleWeights(
                 shape.kind,
                 shape.support.to(self.bundle_basis[adapter].device),
-                *(
-                    getattr(self, what)[adapter][name] if name in getattr(self, what)[adapter] else None
-                    for what in self.adapter_layer_names
-                ),
+                *(getattr(self, what)[adapter].get(name) for what in self.adapter_layer_names),
             )
             for name, shape in self.packing(adapter).shapes.items()
         ]
@@ -147,7 +157,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if device is None:
             return
         for what in self.adapter_layer_names:
-            table = getattr(self, what)[adapter_name] if adapter_name in getattr(self, what) else {}
+            table = getattr(self, what)[adapter_name]
             for name in list(table.keys()):
                 if table[name].device.type != "meta":
                     table[name] = nn.Parameter(table[name].data.to(device, dtype), table[name].requires_grad)
@@ -218,10 +228,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             gate=gate,
         )
 
-    def _folded(
-        self, adapter: str, numbers: tuple[float, ...] | None, live: list[str] | None
-    ) -> tuple[Tensor, Tensor]:
-        """D and E with the numeric alphas in E; kept while `generate` (or `model.folded()`) says nothing can change."""
+    def _folded(self, adapter: str, numbers: tuple[float, ...] | None, live: list[str] | None) -> tuple[Tensor, Tensor]:
+        """D and E with the numeric alphas in E; kept while `generate` or `model.folded()` say nothing can change."""
         folds = self.state.call.folds if not torch.is_grad_enabled() else None
         key = (id(self), adapter, numbers)
         if folds is not None and key in folds:

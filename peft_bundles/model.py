@@ -1,10 +1,11 @@
-"""`BundleModel`: finds the decoder blocks, gives each its bundles, and carries the public methods of a bundled model."""
+"""`BundleModel`: finds the decoder blocks, gives each its bundles, carries the public methods of a bundled model."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -34,13 +35,13 @@ def find_blocks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: none found; then `target_modules` has to name them.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     depth = getattr(text, "num_hidden_layers", None)
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
     inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
     decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
     for candidates in (
@@ -67,7 +68,7 @@ class BundleModel(BaseTuner):
 
     prefix = "bundle_"
     tuner_layer_cls = BundleLayer
-    target_module_mapping: dict[str, list[str]] = {}  # blocks are found, not looked up
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - blocks are found, not looked up
 
     # ---- injection ----
 
@@ -91,16 +92,19 @@ class BundleModel(BaseTuner):
         return [config.hidden_size, config.num_hidden_layers]
 
     def _prepare_adapter_config(self, peft_config: BundleConfig, model_config: dict[str, Any]) -> BundleConfig:
+        matcher = copy.copy(peft_config)
+        matcher.layers_to_transform = None  # PEFT reads it for the submodules of a layer; here it is the layers
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
         else:
-            bare = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
-            blocks = [name for name in bare if check_target_module_exists(_whole_depth(peft_config), name)]
-        chosen = peft_config.layers_to_transform
-        if chosen is not None and (wrong := [i for i in chosen if not 0 <= i < len(blocks)]):
+            names = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
+            blocks = [name for name in names if check_target_module_exists(matcher, name)]
+        chosen = range(len(blocks)) if peft_config.layers_to_transform is None else peft_config.layers_to_transform
+        if wrong := [i for i in chosen if i not in range(len(blocks))]:  # type: ignore[union-attr]
             raise ValueError(f"layers_to_transform has {wrong}, but the model has layers 0 to {len(blocks) - 1}.")
-        # Not a field: names differ between AutoModel and the CausalLM, so they are found anew at every injection.
-        peft_config._blocks = {name: i for i, name in enumerate(blocks) if chosen is None or i in chosen}  # type: ignore[attr-defined]
+        # Not fields: names differ between AutoModel and the CausalLM, so blocks are found anew at every injection.
+        matcher.target_modules = [blocks[i] for i in chosen]  # type: ignore[union-attr]
+        vars(peft_config).update(_blocks={name: i for i, name in enumerate(blocks)}, _matcher=matcher)
         return peft_config
 
     def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
@@ -116,11 +120,9 @@ class BundleModel(BaseTuner):
         self._state = state
 
     @staticmethod
-    def _check_target_module_exists(peft_config: BundleConfig, key: str) -> bool:
-        found = key in peft_config._blocks  # type: ignore[attr-defined]
-        return found and (
-            peft_config.exclude_modules is None or bool(check_target_module_exists(_anything(peft_config), key))
-        )
+    def _check_target_module_exists(peft_config: BundleConfig, key: str) -> Any:
+        blocks, matcher = peft_config._blocks, peft_config._matcher  # type: ignore[attr-defined]
+        return check_target_module_exists(matcher, key) if key in blocks else False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own. A state dict names our layers ("h.0.bundles"), PEFT looks for the modules they sit in ("h.0")."""
@@ -129,7 +131,7 @@ class BundleModel(BaseTuner):
                 f"{key.rsplit(f'.{CHILD}.', 1)[0]}.{self.prefix}": v for key, v in state_dict.items()
             }
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
+        config = cast(BundleConfig, self.peft_config[adapter_name])
         layers = {
             str(m.index): m for m in model.modules() if isinstance(m, BundleLayer) and adapter_name in m.bundle_basis
         }
@@ -150,13 +152,14 @@ class BundleModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if not isinstance(layer, BundleLayer):
             index = peft_config._blocks[current_key]  # type: ignore[attr-defined]
-            layer = BundleLayer(target, index, peft_config.base_shape[0], self._state)
+            layer = BundleLayer(target, index, self._base_shape()[0], self._state)
             setattr(target, CHILD, layer)
         layer.update_layer(adapter_name, peft_config.init_weights, peft_config.inference_mode)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # A config without bundles is plain fine-tuning: the trunk stays trainable.
-        if all(config.bundles or config.inference_mode for config in self.peft_config.values()):
+        configs = cast(dict[str, BundleConfig], self.peft_config).values()
+        if all(config.bundles or config.inference_mode for config in configs):
             super()._mark_only_adapters_as_trainable(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -230,8 +233,8 @@ class BundleModel(BaseTuner):
         for key, tensor in present.items():
             if tensor.shape != expected[key].shape:
                 raise ValueError(
-                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(expected[key].shape)} in the "
-                    "model; it belongs to another base model or another config."
+                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(expected[key].shape)} in "
+                    "the model; it belongs to another base model or another config."
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{key!r} holds NaN or infinity; the checkpoint is damaged.")
@@ -282,7 +285,7 @@ class BundleModel(BaseTuner):
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Fold the bundles once for all no-grad forwards of the block (in this thread). Do not change weights inside."""
+        """Fold the bundles once for all no-grad forwards of the block, in this thread. Do not change weights inside."""
         call = self._state.call
         before = call.folds
         call.folds = before if before is not None else {}
@@ -294,7 +297,7 @@ class BundleModel(BaseTuner):
     # ---- alphas, routing, report: the functions of the same names, on this model ----
 
     def alphas(self, values: Any = None, *, per: str = "row", **by_name: Any) -> AbstractContextManager[None]:
-        """`with model.alphas(b_rl_policy=0.0):` gates for the block's forwards in this thread; see `alphas.parse_alphas`."""
+        """`with model.alphas(b_rl_policy=0.0):` gates for the block's forwards, in this thread; see `parse_alphas`."""
         return alphas(self.model, values, per=per, **by_name)
 
     def set_alphas(self, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
@@ -335,20 +338,6 @@ class BundleModel(BaseTuner):
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _whole_depth(config: BundleConfig) -> Any:
-    """The config's own module filter, without `layers_to_transform` (PEFT's reading of it expects submodules of layers)."""
-    filter_ = type("Filter", (), {})()
-    filter_.target_modules, filter_.target_parameters = config.target_modules, None
-    return filter_
-
-
-def _anything(config: BundleConfig) -> Any:
-    filter_ = type("Filter", (), {})()
-    filter_.target_modules, filter_.target_parameters = ".*", None
-    filter_.exclude_modules = config.exclude_modules
-    return filter_
 
 
 def _adapter_of(key: str) -> str | None:

@@ -40,7 +40,11 @@ class Packing:
         self.total_rank = sum(shapes[n].rank for n in self.projected)
         self.total_hidden = sum(shapes[n].hidden for n in self.projected)
 
-        weight, down, up, down_eye, up_eye = [], [], [], [], []
+        weight: list[Tensor] = []
+        down: list[Tensor] = []
+        up: list[Tensor] = []
+        down_eye: list[Tensor] = []
+        up_eye: list[Tensor] = []
         r0 = h0 = 0
         for name in self.projected:
             shape = shapes[name]
@@ -99,8 +103,8 @@ class Packing:
 
         def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
             out = basis.new_zeros(rows * columns)
-            if len(eye := index.get(f"{where}_eye", ())):
-                out = out.index_fill(0, eye, 1.0)
+            if f"{where}_eye" in index:
+                out = out.index_fill(0, index[f"{where}_eye"], 1.0)
             parts = [part(table, name).reshape(-1) for name in self.projected if name in table]
             out = out.scatter(0, index[where], torch.cat(parts)) if parts else out
             return out.view(rows, columns)

@@ -10,8 +10,7 @@ def add_peft_type(name: str) -> None:
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)
-    member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    vars(member).update(_name_=name, _value_=name, _sort_order_=len(PeftType), __objclass__=PeftType)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

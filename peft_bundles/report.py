@@ -71,7 +71,7 @@ def report(model: nn.Module, adapter: str, *, angles: bool = False) -> BundleRep
     layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
     packing = layers[0].packing(adapter)
     assert config.bundles is not None
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "bundle": name,
             "kind": shape.kind,
@@ -90,7 +90,8 @@ def report(model: nn.Module, adapter: str, *, angles: bool = False) -> BundleRep
         calibrated = f"{config.calibration['tokens']:,} tokens of {config.calibration['source']}"
     header = [
         f"adapter {adapter!r}: {len(rows)} bundles in {len(layers)} layers, {total:,} parameters",
-        f"basis: {packing.basis_rank} of {layers[0].hidden_size} directions, {config.basis_init}; calibrated: {calibrated}",
+        f"basis: {packing.basis_rank} of {layers[0].hidden_size} directions, {config.basis_init}",
+        f"calibrated: {calibrated}",
     ]
     return BundleReport(rows, support_overlap(packing.shapes), _angles(layers, adapter) if angles else None, header)
 

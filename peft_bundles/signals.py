@@ -2,7 +2,7 @@
 
 The signal table is the config's: `config.column(signal)` gives a weight in [0, 1] for every bundle. Two ways to route:
 
-- `with route(model, ...)` around a forward says which signal each row carries. The weight gradients of a bundle are sums
+- `with route(model, ...)` around a forward says which signal each row carries. A bundle's weight gradients are sums
   over rows, so one gate per row inside the bundle's own backward routes a mixed batch in one forward and one backward.
   Off-owner bundles enter the forward as constants, so their `.grad` stays None.
 - `routed_backward(model, {signal: loss})` for several losses on the same rows: one pass over the graph per distinct
@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,8 @@ from .layer import BundleLayer
 from .packing import Packing
 
 
-Signals = Union[str, tuple[str, ...]]  # one signal, or several losses that will be computed on the same row
-Segments = list[tuple[Signals, int]]  # a packed row: (signals, number of tokens), in order
+Signals: TypeAlias = str | tuple[str, ...]  # one signal, or several losses that will be computed on the same row
+Segments: TypeAlias = list[tuple[Signals, int]]  # a packed row: (signals, number of tokens), in order
 
 
 class Route:
@@ -44,20 +44,18 @@ class Route:
     def __init__(self, configs: Mapping[str, BundleConfig], signals: Signals | Sequence[Signals | Segments]) -> None:
         self._configs = dict(configs)
         self.uniform = isinstance(signals, (str, tuple))
-        self.rows: list[Segments] = [
-            row if isinstance(row, list) else [(row, 0)]
-            for row in ([signals] if self.uniform else signals)  # type: ignore[list-item]
-        ]
-        self.packed = any(isinstance(row, list) for row in signals)
-        if not self.rows:
+        given: Sequence[Any] = [signals] if self.uniform else signals
+        self.packed = any(isinstance(row, list) for row in given)
+        if not given:
             raise ValueError("route([]) names no row; give one signal per row of the batch.")
-        self.rows = [[(s if isinstance(s, tuple) else (s,), n) for s, n in row] for row in self.rows]
+        segments = [row if isinstance(row, list) else [(row, 0)] for row in given]
+        self.rows: list[list[tuple[tuple[str, ...], int]]] = [
+            [(s if isinstance(s, tuple) else (s,), n) for s, n in row] for row in segments
+        ]
         self.signals = list(dict.fromkeys(s for row in self.rows for segment, _ in row for s in segment))
         check_signals(configs, self.signals)
         if len(lengths := {sum(n for _, n in row) for row in self.rows}) > 1:
-            raise ValueError(
-                f"packed rows have {sorted(lengths)} tokens; the segments of every row must add up alike."
-            )
+            raise ValueError(f"packed rows have {sorted(lengths)} tokens; the segments of every row must add up alike.")
         self._columns = {s: routing_column(configs, s) for s in self.signals}
         self.deferred = any(len({self._columns[s] for s in signals}) > 1 for row in self.rows for signals, _ in row)
         self._live = {
@@ -86,7 +84,7 @@ class Route:
         return torch.tensor(rows).reshape(len(rows), -1, len(names))
 
     def gate(self, adapter: str, packing: Packing, hidden: Tensor) -> Tensor | None:
-        """Gate of the hidden units, (B|1, T|1, H), for a forward of `hidden` (B, T, d); None where all live ones are 1."""
+        """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
         if not self.uniform and len(self.rows) != hidden.shape[0]:
             raise ValueError(f"route() was given {len(self.rows)} rows, but the batch has {hidden.shape[0]}.")
         if (adapter, hidden.device) not in self._gates:
@@ -126,11 +124,11 @@ def routing_column(configs: Mapping[str, BundleConfig], signal: str) -> tuple[fl
 def route(
     model: nn.Module, signals: Signals | Sequence[Signals | Segments], *, block_diagonal: bool = False
 ) -> Iterator[None]:
-    """Route the gradients of the block's forwards. Rows are those of the batch; the values of the forward do not change.
+    """Route the gradients of the block's forwards. Rows are those of the batch; forward values do not change.
 
     Args:
         signals: one signal for all rows; or a list with one entry a row: a signal, a tuple of signals whose losses will
-            be computed on that row (then call `routed_backward`), or for a packed row its segments `[(signal, tokens)]`.
+            be computed on that row (then call `routed_backward`), or a packed row's segments `[(signal, tokens)]`.
         block_diagonal: say that packed segments do not attend to each other. Only then is a gate per segment exact.
 
     Raises:
@@ -176,7 +174,7 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
     table: dict[tuple[str, str], list[nn.Parameter]] = {}
     for layer in model.modules():
         if isinstance(layer, BundleLayer):
-            for adapter in layer.bundle_basis.keys():
+            for adapter in layer.bundle_adapters():
                 for name in layer.packing(adapter).names:
                     table.setdefault((adapter, name), []).extend(layer.bundle_parameters(adapter, name))
     return table
