@@ -74,7 +74,7 @@ class BundleModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: BundleConfig) -> None:
         super()._check_new_adapter_config(config)
-        names = {name for c in self.peft_config.values() for name in getattr(c, "bundles", None) or ()}
+        names = {name for c in self._bundle_configs() for name in c.bundles or ()}
         if clash := sorted(names & set(self.peft_config)):
             raise ValueError(
                 f"{clash} name(s) both an adapter and a bundle; PEFT would drop that bundle's weights on saving. "
@@ -86,6 +86,10 @@ class BundleModel(BaseTuner):
                 f"{type(self.model).__name__} has {tuple(shape)}; load it onto the base model it was trained on"
                 + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
             )
+
+    def _bundle_configs(self) -> list[BundleConfig]:
+        # Beside ours there may be the configs of adapters that were injected into the base model before.
+        return [config for config in self.peft_config.values() if isinstance(config, BundleConfig)]
 
     def _base_shape(self) -> list[int]:
         config = self.model.config.get_text_config(decoder=True)
@@ -158,8 +162,7 @@ class BundleModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # A config without bundles is plain fine-tuning: the trunk stays trainable.
-        configs = cast(dict[str, BundleConfig], self.peft_config).values()
-        if all(config.bundles or config.inference_mode for config in configs):
+        if all(config.bundles or config.inference_mode for config in self._bundle_configs()):
             super()._mark_only_adapters_as_trainable(model)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -81,7 +81,7 @@ class Route:
             return [columns[0][n] if all(c[n] == columns[0][n] for c in columns) else float("nan") for n in names]
 
         rows = [[weights(signals) for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
-        return torch.tensor(rows).reshape(len(rows), -1, len(names))
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1, len(names))
 
     def gate(self, adapter: str, packing: Packing, hidden: Tensor) -> Tensor | None:
         """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
@@ -96,14 +96,14 @@ class Route:
             live = [name in self._live[adapter] for name in packing.names]
             if not self.deferred and bool((table[..., live] == 1.0).all()):
                 return None  # bundles that are not live are constants already
-            gate = table.to(hidden.device)[..., packing.index(hidden.device)["owner"]]
+            gate = table.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))[..., packing.index(hidden.device)["owner"]]
             self._gates[adapter, hidden.device] = packing, gate
         return self._gates[adapter, hidden.device][1]
 
     def choose(self, signals: set[str]) -> None:
         """Set the gates of this forward's graph for a backward of these signals' losses."""
         for (adapter, device), (packing, gate) in self._gates.items():
-            table = self._table(adapter, signals).to(device)
+            table = self._table(adapter, signals).to(device, gate.dtype)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.data.copy_(table[..., packing.index(device)["owner"]])
 

@@ -1,0 +1,102 @@
+"""Tiny decoder models, one for every kind of block, built from their configs without network; and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from peft_bundles import BundleConfig
+from peft_bundles.layer import BundleLayer
+
+
+VOCABULARY, HIDDEN, LAYERS, PAD, BOS, EOS = 100, 64, 2, 0, 1, 2
+
+_SHAPE = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 128,
+}
+_GROUPED = {**_SHAPE, "num_key_value_heads": 2}
+_GPT = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
+_MIXTRAL = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+_OPT = {**_SHAPE, "word_embed_proj_dim": HIDDEN, "ffn_dim": 128}
+_MAMBA = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 8}
+
+# model type -> where its decoder blocks are, and the fields of its config
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("model.layers", _GROUPED),
+    "gpt2": ("transformer.h", _GPT),
+    "qwen2": ("model.layers", _GROUPED),
+    "gemma2": ("model.layers", {**_GROUPED, "head_dim": 16}),
+    "opt": ("model.decoder.layers", _OPT),
+    "gpt_neox": ("gpt_neox.layers", _SHAPE),
+    "mistral": ("model.layers", _GROUPED),
+    "mixtral": ("model.layers", _MIXTRAL),  # a mixture of experts
+    "mamba": ("backbone.layers", _MAMBA),  # no attention
+    "gptj": ("transformer.h", {**_GPT, "rotary_dim": 8}),  # its blocks return tuples
+}
+
+BLOCKS = {name: blocks for name, (blocks, _) in _MODELS.items()}
+
+
+def tiny(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A model of that type with random weights, float32, in eval mode; `fields` override its config's."""
+    special = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    config = AutoConfig.for_model(name, **{**special, **_MODELS[name][1], **fields})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+TINY: dict[str, Callable[..., PreTrainedModel]] = {name: partial(tiny, name) for name in _MODELS}
+
+
+def bundle_config(**fields: Any) -> BundleConfig:
+    """Three bundles of different kinds that share a part of their support."""
+    defaults = {
+        "sub_bases": {"left": 12, "right": 8},
+        "bundles": {
+            "b_mlp": {"rank": 8, "sub_bases": ["left"], "signals": {"lm": 1.0}},
+            "b_linear": {"rank": 6, "sub_bases": ["left", "right"], "adapter": "linear", "signals": {"policy": 1.0}},
+            "b_diag": {"rank": 4, "sub_bases": ["right"], "adapter": "diag", "signals": {"lm": 0.5}},
+        },
+        "bottleneck": 0.5,
+        "task_type": "CAUSAL_LM",
+    }
+    return BundleConfig(**{**defaults, **fields})
+
+
+def batch(rows: int = 3, length: int = 9, *, seed: int = 0) -> Tensor:
+    """Token ids (rows, length) without special tokens."""
+    return torch.randint(EOS + 1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+def layers(model: nn.Module) -> list[BundleLayer]:
+    return [m for m in model.modules() if isinstance(m, BundleLayer)]
+
+
+def weights(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The bundle parameters of an adapter by name."""
+    return {n: p for n, p in model.named_parameters() if ".bundle_" in n and f".{adapter}." in n}
+
+
+def perturb(model: nn.Module, adapter: str = "default", *, scale: float = 0.3, seed: int = 0) -> nn.Module:
+    """Add noise to an adapter's weights, so that it is not the identity; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    found = weights(model, adapter)
+    assert found, f"no bundle of adapter {adapter!r} to perturb"
+    for parameter in found.values():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
