@@ -96,7 +96,9 @@ class Route:
             live = [name in self._live[adapter] for name in packing.names]
             if not self.deferred and bool((table[..., live] == 1.0).all()):
                 return None  # bundles that are not live are constants already
-            gate = table.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))[..., packing.index(hidden.device)["owner"]]
+            gate = table.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))[
+                ..., packing.index(hidden.device)["owner"]
+            ]
             self._gates[adapter, hidden.device] = packing, gate
         return self._gates[adapter, hidden.device][1]
 

@@ -24,9 +24,12 @@ _SHAPE = {
     "max_position_embeddings": 128,
 }
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
-_GPT = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
+_GPT = {
+    "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128,
+    "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+}
 _MIXTRAL = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
-_OPT = {**_SHAPE, "word_embed_proj_dim": HIDDEN, "ffn_dim": 128}
+_OPT = {**_SHAPE, "word_embed_proj_dim": HIDDEN, "ffn_dim": 128, "dropout": 0.0}
 _MAMBA = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 8}
 
 # model type -> where its decoder blocks are, and the fields of its config
@@ -47,7 +50,7 @@ BLOCKS = {name: blocks for name, (blocks, _) in _MODELS.items()}
 
 
 def tiny(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A model of that type with random weights, float32, in eval mode; `fields` override its config's."""
+    """A model of that type with random weights, float32, in eval mode, no dropout; `fields` override its config's."""
     special = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     config = AutoConfig.for_model(name, **{**special, **_MODELS[name][1], **fields})
     with torch.random.fork_rng():

@@ -1,0 +1,255 @@
+"""Alphas: where they come from, their shapes, beams, threads."""
+
+import threading
+
+import pytest
+import torch
+from models import TINY, batch, logits, perturb
+from peft import get_peft_model
+
+import peft_bundles
+from peft_bundles import BundleConfig, BundleSpec
+
+
+NAMES = ("b_one", "b_two", "b_three")
+
+
+def make(arch: str = "llama", **changes):
+    torch.manual_seed(0)
+    config = BundleConfig(
+        **{"task_type": "CAUSAL_LM", **changes},
+        sub_bases={"a": 16, "b": 16},
+        bundles={
+            "b_one": BundleSpec(8, ["a"], signals={"lm": 1.0}),
+            "b_two": BundleSpec(8, ["a", "b"], signals={"lm": 1.0}, alpha=0.5),
+            "b_three": BundleSpec(8, ["b"], adapter="linear", signals={"policy": 1.0}),
+        },
+    )
+    return perturb(get_peft_model(TINY[arch](), config), scale=1.0).eval()
+
+
+def with_numbers(model, one, two, three, ids):
+    with model.alphas({"b_one": one, "b_two": two, "b_three": three}):
+        return logits(model, ids)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mamba"])
+def test_every_shape_says_the_same_as_numbers_row_by_row(arch):
+    model, ids = make(arch), batch(4, 6)
+    table = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.5, -1.0], [0.3, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    rows = torch.cat([with_numbers(model, *table[b].tolist(), ids[b : b + 1]) for b in range(4)])
+    with model.alphas(table):
+        torch.testing.assert_close(logits(model, ids), rows)
+    with model.alphas(table[:, None, :].expand(4, 6, 3)):
+        torch.testing.assert_close(logits(model, ids), rows)
+    by_name = {name: table[:, k].tolist() for k, name in enumerate(NAMES)}
+    torch.testing.assert_close(logits(model, ids, alphas=by_name), rows)
+    torch.testing.assert_close(logits(model, ids, alphas=table), rows)
+    mixed = {"b_one": table[:, 0], "b_two": table[:, 1, None].expand(4, 6), "b_three": table[:, 2]}
+    torch.testing.assert_close(logits(model, ids, alphas=mixed), rows)
+    with model.alphas(table[1]):
+        torch.testing.assert_close(logits(model, ids), with_numbers(model, *table[1].tolist(), ids))
+
+
+def test_per_layer_alphas_switch_layers():
+    model, ids = make(), batch(2, 5)
+    with model.disable_adapter():
+        base = logits(model, ids)
+    with model.alphas(torch.zeros(2, 3), per="layer"):
+        assert torch.equal(logits(model, ids), base)
+    with model.alphas(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]), per="layer"):
+        hidden = model(ids, output_hidden_states=True).hidden_states[1]
+        first = logits(model, ids)
+    with model.alphas(dict.fromkeys(NAMES, 1.0)):
+        assert torch.equal(model(ids, output_hidden_states=True).hidden_states[1], hidden)
+        assert not torch.equal(logits(model, ids), first)
+    with model.alphas({"b_one": [1.0, 0.25]}, per="layer"), model.alphas(b_two=1.0, b_three=1.0):
+        mixed = logits(model, ids)
+    layers = [m for m in model.modules() if isinstance(m, peft_bundles.BundleLayer)]
+    for layer in layers:
+        layer.bundle_up["default"]["b_one"].data *= [1.0, 0.25][layer.index]
+    torch.testing.assert_close(with_numbers(model, 1.0, 1.0, 1.0, ids), mixed)
+
+
+def test_per_token_alphas_act_from_that_token_on():
+    model, ids = make(), batch(2, 6)
+    late = torch.zeros(2, 6, 3)
+    late[:, 4:] = 1.0
+    with model.alphas(late):
+        mixed = logits(model, ids)
+    off, on = with_numbers(model, 0, 0, 0, ids), with_numbers(model, 1, 1, 1, ids)
+    torch.testing.assert_close(mixed[:, :4], off[:, :4])
+    assert not torch.allclose(mixed[:, 4], off[:, 4]) and not torch.allclose(mixed[:, 4], on[:, 4])
+
+
+def test_precedence_call_block_set_default():
+    model, ids = make(), batch(2, 5)
+    default = with_numbers(model, 1.0, 0.5, 1.0, ids)
+    assert torch.equal(logits(model, ids), default)
+    model.set_alphas({"b_one": 0.2})
+    assert torch.equal(logits(model, ids), with_numbers(model, 0.2, 0.5, 1.0, ids))
+    with model.alphas(b_one=0.7):
+        assert torch.equal(logits(model, ids), with_numbers(model, 0.7, 0.5, 1.0, ids))
+        with model.alphas(b_two=0.0):  # blocks nest; what they do not name stays
+            assert torch.equal(logits(model, ids), with_numbers(model, 0.7, 0.0, 1.0, ids))
+            called = logits(model, ids, alphas={"b_one": 0.1})
+        assert torch.equal(called, with_numbers(model, 0.1, 0.0, 1.0, ids))
+        assert torch.equal(logits(model, ids), with_numbers(model, 0.7, 0.5, 1.0, ids))
+    assert torch.equal(logits(model, ids), with_numbers(model, 0.2, 0.5, 1.0, ids))
+    model.set_alphas({"b_one": 1.0})
+    assert torch.equal(logits(model, ids), default)
+
+
+def test_a_block_that_raises_leaves_no_alphas_behind():
+    model, ids = make(), batch(2, 5)
+    before = logits(model, ids)
+    with pytest.raises(KeyError), model.alphas(b_one=0.0):
+        raise KeyError
+    with pytest.raises(ValueError, match="rows"):
+        model(ids, alphas={"b_one": [1.0, 2.0, 3.0]})
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_generate_takes_one_alpha_a_row(arch, task_type):
+    model, ids = make(arch, task_type=task_type), batch(3, 5)
+    mask = torch.ones_like(ids)
+    alphas = {"b_one": [0.0, 1.0, 3.0], "b_three": [2.0, 0.0, 1.0]}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with model.alphas(alphas):
+        together = model.generate(input_ids=ids, attention_mask=mask, **options)
+    if task_type is not None:
+        called = model.generate(input_ids=ids, attention_mask=mask, alphas=alphas, **options)
+        assert torch.equal(together, called)
+    for b in range(3):
+        with model.alphas({name: values[b] for name, values in alphas.items()}):
+            alone = model.generate(input_ids=ids[b : b + 1], attention_mask=mask[b : b + 1], **options)
+        assert torch.equal(together[b], alone[0])
+    base = model.get_base_model()
+    with model.alphas(dict.fromkeys(NAMES, 0.0)):
+        off = model.generate(input_ids=ids, attention_mask=mask, **options)
+    with model.disable_adapter():
+        assert torch.equal(off, base.generate(input_ids=ids, attention_mask=mask, **options))
+    assert not torch.equal(off, together)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beam_search_keeps_each_prompts_alphas(options):
+    model, ids = make(), batch(3, 5)
+    mask = torch.ones_like(ids)
+    options = {**options, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    values = [0.0, 1.0, 4.0]
+    together = model.generate(input_ids=ids, attention_mask=mask, alphas={"b_one": values}, **options)
+    n = options.get("num_return_sequences", 1)
+    for b in range(3):
+        alone = model.generate(
+            input_ids=ids[b : b + 1], attention_mask=mask[b : b + 1], alphas={"b_one": values[b]}, **options
+        )
+        assert torch.equal(together[b * n : (b + 1) * n], alone)
+
+
+def test_per_token_alphas_of_a_prompt_go_on_with_the_last_token():
+    model, ids = make(), batch(2, 5)
+    mask = torch.ones_like(ids)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    gates = torch.rand(2, 5, 3)
+    got = model.generate(input_ids=ids, attention_mask=mask, alphas=gates, **options)
+    tokens = ids
+    for _ in range(4):
+        longer = torch.cat([gates, gates[:, -1:].expand(-1, tokens.shape[1] - 5, -1)], 1)
+        tokens = torch.cat([tokens, logits(model, tokens, alphas=longer)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, tokens)
+
+
+def test_two_threads_serve_at_once_with_their_own_alphas():
+    model, ids = make(), batch(2, 6)
+    model.set_alphas({"b_three": 0.5})
+    wanted = {a: with_numbers(model, a, 0.5, 0.5, ids) for a in (0.0, 2.0)}
+    barrier, wrong = threading.Barrier(2), []
+
+    def serve(alpha: float) -> None:
+        for step in range(30):
+            barrier.wait()
+            with model.alphas(b_one=alpha) if step % 2 else torch.no_grad():
+                got = logits(model, ids, **({} if step % 2 else {"alphas": {"b_one": alpha}}))
+            if not torch.equal(got, wanted[alpha]):
+                wrong.append((alpha, step))
+
+    threads = [threading.Thread(target=serve, args=(a,)) for a in wanted]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_learnt_alpha_gets_its_gradient():
+    model, ids = make("gpt2").double(), batch(2, 5)
+    gates = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(gates: torch.Tensor) -> torch.Tensor:
+        return model(ids, alphas=gates).logits[..., :3].sum((1, 2))
+
+    assert torch.autograd.gradcheck(run, (gates,))
+    shared = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second forward must not reuse the first one's graph
+        model(ids, alphas={"b_one": shared}).logits.sum().backward()
+    assert shared.grad is not None and shared.grad != 0
+
+
+def test_functions_work_where_there_is_no_bundle_model():
+    model = TINY["gpt2"]()
+    ids = batch(2, 5)
+    base = logits(model, ids)
+    model.add_adapter(make().peft_config["default"])
+    perturb(model)
+    assert not torch.equal(logits(model, ids), base)
+    with peft_bundles.alphas(model, dict.fromkeys(NAMES, 0.0)):
+        assert torch.equal(logits(model, ids), base)
+    peft_bundles.set_alphas(model, torch.zeros(3))
+    assert torch.equal(logits(model, ids), base)
+    peft_bundles.set_alphas(model, torch.ones(3))
+    with peft_bundles.route(model, "policy"):
+        model(ids).logits.sum().backward()
+    peft_bundles.finalize_grads(model)
+    assert {k.split(".")[-1] for k, p in model.named_parameters() if p.grad is not None} == {"b_three"}
+    assert "b_three" in str(peft_bundles.report(model, "default"))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ({"b_four": 1.0}, {}, r"unknown bundle\(s\) \['b_four'\].*b_one"),
+        ({"b_one": float("nan")}, {}, "b_one.*finite"),
+        ({"b_one": torch.tensor([1.0, float("inf")])}, {}, "b_one.*NaN or infinity"),
+        (torch.ones(2), {}, r"shape \(2,\) must end in one value per bundle, 3"),
+        (torch.ones(2, 4), {}, r"shape \(2, 4\)"),
+        (torch.ones(3, 3), {"per": "layer"}, "3 values, but the model has 2 layers"),
+        ({"b_one": torch.ones(2, 2, 2)}, {}, r"shape \(2, 2, 2\)"),
+        ({"b_one": torch.ones(2, 2)}, {"per": "layer"}, r"must be \(L,\)"),
+        ({"b_one": 1.0}, {"per": "head"}, "per='head'"),
+    ],
+)
+def test_bad_alphas_are_refused_before_any_compute(values, options, message):
+    model = make()
+    with pytest.raises(ValueError, match=message), model.alphas(values, **options):
+        pass
+    with pytest.raises(ValueError, match=message):
+        model.set_alphas(values, **options)
+
+
+def test_alphas_for_another_batch_are_refused():
+    model, ids = make(), batch(4, 6)
+    for values, message in (
+        (torch.ones(2, 3), "2 rows, but the batch has 4"),
+        ({"b_one": [1.0] * 8}, "8 rows, but the batch has 4"),
+        (torch.ones(4, 5, 3), "5 tokens a row, but the batch has 6"),
+    ):
+        with pytest.raises(ValueError, match=message), model.alphas(values):
+            model(ids)
+
+
+def test_models_without_bundles_are_refused():
+    with pytest.raises(ValueError, match="has no bundles; attach some"):
+        peft_bundles.set_alphas(TINY["gpt2"](), {"b": 1.0})
