@@ -7,6 +7,7 @@ alphas; nothing is a module global.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,9 +57,10 @@ class BundleState:
     deferred: list[Route] = field(default_factory=list)  # routes that wait for `routed_backward`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
-        copy = BundleState(dict(self.configs), dict(self.packings), self.num_layers, dict(self.set_alphas))
-        memo[id(self)] = copy
-        return copy
+        # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.
+        configs = copy.deepcopy(self.configs, memo)
+        memo[id(self)] = new = BundleState(configs, dict(self.packings), self.num_layers, dict(self.set_alphas))
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "deferred": []}

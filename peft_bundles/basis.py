@@ -107,7 +107,8 @@ def draw_basis(hidden_size: int, rank: int, seed: int, layer: int) -> Tensor:
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     gaussian = torch.randn(hidden_size, rank, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float()
+    # LAPACK returns column-major; a loaded basis is row-major, and another layout rounds matrix products differently.
+    return (q * r.diagonal().sign()).float().contiguous()
 
 
 def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int) -> Tensor:
@@ -121,7 +122,7 @@ def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     order = torch.randperm(rank, generator=generator).to(vectors.device)
-    return (vectors * signs)[:, order].float()
+    return (vectors * signs)[:, order].float().contiguous()
 
 
 def fingerprint(basis: Tensor) -> float:

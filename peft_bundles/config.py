@@ -299,7 +299,10 @@ class BundleConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """PEFT's own, with an error that names the file when it is not a JSON object."""
         try:
-            loaded = super().from_json_file(path_json_file, **kwargs)
+            with open(path_json_file) as file:
+                loaded = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path_json_file} is not valid JSON ({error}); the checkpoint is damaged.") from error
-        return loaded
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path_json_file} holds a {type(loaded).__name__} and not an object; it is damaged.")
+        return super().from_json_file(path_json_file, **kwargs)

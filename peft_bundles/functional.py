@@ -108,17 +108,17 @@ class _Bundles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, residual: Tensor, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         a = _activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
-        out = _add_product(residual, a, E.to(dtype))
+        out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
         ctx.save_for_backward(hidden, D, E, mean, alpha, mask)
         # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
         # passes of one graph (signals.py), which the version check of saved tensors would forbid.
-        ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is hidden
+        ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is None
         return out
 
     @staticmethod
@@ -181,7 +181,6 @@ def bundle_forward(
     Returns:
         (B, T, d), in the dtype of `hidden`.
     """
-    residual = hidden if residual is None else residual
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):  # the casts are the function's own, the same forward and backward

@@ -106,8 +106,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_basis[adapter] = draw_basis(d, packing.basis_rank, config.basis_seed, self.index)
         self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for what in self.adapter_layer_names:
+            getattr(self, what)[adapter].to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's own; the state that the layers share forgets the adapter too."""
+        super().delete_adapter(adapter_name)
+        self.state.configs.pop(adapter_name, None)
 
     def packing(self, adapter: str) -> Packing:
         return self.state.packings[adapter, self.hidden_size]
@@ -152,17 +160,17 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        device = device if device is not None else base_device
-        if device is None:
+        # PEFT's would also cast what a checkpoint just brought to the base model's dtype, and lose its digits.
+        device = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is None or adapter_name not in self.bundle_basis:
             return
         for what in self.adapter_layer_names:
             table = getattr(self, what)[adapter_name]
-            for name in list(table.keys()):
-                if table[name].device.type != "meta":
-                    table[name] = nn.Parameter(table[name].data.to(device, dtype), table[name].requires_grad)
+            if not any(p.device.type == "meta" for p in table.values()):
+                table.to(device)
         for what in self.other_param_names:
-            getattr(self, what)[adapter_name] = getattr(self, what)[adapter_name].to(device)
+            # A copy: tensors that point into a file are not aligned, which changes the rounding of matrix products.
+            getattr(self, what)[adapter_name] = getattr(self, what)[adapter_name].to(device, copy=True)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(MERGE_ERROR)
@@ -204,7 +212,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if (route := state.call.route) is not None and torch.is_grad_enabled():
             owners = route.live(adapter)
             live = [name for name in packing.names if name in owners and (live is None or name in live)]
-            gate = route.gate(adapter, packing, hidden)
+            gate = route.gate(adapter, hidden)
         D, E = self._folded(adapter, numbers, live)
         if alpha is not None:
             alpha = alpha[..., packing.index(device)["owner"]]

@@ -116,7 +116,7 @@ class BundleModel(BaseTuner):
         state = layers[0].state if layers else BundleState()
         shape = self._base_shape()
         state.num_layers = shape[1]
-        adapter = next(name for name, config in self.peft_config.items() if config is peft_config)
+        adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
         state.configs[adapter] = peft_config
         state.packings[adapter, shape[0]] = Packing(shapes, basis_rank(peft_config, shape[0]))
@@ -134,6 +134,7 @@ class BundleModel(BaseTuner):
             kwargs["state_dict"] = {
                 f"{key.rsplit(f'.{CHILD}.', 1)[0]}.{self.prefix}": v for key, v in state_dict.items()
             }
+        self._injecting = adapter_name  # one config object may serve several adapters
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(BundleConfig, self.peft_config[adapter_name])
         layers = {
@@ -164,11 +165,6 @@ class BundleModel(BaseTuner):
         # A config without bundles is plain fine-tuning: the trunk stays trainable.
         if all(config.bundles or config.inference_mode for config in self._bundle_configs()):
             super()._mark_only_adapters_as_trainable(model)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's own; the shared state forgets the adapter too."""
-        super().delete_adapter(adapter_name)
-        self._state.configs.pop(adapter_name, None)
 
     def unload(self) -> nn.Module:
         """The base model, without hooks and bundles."""
@@ -219,24 +215,25 @@ class BundleModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not config.bundles:
             return remapped
-        present = {k.removeprefix(PEFT_PREFIX): v for k, v in remapped.items() if f".{CHILD}.bundle_" in k}
-        expected = {
-            k.removeprefix(PEFT_PREFIX): v
-            for k, v in model.state_dict().items()
-            if _adapter_of(k) == adapter_name and (config.save_basis or ".bundle_basis." not in k)
-        }
-        if missing := sorted(expected.keys() - present.keys()):
+        target = {k.removeprefix(PEFT_PREFIX): v for k, v in model.state_dict().items()}
+        mine = {k for k in target if _adapter_of(k) == adapter_name}
+        if not config.save_basis:  # drawn from the seed when the adapter was attached
+            prefix = PEFT_PREFIX if any(k.startswith(PEFT_PREFIX) for k in remapped) else ""
+            remapped.update({prefix + k: target[k] for k in mine if ".bundle_basis." in k})
+        present = {k.removeprefix(PEFT_PREFIX): v for k, v in remapped.items()}
+        if missing := sorted(mine - present.keys()):
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors of adapter {adapter_name!r}, first {missing[0]!r}."
             )
-        if extra := sorted(present.keys() - expected.keys()):
+        if extra := sorted(present.keys() - target.keys()):
             raise ValueError(
-                f"the checkpoint has {len(extra)} tensors that adapter {adapter_name!r} has not, first {extra[0]!r}."
+                f"the checkpoint has {len(extra)} tensors that a model with adapter {adapter_name!r} has not, first "
+                f"{extra[0]!r}."
             )
         for key, tensor in present.items():
-            if tensor.shape != expected[key].shape:
+            if tensor.shape != target[key].shape:
                 raise ValueError(
-                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(expected[key].shape)} in "
+                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(target[key].shape)} in "
                     "the model; it belongs to another base model or another config."
                 )
             if not bool(torch.isfinite(tensor).all()):

@@ -41,7 +41,12 @@ class Route:
             (NaN until then: a plain `.backward()` cannot go unnoticed).
     """
 
-    def __init__(self, configs: Mapping[str, BundleConfig], signals: Signals | Sequence[Signals | Segments]) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, BundleConfig],
+        signals: Signals | Sequence[Signals | Segments],
+        packings: Mapping[tuple[str, torch.device], tuple[Packing, torch.dtype]],
+    ) -> None:
         self._configs = dict(configs)
         self.uniform = isinstance(signals, (str, tuple))
         given: Sequence[Any] = [signals] if self.uniform else signals
@@ -62,7 +67,16 @@ class Route:
             adapter: {name for s in self.signals for name, w in config.column(s).items() if w > 0}
             for adapter, config in configs.items()
         }
+        # Made here and not in the forward: a compiled graph only looks them up.
         self._gates: dict[tuple[str, torch.device], tuple[Packing, Tensor]] = {}
+        self.tokens = 1
+        for (adapter, device), (packing, dtype) in packings.items():
+            table = self._table(adapter, None)
+            self.tokens = table.shape[1]
+            live = [name in self._live[adapter] for name in packing.names]
+            if self.deferred or not bool((table[..., live] == 1.0).all()):  # others that are not live are constants
+                gate = table.to(device, dtype)[..., packing.index(device)["owner"]]
+                self._gates[adapter, device] = packing, gate
 
     def live(self, adapter: str) -> set[str]:
         """Bundles of the adapter that some row may update."""
@@ -83,24 +97,14 @@ class Route:
         rows = [[weights(signals) for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1, len(names))
 
-    def gate(self, adapter: str, packing: Packing, hidden: Tensor) -> Tensor | None:
+    def gate(self, adapter: str, hidden: Tensor) -> Tensor | None:
         """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
         if not self.uniform and len(self.rows) != hidden.shape[0]:
             raise ValueError(f"route() was given {len(self.rows)} rows, but the batch has {hidden.shape[0]}.")
-        if (adapter, hidden.device) not in self._gates:
-            table = self._table(adapter, None)
-            if self.packed and table.shape[1] != hidden.shape[1]:
-                raise ValueError(
-                    f"route() was given {table.shape[1]} tokens a row, but the batch has {hidden.shape[1]}."
-                )
-            live = [name in self._live[adapter] for name in packing.names]
-            if not self.deferred and bool((table[..., live] == 1.0).all()):
-                return None  # bundles that are not live are constants already
-            gate = table.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))[
-                ..., packing.index(hidden.device)["owner"]
-            ]
-            self._gates[adapter, hidden.device] = packing, gate
-        return self._gates[adapter, hidden.device][1]
+        if self.packed and self.tokens != hidden.shape[1]:
+            raise ValueError(f"route() was given {self.tokens} tokens a row, but the batch has {hidden.shape[1]}.")
+        found = self._gates.get((adapter, hidden.device))
+        return None if found is None else found[1]
 
     def choose(self, signals: set[str]) -> None:
         """Set the gates of this forward's graph for a backward of these signals' losses."""
@@ -137,7 +141,16 @@ def route(
         ValueError: a signal that no bundle takes part in; rows that do not fit the batch.
     """
     state = state_of(model)
-    new = Route(state.configs, signals)
+    layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
+    new = Route(
+        state.configs,
+        signals,
+        {
+            (adapter, basis.device): (layer.packing(adapter), basis.dtype)
+            for layer in layers
+            for adapter, basis in layer.bundle_basis.items()
+        },
+    )
     if new.packed and not block_diagonal:
         warnings.warn(
             "A gate per segment is exact only where segments do not attend to each other; with ordinary attention it "

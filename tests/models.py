@@ -1,4 +1,4 @@
-"""Tiny decoder models, one for every kind of block, built from their configs without network; and what goes with them."""
+"""Tiny decoder models, one for every kind of block, built without network, and helpers for tests that use them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ _SHAPE = {
 }
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 _GPT = {
-    "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128,
-    "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
 }
 _MIXTRAL = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
 _OPT = {**_SHAPE, "word_embed_proj_dim": HIDDEN, "ffn_dim": 128, "dropout": 0.0}

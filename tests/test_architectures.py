@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from models import BLOCKS, LAYERS, TINY, VOCABULARY, batch, bundle_config, layers, logits, perturb, weights
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -195,6 +195,18 @@ def test_hook_compiles_without_graph_break(route):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("value", [0.5, torch.tensor([0.0, 2.0]), torch.rand(2, 5)])
+def test_hook_compiles_with_alphas(value):
+    model = perturb(attached("llama"))
+    layer = layers(model)[0]
+    hidden = torch.randn(2, 5, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with model.alphas(b_mlp=value):
+        assert torch.allclose(compiled(hidden), layer(hidden), atol=1e-5)
+    assert torch.allclose(compiled(hidden), layer(hidden), atol=1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj"])
 def test_block_with_its_hook_adds_no_graph_break(name):
     def breaks(model):
@@ -253,8 +265,6 @@ def test_quantised_base(saved_base, bits, checkpointing):
 
 
 def test_quantised_base_round_trip(saved_base, tmp_path):
-    from peft import PeftModel
-
     def base():
         quantisation = BitsAndBytesConfig(load_in_4bit=True)
         return AutoModelForCausalLM.from_pretrained(
