@@ -131,11 +131,12 @@ def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
         if len(tensor) != num_layers:
             raise ValueError(f"alphas[{name!r}] has {len(tensor)} values, but the model has {num_layers} layers.")
         return tuple(tensor.tolist())
-    if tensor.dim() == 0 and not tensor.requires_grad:
-        return float(tensor)
     if tensor.dim() > 2 or (per == "layer" and tensor.dim() > 0):
         wanted = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
         raise ValueError(f"alphas[{name!r}] of shape {tuple(tensor.shape)} must be {wanted}.")
+    if not tensor.requires_grad and (tensor.dim() == 0 or not tensor.any()):
+        # Off in every row is the number 0: such a bundle gets no gradient, where zeros would let AdamW move it.
+        return float(tensor.reshape(-1)[0]) if tensor.numel() else 0.0
     return tensor
 
 

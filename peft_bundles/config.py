@@ -24,6 +24,20 @@ BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
+USAGE = """
+## Loading
+
+This is a BUNDLE adapter: `pip install peft-bundles`, and `import peft_bundles` before PEFT loads it.
+
+```python
+import peft_bundles
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this folder or repository")
+print(model.bundle_report())
+```
+"""
+
 Rank: TypeAlias = int | float
 
 
@@ -294,6 +308,11 @@ class BundleConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
             super().save_pretrained(staging, **kwargs)
             os.replace(os.path.join(staging, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        card = os.path.join(save_directory, "README.md")
+        if os.path.isfile(card):  # PEFT's, just written: without our import it could not load the adapter
+            with open(card, "r+") as file:
+                if USAGE not in file.read():
+                    file.write(USAGE)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -153,6 +153,12 @@ class _Bundles(torch.autograd.Function):
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: that of h, or autocast's."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def bundle_forward(
     hidden: Tensor,
     D: Tensor,
@@ -181,7 +187,6 @@ def bundle_forward(
     Returns:
         (B, T, d), in the dtype of `hidden`.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):  # the casts are the function's own, the same forward and backward
+    dtype = compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # the casts are our own, the same forward and backward
         return _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)

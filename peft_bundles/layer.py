@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, bundle_forward
+from .functional import BundleWeights, bundle_forward, compute_dtype
 from .packing import Packing
 
 
@@ -213,7 +213,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             owners = route.live(adapter)
             live = [name for name in packing.names if name in owners and (live is None or name in live)]
             gate = route.gate(adapter, hidden)
-        D, E = self._folded(adapter, numbers, live)
+        D, E = self._folded(adapter, compute_dtype(hidden), numbers, live)
         if alpha is not None:
             alpha = alpha[..., packing.index(device)["owner"]]
         if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
@@ -236,15 +236,21 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             gate=gate,
         )
 
-    def _folded(self, adapter: str, numbers: tuple[float, ...] | None, live: list[str] | None) -> tuple[Tensor, Tensor]:
+    def _folded(
+        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: list[str] | None
+    ) -> tuple[Tensor, Tensor]:
         """D and E with the numeric alphas in E; kept while `generate` or `model.folded()` say nothing can change."""
         folds = self.state.call.folds if not torch.is_grad_enabled() else None
-        key = (id(self), adapter, numbers)
+        key = (id(self), adapter, dtype, numbers)
         if folds is not None and key in folds:
             return folds[key]
-        config, packing, basis = self.state.configs[adapter], self.packing(adapter), self.bundle_basis[adapter]
+        config, packing, basis = (
+            self.state.configs[adapter],
+            self.packing(adapter),
+            self.bundle_basis[adapter].to(dtype),
+        )
         centred = config.calibration is not None and config.input_norm == "standard"
-        with torch.autocast(basis.device.type, enabled=False):  # the maps are small and shared: full precision
+        with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
                 self.bundle_weight[adapter],
                 self.bundle_weight_out[adapter],

@@ -230,7 +230,8 @@ class BundleModel(BaseTuner):
                 f"the checkpoint has {len(extra)} tensors that a model with adapter {adapter_name!r} has not, first "
                 f"{extra[0]!r}."
             )
-        for key, tensor in present.items():
+        for key in sorted(mine):
+            tensor = present[key]
             if tensor.shape != target[key].shape:
                 raise ValueError(
                     f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(target[key].shape)} in "

@@ -7,6 +7,7 @@ one `cat` and one `scatter` per kind of weight lay them out as block matrices, w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ from .basis import BundleShape
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
 _ORDER = ("mlp", "full", "linear", "diag", "identity")
+
+
+class _Scatter(torch.autograd.Function):
+    """Write many weights into a flat tensor, at `index`; gradients go to those flagged in `learn`, None to the rest.
+
+    One node for all of them: with a node or two per weight, 15 bundles spend more time in autograd than on the GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, index: Tensor, learn: list[bool], *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.learn, ctx.shapes, ctx.dtype = learn, [p.shape for p in parts], parts[0].dtype
+        return out.scatter(0, index, torch.cat([p.reshape(-1) for p in parts]).to(out.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        flat = grad.gather(0, index).to(ctx.dtype).split([shape.numel() for shape in ctx.shapes])
+        parts = (g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
+        return None, None, None, *parts
 
 
 class Packing:
@@ -90,24 +111,25 @@ class Packing:
         inverse_scale: Tensor | None,
         live: Collection[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """D (d, H) and E (H, d), differentiable in the weights of the `live` bundles only (None: of all).
+        """D (d, H) and E (H, d) in the dtype of `basis`, differentiable in the weights of `live` bundles (None: all).
 
-        A bundle that is not live enters as a constant, so that autograd leaves its `.grad` None: AdamW moves a
+        A bundle that is not live gets no gradient at all, so that autograd leaves its `.grad` None: AdamW moves a
         parameter whose gradient is merely zero.
         """
-        index, dtype = self.index(basis.device), basis.dtype
-
-        def part(table: Mapping[str, Tensor], name: str) -> Tensor:
-            value = table[name].to(dtype)
-            return value if live is None or name in live else value.detach()
+        index = self.index(basis.device)
 
         def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
+            names = [name for name in self.projected if name in table]
+            learn = [live is None or name in live for name in names]
+            eye = index.get(f"{where}_eye")
             out = basis.new_zeros(rows * columns)
-            if f"{where}_eye" in index:
-                out = out.index_fill(0, index[f"{where}_eye"], 1.0)
-            parts = [part(table, name).reshape(-1) for name in self.projected if name in table]
-            out = out.scatter(0, index[where], torch.cat(parts)) if parts else out
+            out = out if eye is None or not len(eye) else out.index_fill(0, eye, 1.0)
+            out = _Scatter.apply(out, index[where], learn, *(table[n] for n in names)) if names else out
             return out.view(rows, columns)
+
+        def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
+            value = table[name].to(basis.dtype)
+            return value if live is None or name in live else value.detach()
 
         D, E = [], []
         if self.projected:
@@ -118,8 +140,8 @@ class Packing:
             D, E = [basis @ into.T], [back @ basis.T]
         if self.full:
             m = self.before_full
-            d_full = torch.cat([part(down, name) for name in self.full]).T
-            e_full = torch.cat([part(up, name).T for name in self.full])
+            d_full = torch.cat([alone(down, name) for name in self.full]).T
+            e_full = torch.cat([alone(up, name).T for name in self.full])
             D = [D[0][:, :m], d_full, D[0][:, m:]] if D else [d_full]
             E = [E[0][:m], e_full, E[0][m:]] if E else [e_full]
         d_all = torch.cat(D, 1) if len(D) > 1 else D[0]

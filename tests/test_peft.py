@@ -1429,15 +1429,27 @@ def test_hidden_states_are_those_after_the_bundles(name):
         assert (state - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("attach_first", [False, True])
 @some
-def test_a_users_hook_sees_the_block_after_its_bundles(name):
-    model, ids = attached(name), batch()
-    block, seen = layers(model)[-1].get_base_layer(), []
+def test_a_users_hook_sees_the_block_after_its_bundles(name, attach_first):
+    """Also a hook that was there before the bundles, and transformers' own capture of hidden states."""
+    base, ids, seen = TINY[name](), batch(), []
+    if attach_first:
+        get_peft_model(base, bundle_config())
+    block = base.get_submodule(f"{BLOCKS[name]}.{LAYERS - 1}")
     handle = block.register_forward_hook(lambda m, args, output: seen.append(output))
-    expected = logits(model, ids)
+    with torch.no_grad():
+        base(input_ids=ids, output_hidden_states=True)
+    if not attach_first:
+        get_peft_model(base, bundle_config())
+    perturb(base)
+    seen.clear()
+    with torch.no_grad():
+        out = base(input_ids=ids, output_hidden_states=True)
     handle.remove()
-    norm = next(m for n, m in model.named_modules() if n.endswith((".norm", ".ln_f", ".final_layer_norm")))
-    assert torch.allclose(model.get_output_embeddings()(norm(seen[0])), expected, atol=1e-6)
+    norm = next(m for n, m in base.named_modules() if n.endswith((".norm", ".ln_f")))
+    assert torch.allclose(norm(seen[0]), out.hidden_states[-1], atol=1e-6)
+    assert torch.allclose(base.get_output_embeddings()(norm(seen[0])), out.logits, atol=1e-6)
 
 
 def test_vocabulary_of_the_tests():
