@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Set up and run: `python3 run.py demo` (the main job) or `python3 run.py test` (lint, types, tests).
 
-Needs Python >= 3.10 with pip and venv, and nothing else: it makes its own virtual environment in `.venv`, and installs the
-versions of `constraints.txt`. Torch goes first: left to a requirement of another package, pip would take the newest build.
+Needs Python >= 3.10 with pip and venv, and nothing else: it makes its own virtual environment in `.venv`, and installs
+the versions of `constraints.txt`. Torch goes first: left to another package's requirement, pip would take the newest.
 Anything after the command is handed on: `python3 run.py demo --steps 20`, `python3 run.py test -k alphas`.
 """
 

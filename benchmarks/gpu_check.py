@@ -60,6 +60,7 @@ def correctness() -> dict[str, Any]:
     found: dict[str, Any] = {}
     ids = torch.randint(0, 1000, (4, 32), device="cuda")
     base = llama(SMALL, torch.float32).eval()
+    base.requires_grad_(False)
     expected = base(ids).logits
     model = get_peft_model(base, BundleConfig(preset="full_modular", task_type="CAUSAL_LM")).eval()
     names = list(model.peft_config["default"].bundles)
@@ -79,7 +80,7 @@ def correctness() -> dict[str, Any]:
     exact = bundle_reference(hidden.double(), weights, basis, mean, scale, torch.ones(15, device="cuda").double())
     change = (exact - hidden.double()).norm()
     for dtype in (torch.float32, torch.bfloat16):
-        got = layer(hidden.to(dtype)).double() - hidden.to(dtype).double()
+        got = layer(hidden.to(dtype)).detach().double() - hidden.to(dtype).double()
         found[f"relative_error_{str(dtype)[6:]}"] = float((got - (exact - hidden.double())).norm() / change)
 
     rows = ["lm", "logic", "policy", "calibration"]

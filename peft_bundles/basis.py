@@ -13,6 +13,14 @@ from torch import Tensor
 from .config import COMMON, BundleConfig, resolve_rank
 
 
+ALIGN = 8  # matrix sides that are no multiple of 16 bytes send bf16 products to kernels three times slower
+
+
+def align(size: int) -> int:
+    """The next multiple of `ALIGN`."""
+    return -(-size // ALIGN) * ALIGN
+
+
 @dataclass(frozen=True)
 class BundleShape:
     """A bundle's sizes for one hidden size d: kind, r_k, hidden width b_k, and its support (columns of U)."""
@@ -46,10 +54,11 @@ def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tenso
 
 
 def basis_rank(config: BundleConfig, hidden_size: int) -> int:
-    """R: `config.basis_rank` if given, else exactly the columns that the sub-bases need."""
+    """R: `config.basis_rank` if given, else what the sub-bases need, rounded up to a multiple of `ALIGN`."""
     assert config.sub_bases is not None
     if config.basis_rank is None:
-        return sum(resolve_rank(s.rank, hidden_size) for s in config.sub_bases.values())
+        needed = sum(resolve_rank(s.rank, hidden_size) for s in config.sub_bases.values())
+        return max(needed, min(hidden_size, align(needed)))
     rank = resolve_rank(config.basis_rank, hidden_size)
     if rank > hidden_size:
         raise ValueError(f"basis_rank={config.basis_rank!r} exceeds the hidden size {hidden_size}; lower it.")

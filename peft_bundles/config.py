@@ -161,7 +161,7 @@ class BundleConfig(PeftConfig):
         preset: a name of `taxonomy.PRESETS`; "single_adapter" when neither it nor `bundles` is given.
         bundles: name -> `BundleSpec` (or a list of named specs). Beside a preset they replace the preset's bundles.
         sub_bases: name -> `SubBasis` (or a bare rank). Beside a preset they replace the preset's sub-bases.
-        basis_rank: R, the columns of U. None: exactly the sub-bases. More leaves spare columns that no bundle uses.
+        basis_rank: R, the columns of U. None: the sub-bases, rounded up to a multiple of 8. Spare columns are not used.
         basis_seed: seed of the random basis; layer l draws from (seed, l), whatever the module path.
         basis_init: "random", "pca" (directions of high variance) or "null" (of low variance). The last two are
             chosen by `calibrate`; until it has run they are the random basis.

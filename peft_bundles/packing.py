@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import BundleShape
+from .basis import BundleShape, align
 
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
@@ -45,6 +45,7 @@ class Packing:
     Attributes:
         names: bundles in the order of the config (the order of alphas and gates).
         nonlinear: number of leading hidden units that pass through the activation.
+        owner: bundle number of every hidden unit, (H,).
     """
 
     def __init__(self, shapes: Mapping[str, BundleShape], basis_rank: int) -> None:
@@ -55,11 +56,15 @@ class Packing:
         self.projected = [n for n in ordered if shapes[n].kind != "full"]
         self.before_full = sum(shapes[n].hidden for n in ordered if shapes[n].kind == "mlp")
         self.nonlinear = self.before_full + sum(shapes[n].hidden for n in self.full)
-        self.owner = torch.cat(
-            [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered] or [torch.arange(0)]
-        )
-        self.total_rank = sum(shapes[n].rank for n in self.projected)
-        self.total_hidden = sum(shapes[n].hidden for n in self.projected)
+        owners = [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered]
+        used = sum(shapes[n].hidden for n in ordered)
+        # Units that pad the matrices to a good size: their columns of D and rows of E are zero, whoever owns them.
+        self.padding = align(used) - used
+        self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
+        if self.nonlinear == used:
+            self.nonlinear += self.padding
+        self.total_rank = align(sum(shapes[n].rank for n in self.projected))
+        self.total_hidden = sum(shapes[n].hidden for n in self.projected) + self.padding
 
         weight: list[Tensor] = []
         down: list[Tensor] = []
@@ -131,19 +136,15 @@ class Packing:
             value = table[name].to(basis.dtype)
             return value if live is None or name in live else value.detach()
 
-        D, E = [], []
+        size = basis.shape[0]
+        D, E = basis.new_zeros(size, self.padding), basis.new_zeros(self.padding, size)
         if self.projected:
             W = blocks(weight, "weight", self.total_rank, self.basis_rank)
             W_out = blocks(weight_out, "weight", self.total_rank, self.basis_rank) if weight_out else W
-            into = blocks(down, "down", self.total_hidden, self.total_rank) @ W
-            back = blocks(up, "up", self.total_hidden, self.total_rank) @ W_out
-            D, E = [basis @ into.T], [back @ basis.T]
+            D = basis @ (blocks(down, "down", self.total_hidden, self.total_rank) @ W).T
+            E = (blocks(up, "up", self.total_hidden, self.total_rank) @ W_out) @ basis.T
         if self.full:
             m = self.before_full
-            d_full = torch.cat([alone(down, name) for name in self.full]).T
-            e_full = torch.cat([alone(up, name).T for name in self.full])
-            D = [D[0][:, :m], d_full, D[0][:, m:]] if D else [d_full]
-            E = [E[0][:m], e_full, E[0][m:]] if E else [e_full]
-        d_all = torch.cat(D, 1) if len(D) > 1 else D[0]
-        e_all = torch.cat(E, 0) if len(E) > 1 else E[0]
-        return d_all if inverse_scale is None else d_all * inverse_scale[:, None], e_all
+            D = torch.cat([D[:, :m], *(alone(down, name).T for name in self.full), D[:, m:]], 1)
+            E = torch.cat([E[:m], *(alone(up, name).T for name in self.full), E[m:]])
+        return D if inverse_scale is None else D * inverse_scale[:, None], E

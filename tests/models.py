@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -108,3 +112,59 @@ def perturb(model: nn.Module, adapter: str = "default", *, scale: float = 0.3, s
     for parameter in found.values():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model
+
+
+some = pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+every = pytest.mark.parametrize("name", list(TINY))
+
+
+def reference(name: str) -> PreTrainedModel:
+    """The base model as PEFT leaves it: frozen (Mamba takes another kernel then, which rounds differently)."""
+    return TINY[name]().requires_grad_(False)
+
+
+def attached(name: str = "llama", adapter: str = "default", **fields: Any) -> PeftModel:
+    """A tiny model with an adapter that is not the identity."""
+    return perturb(get_peft_model(TINY[name](), bundle_config(**fields), adapter_name=adapter), adapter).eval()
+
+
+def two_adapters(name: str = "llama") -> PeftModel:
+    """Adapters "one" (active) and "two", of different shape and weights."""
+    model = attached(name, "one")
+    model.add_adapter("two", bundle_config(bundles={"b_other": {"rank": 5, "sub_bases": ["right"]}}))
+    return perturb(model, "two", scale=0.5, seed=1).eval()
+
+
+def generated(model: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
+    """Five greedy tokens."""
+    fixed = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    return model.generate(input_ids=ids, **{**fixed, **kwargs})
+
+
+def train(model: nn.Module, *, steps: int = 4) -> list[float]:
+    """The losses of some AdamW steps on one batch."""
+    ids = batch()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def quietly_loaded(base: nn.Module, folder: Path, **kwargs: Any) -> PeftModel:
+    """PEFT warns of tensors that a checkpoint lacks; a good one must not give that warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        return PeftModel.from_pretrained(base, folder, **kwargs)
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in tensors.items()}
+
+
+def unchanged(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    return before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in before)

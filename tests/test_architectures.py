@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import BLOCKS, LAYERS, TINY, VOCABULARY, batch, bundle_config, layers, logits, perturb, weights
+from models import BLOCKS, LAYERS, TINY, VOCABULARY, batch, bundle_config, layers, logits, perturb, reference, weights
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -19,11 +19,6 @@ from peft_bundles.model import find_blocks
 @pytest.fixture(params=list(TINY))
 def name(request):
     return request.param
-
-
-def reference(name):
-    """The base model as PEFT leaves it: frozen (Mamba takes another kernel then, which rounds differently)."""
-    return TINY[name]().requires_grad_(False)
 
 
 def attached(name, **fields):

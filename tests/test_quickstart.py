@@ -23,7 +23,6 @@ def verse(number: int) -> str:
 @pytest.fixture
 def modules(monkeypatch):
     """(quickstart, _data), with invented plays; docs and manual are the real ones, which are installed."""
-    pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     import _data
     import quickstart
