@@ -3,10 +3,9 @@
 Importing the package registers the tuner type BUNDLE with PEFT.
 """
 
-from . import registration  # isort: skip  (first: the config names PeftType.BUNDLE)
-
 from peft.utils import register_peft_method
 
+from . import registration  # noqa: F401 - first: the config names PeftType.BUNDLE
 from .alphas import alphas, set_alphas
 from .calibration import calibrate
 from .config import BundleConfig, BundleSpec, SubBasis
@@ -31,7 +30,6 @@ __all__ = [
     "calibrate",
     "clip_bundle_grads",
     "finalize_grads",
-    "registration",
     "report",
     "route",
     "routed_backward",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -36,9 +36,24 @@ class _Call(threading.local):
         self.alphas: dict[str, AlphaValue] = {}
         self.route: Route | None = None
         self.adapter_names: list[str] | None = None
-        self.expand_rows = False  # inside generate, one row of alphas may serve several beams
+        self.prompts: int | None = (
+            None  # inside generate: rows of the prompt batch, each of which may have several beams
+        )
         self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
         self.cache: dict[Any, Tensor] = {}
+
+    def cached(self, key: tuple[Any, ...], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns for this key, device and dtype, made once a call and not once a layer."""
+        if torch.compiler.is_compiling():
+            return make()  # the compiler keeps it
+        key = (*key, like.device, like.dtype)
+        if key not in self.cache:
+            if len(self.cache) > 256:  # alphas that stay while the shapes of the batches change
+                self.cache = {}
+            # A tensor made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                self.cache[key] = make()
+        return self.cache[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Call, ()  # a copy of the model starts with no call in progress
@@ -53,8 +68,9 @@ class BundleState:
     num_layers: int = 0
     set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
     call: _Call = field(default_factory=_Call)
+    version: int = 0  # of set_alphas
     seen: set[tuple[str, str]] = field(default_factory=set)  # (adapter, bundle) that a grad-mode forward let learn
-    deferred: list[Route] = field(default_factory=list)  # routes that wait for `routed_backward`
+    waiting: list[Route] = field(default_factory=list)  # routes whose forwards wait for `routed_backward`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.
@@ -63,7 +79,7 @@ class BundleState:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "deferred": []}
+        return {**self.__dict__, "waiting": []}
 
     def bundle_names(self) -> list[str]:
         """Names of the bundles of all adapters, each once."""
@@ -125,6 +141,7 @@ def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
         return float(value)
     tensor = torch.as_tensor(value)
     tensor = tensor if tensor.is_floating_point() else tensor.float()
+    tensor = tensor if tensor.requires_grad else tensor.clone()  # what the user does to it later is no new alpha
     if not bool(torch.isfinite(tensor.detach()).all()):
         raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
     if per == "layer" and tensor.dim() == 1:
@@ -168,7 +185,7 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
     """Set alphas for all later forwards of this model, in every thread. Not saved: `BundleSpec.alpha` is what is."""
     state = state_of(model)
     state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
-    state.call.cache = {}
+    state.version += 1  # what any thread has cached of them is out of date
 
 
 def layer_alphas(
@@ -181,22 +198,34 @@ def layer_alphas(
     """
     call, config = state.call, state.configs[adapter]
     assert config.bundles is not None
-    values = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
-    values = [v[layer] if isinstance(v, tuple) else v for v in values]
+    given = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
+    values = [v[layer] if isinstance(v, tuple) else v for v in given]
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(cast(list[float], values)), None
-    key = (adapter, layer if any(isinstance(v, tuple) for v in values) else None, hidden.shape[:2], hidden.device)
-    learnt = any(isinstance(v, Tensor) and v.requires_grad for v in values)
-    if learnt or key not in call.cache:
-        columns = [_broadcast(v, n, hidden, call.expand_rows) for n, v in zip(config.bundles, values)]
-        table = torch.stack(torch.broadcast_tensors(*columns), -1)
-        if learnt:  # a cached graph would be freed by the first backward
-            return None, table
-        call.cache[key] = table
-    return None, call.cache[key]
+
+    def table() -> Tensor:
+        columns = [_broadcast(v, n, hidden, call.prompts) for n, v in zip(config.bundles or (), values)]
+        return torch.stack(torch.broadcast_tensors(*columns), -1)
+
+    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        return None, table()  # a cached graph would be freed by the first backward
+    per_layer = any(isinstance(v, tuple) for v in given)
+    return None, call.cached((state.version, adapter, layer if per_layer else None, *hidden.shape[:2]), hidden, table)
 
 
-def _broadcast(value: Any, name: str, hidden: Tensor, expand_rows: bool) -> Tensor:
+def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> Tensor:
+    """One value a row (B, ...) for a batch: the same rows, or inside generate each prompt's value for all its beams.
+
+    Raises:
+        ValueError: another number of rows than the batch (inside generate: the prompts) has.
+    """
+    wanted = batch if prompts is None else prompts
+    if values.shape[0] != wanted:
+        raise ValueError(f"{what} has {values.shape[0]} rows, but the batch has {wanted}; give one value a row.")
+    return values.repeat_interleave(batch // wanted, 0)  # as generate repeats a prompt for its beams
+
+
+def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Tensor:
     """A gate as (B|1, T|1) for this batch."""
     if not isinstance(value, Tensor):
         return torch.full((1, 1), value, device=hidden.device)
@@ -204,14 +233,10 @@ def _broadcast(value: Any, name: str, hidden: Tensor, expand_rows: bool) -> Tens
     if value.dim() == 0:
         return value.view(1, 1)
     batch, tokens = hidden.shape[0], hidden.shape[1]
-    rows = value.shape[0]
-    if expand_rows and batch % rows == 0:
-        value = value.repeat_interleave(batch // rows, 0)  # generate repeats each prompt for its beams the same way
-    elif batch != rows:
-        raise ValueError(f"alphas[{name!r}] has {rows} rows, but the batch has {batch}; give one value a row.")
+    value = expand_rows(value, prompts, batch, f"alphas[{name!r}]")
     if value.dim() == 1:
         return value.view(-1, 1)
-    if expand_rows and tokens != value.shape[1]:
+    if prompts is not None and tokens != value.shape[1]:
         return value[:, -1:]  # new tokens keep the gate of the prompt's last one
     if value.shape[1] != tokens:
         raise ValueError(

@@ -74,7 +74,7 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
     Raises:
         ValueError: a rank larger than its support, or a common block too small for the overlap asked for.
     """
-    assert config.bundles is not None
+    assert config.bundles is not None and config.sub_bases is not None
     columns = sub_basis_columns(config, hidden_size)
     shapes = {}
     for name, spec in config.bundles.items():
@@ -94,9 +94,10 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
                 )
             support = torch.cat([support, columns[COMMON][:wanted]])
         rank = resolve_rank(spec.rank, hidden_size)
-        if isinstance(spec.rank, float):
+        shares = [config.sub_bases[s].rank for s in spec.sub_bases]
+        if isinstance(spec.rank, float) and not spec.overlap and spec.rank <= sum(shares) + 1e-9:
             # Each sub-basis is rounded down by itself: a fraction that equals their sum may be a column or two over.
-            rank = min(rank, len(support)) if rank - len(support) <= len(spec.sub_bases) else rank
+            rank = min(rank, len(support))
         if rank > len(support):
             raise ValueError(
                 f"bundle {name!r}: rank={spec.rank!r} is {rank} columns at hidden size {hidden_size}, but its support "

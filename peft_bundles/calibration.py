@@ -100,6 +100,8 @@ def calibrate(
         raise RuntimeError(
             f"adapter {adapter!r} has been trained; calibrate a fresh one, its weights belong to the old basis."
         )
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; give a list of texts.")
     if texts is not None and tokenizer is None:
         raise ValueError("texts need a tokenizer; pass tokenizer=.")
     outer = config.basis_init != "random"
@@ -108,6 +110,8 @@ def calibrate(
             f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; ask for more."
         )
 
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
+    max_length = min(max_length, positions)
     device = next(model.parameters()).device
     moments = {layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device) for layer in layers}
     batches = (
@@ -179,19 +183,22 @@ def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[in
 
         return hook
 
-    off, training = [layer._disable_adapters for layer in layers], model.training
+    every = [m for m in model.modules() if isinstance(m, BundleLayer)]  # other adapters may sit on other layers
+    off, training = [layer._disable_adapters for layer in every], {m: m.training for m in model.modules()}
     handles = [layer.get_base_layer().register_forward_hook(measure(layer)) for layer in layers]
-    for layer in layers:
+    for layer in every:
         layer._disable_adapters = True
     model.eval()
     try:
         with torch.no_grad():
             yield mask
     finally:
-        for layer, before, handle in zip(layers, off, handles):
-            layer._disable_adapters = before
+        for handle in handles:
             handle.remove()
-        model.train(training)
+        for layer, before in zip(every, off):
+            layer._disable_adapters = before
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _tokenised(
@@ -219,7 +226,7 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, 
 def _own_samples(
     model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Text that the base model writes by itself, from its start token, at temperature 1."""
+    """Text that the base model writes by itself, from its start token: plain samples of its distribution."""
     config = model.config.get_text_config(decoder=True)
     starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), config.eos_token_id)
     start = next((t for t in starts if t is not None), 0)
@@ -232,8 +239,12 @@ def _own_samples(
             ids = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
+                do_sample=True,  # as it is: instruct models ship with settings that make every sample the same
+                temperature=1.0,
                 top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                num_beams=1,
                 min_new_tokens=max_length - 1,
                 max_new_tokens=max_length - 1,
                 pad_token_id=start,

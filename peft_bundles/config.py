@@ -54,6 +54,12 @@ def _check_rank(owner: str, name: str, rank: Any, fraction_up_to: float = 1.0) -
         raise ValueError(f"{owner}: {name}={rank!r} must be an int >= 1 or a float in (0, {fraction_up_to:g}].")
 
 
+def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
+    """low <= value <= high; NaN, strings and None fail."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{owner}: {name}={value!r} must be a number in [{low:g}, {high:g}].")
+
+
 def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{owner}: {name}={value!r} is unknown; choose one of {', '.join(choices)}.")
@@ -72,6 +78,8 @@ def _from_mapping(cls: type, owner: str, values: Mapping[str, Any]) -> Any:
     known = [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{owner}: unknown field(s) {unknown}; a {cls.__name__} has {known}.")
+    if "rank" not in values:
+        raise ValueError(f"{owner}: rank is missing; give an int or a fraction of the hidden size.")
     return cls(**values)
 
 
@@ -133,20 +141,17 @@ class BundleSpec:
             _check_choice(me, "adapter", self.adapter, ADAPTERS)
         if self.bottleneck is not None:
             _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
-        if isinstance(self.sub_bases, str):
-            raise ValueError(f"{me}: sub_bases={self.sub_bases!r} must be a list, e.g. [{self.sub_bases!r}].")
+        if not isinstance(self.sub_bases, (list, tuple)):
+            raise ValueError(f"{me}: sub_bases={self.sub_bases!r} must be a list, e.g. ['mem'].")
+        if not isinstance(self.signals, Mapping):
+            raise ValueError(f"{me}: signals={self.signals!r} must be a dict, e.g. {{'lm': 1.0}}.")
         self.sub_bases, self.signals = list(self.sub_bases), dict(self.signals)
         if len(set(self.sub_bases)) != len(self.sub_bases):
             raise ValueError(f"{me}: sub_bases={self.sub_bases} names a sub-basis twice; name each once.")
-        if not 0.0 <= self.overlap < 1.0:
-            raise ValueError(f"{me}: overlap={self.overlap!r} must lie in [0, 1).")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"{me}: alpha={self.alpha!r} must be a finite number.")
+        _check_number(me, "overlap", self.overlap, 0.0, 0.999)
+        _check_number(me, "alpha", self.alpha, -1e6, 1e6)
         for signal, weight in self.signals.items():
-            if not (isinstance(weight, (int, float)) and 0.0 <= weight <= 1.0):  # NaN fails both comparisons
-                raise ValueError(
-                    f"{me}: signals[{signal!r}]={weight!r} must be a number in [0, 1] (1 owns, 0 is quarantined)."
-                )
+            _check_number(me, f"signals[{signal!r}]", weight, 0.0, 1.0)
             if self.protected and 0.0 < weight < 1.0:
                 raise ValueError(
                     f"{me} is protected, so signals[{signal!r}]={weight!r} must be 0 or 1, or protected=False."
@@ -162,7 +167,7 @@ class BundleConfig(PeftConfig):
         bundles: name -> `BundleSpec` (or a list of named specs). Beside a preset they replace the preset's bundles.
         sub_bases: name -> `SubBasis` (or a bare rank). Beside a preset they replace the preset's sub-bases.
         basis_rank: R, the columns of U. None: the sub-bases, rounded up to a multiple of 8. Spare columns are not used.
-        basis_seed: seed of the random basis; layer l draws from (seed, l), whatever the module path.
+        basis_seed: seed of the random basis and of the weights' start; layer l draws from (seed, l), whatever its name.
         basis_init: "random", "pca" (directions of high variance) or "null" (of low variance). The last two are
             chosen by `calibrate`; until it has run they are the random basis.
         adapter: adapter kind of bundles that name none.
@@ -227,8 +232,9 @@ class BundleConfig(PeftConfig):
         _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if self.basis_rank is not None:
             _check_rank(me, "basis_rank", self.basis_rank)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"{me}: dropout={self.dropout!r} must lie in [0, 1).")
+        _check_number(me, "dropout", self.dropout, 0.0, 0.999)
+        if not isinstance(self.basis_seed, int) or self.basis_seed < 0:
+            raise ValueError(f"{me}: basis_seed={self.basis_seed!r} must be an int >= 0.")
         if self.target_parameters:
             raise ValueError(f"{me}: target_parameters={self.target_parameters!r}: bundles sit on decoder blocks.")
         if not self.save_basis and self.basis_init != "random":
@@ -238,12 +244,16 @@ class BundleConfig(PeftConfig):
             )
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
+        if not all(isinstance(i, int) for i in self.layers_to_transform or []):
+            raise ValueError(f"{me}: layers_to_transform={self.layers_to_transform!r} must be a list of layer numbers.")
         for name, spec in self.bundles.items():
             self._check_bundle(name, spec)
 
     @staticmethod
     def _named(given: Any, cls: type, kind: str) -> dict[str, Any]:
         """Dict of `cls` by name, from a dict (of instances, field dicts or bare ranks) or a list of named ones."""
+        if not isinstance(given, (Mapping, list, tuple)):
+            raise ValueError(f"BundleConfig: {kind}s={given!r} must be a dict by name, or a list.")
         if not isinstance(given, Mapping):
             given = [item if isinstance(item, cls) else _from_mapping(cls, f"{kind} {item}", item) for item in given]
             names = [item.name for item in given]
@@ -255,7 +265,11 @@ class BundleConfig(PeftConfig):
             _check_name(kind, name)
             if isinstance(item, (int, float)) and cls is SubBasis:
                 item = {"rank": item}
-            values = dict(item) if isinstance(item, Mapping) else {f.name: getattr(item, f.name) for f in fields(item)}
+            if not isinstance(item, (Mapping, cls)):
+                raise ValueError(
+                    f"BundleConfig: {kind} {name!r} is {item!r}; give a {cls.__name__} or a dict of its fields."
+                )
+            values = dict(item) if isinstance(item, Mapping) else {f.name: getattr(item, f.name) for f in fields(cls)}
             if values.get("name") not in (None, name):
                 raise ValueError(
                     f"BundleConfig: the {kind} under key {name!r} is named {values['name']!r}; rename one."

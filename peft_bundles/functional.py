@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,27 @@ class _Bundles(torch.autograd.Function):
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 
+def walk(loss: Tensor) -> tuple[list[Tensor], list[Any], bool]:
+    """What the graph of a loss reaches: its leaves, the routes of its bundle operations, whether parts are compiled."""
+    leaves: dict[int, Tensor] = {}
+    routes: list[Any] = []
+    compiled = False
+    visited: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if isinstance(node, _Bundles._backward_cls):  # type: ignore[attr-defined]
+            routes.append(cast(Any, node).route)
+        compiled |= "CompiledFunction" in type(node).__name__
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.setdefault(id(variable), variable)
+        stack.extend(child for child, _ in node.next_functions)
+    return list(leaves.values()), list(dict.fromkeys(routes)), compiled
+
+
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the matrix products: that of h, or autocast's."""
     device = hidden.device.type
@@ -170,12 +191,13 @@ def bundle_forward(
     alpha: Tensor | None = None,
     mask: Tensor | None = None,
     gate: Tensor | None = None,
+    route: Any = None,
 ) -> Tensor:
     """The stacked bundle operation, y = residual + (alpha * mask * act((h - mu) D)) E.
 
     Args:
         hidden: h, (B, T, d), any floating dtype; the token-wise products run in that dtype, or in autocast's.
-        D, E: the folded maps, (d, H) and (H, d), usually float32.
+        D, E: the folded maps, (d, H) and (H, d).
         nonlinear: hidden units up to this one pass through GELU, the rest are linear.
         residual: what the result is added to, (B, T, d); None is `hidden` itself.
         mean: mu, (d,); None is 0. (sigma is folded into D.)
@@ -183,10 +205,14 @@ def bundle_forward(
         mask: dropout mask of the hidden units, already scaled, broadcast against (B, T, H).
         gate: routing weights of the hidden units, broadcast against (B, T, H); multiplies the gradients of D and E
             row by row and touches nothing else. Read during backward. None is 1.
+        route: what made the gate; `walk` finds it in the graph of a loss (of an eager forward).
 
     Returns:
         (B, T, d), in the dtype of `hidden`.
     """
     dtype = compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # the casts are our own, the same forward and backward
-        return _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)
+        out = _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)
+    if not torch.compiler.is_compiling() and isinstance(out.grad_fn, _Bundles._backward_cls):  # type: ignore[attr-defined]
+        cast(Any, out.grad_fn).route = route
+    return out

@@ -17,7 +17,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .alphas import BundleState, layer_alphas
+from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
 from .functional import BundleWeights, bundle_forward, compute_dtype
 from .packing import Packing
@@ -116,6 +116,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """PEFT's own; the state that the layers share forgets the adapter too."""
         super().delete_adapter(adapter_name)
         self.state.configs.pop(adapter_name, None)
+        self.state.packings.pop((adapter_name, self.hidden_size), None)
 
     def packing(self, adapter: str) -> Packing:
         return self.state.packings[adapter, self.hidden_size]
@@ -155,8 +156,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         for (name, adapter), before in kept.items():
             after = getattr(self, name)[adapter]
-            if torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits:
-                getattr(self, name)[adapter] = before.to(after.device)
+            if torch.finfo(after.dtype).bits < 32:
+                getattr(self, name)[adapter] = before.to(after.device, torch.float32)
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -199,57 +200,61 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return hidden if out is None else out
 
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
-        packing, state = self.packing(adapter), self.state
-        config, device = state.configs[adapter], hidden.device
-        numbers, alpha = layer_alphas(state, adapter, self.index, hidden)
-        live, gate = None, None
-        if numbers is not None:
-            if not any(numbers):
-                return hidden if residual is None else residual
-            live = [
-                name for name, number in zip(packing.names, numbers) if number
-            ]  # a bundle that is off learns nothing
-        if (route := state.call.route) is not None and torch.is_grad_enabled():
-            owners = route.live(adapter)
-            live = [name for name in packing.names if name in owners and (live is None or name in live)]
+        packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden)
+        if numbers is not None and not any(numbers):
+            return hidden if residual is None else residual
+        live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
+        if numbers is not None:  # a bundle that is off learns nothing
+            live = [name for name, number in zip(live, numbers) if number]
+        if route is not None:
+            live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden)
+        if torch.is_grad_enabled():
+            self.state.seen.update((adapter, name) for name in live)
         D, E = self._folded(adapter, compute_dtype(hidden), numbers, live)
         if alpha is not None:
-            alpha = alpha[..., packing.index(device)["owner"]]
+            alpha = alpha[..., packing.index(hidden.device)["owner"]]
         if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
-            mine = _expand([name == adapter for name in rows], hidden, state.call.expand_rows)
+            mine = self._row_mask([name == adapter for name in rows], hidden)
             alpha = mine if alpha is None else alpha * mine
         mask = None
         if config.dropout and self.training:
-            keep = torch.rand(*hidden.shape[:-1], D.shape[1], device=device) >= config.dropout
+            keep = torch.rand(*hidden.shape[:-1], D.shape[1], device=hidden.device) >= config.dropout
             mask = keep.to(hidden.dtype) / (1 - config.dropout)
-        centred = config.calibration is not None and config.input_norm == "standard"
-        return bundle_forward(
+        run = bundle_forward
+        if route is not None and route.deferred:
+            # The gates of this graph are rewritten between its backward passes. A compiled graph may have multiplied
+            # them in already by the end of its forward, so this one stays out of it.
+            run = torch.compiler.disable(bundle_forward)
+            if route not in self.state.waiting:
+                self.state.waiting.append(route)
+        return run(
             hidden,
             D,
             E,
             nonlinear=packing.nonlinear,
             residual=residual,
-            mean=self.bundle_mean[adapter] if centred else None,
+            mean=self.bundle_mean[adapter] if self._standardised(adapter) else None,
             alpha=alpha,
             mask=mask,
             gate=gate,
+            route=route,
         )
 
+    def _standardised(self, adapter: str) -> bool:
+        config = self.state.configs[adapter]
+        return config.calibration is not None and config.input_norm == "standard"
+
     def _folded(
-        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: list[str] | None
+        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: list[str]
     ) -> tuple[Tensor, Tensor]:
         """D and E with the numeric alphas in E; kept while `generate` or `model.folded()` say nothing can change."""
-        folds = self.state.call.folds if not torch.is_grad_enabled() else None
-        key = (id(self), adapter, dtype, numbers)
+        call, packing = self.state.call, self.packing(adapter)
+        folds, key = call.folds if not torch.is_grad_enabled() else None, (id(self), adapter, dtype, numbers)
         if folds is not None and key in folds:
             return folds[key]
-        config, packing, basis = (
-            self.state.configs[adapter],
-            self.packing(adapter),
-            self.bundle_basis[adapter].to(dtype),
-        )
-        centred = config.calibration is not None and config.input_norm == "standard"
+        basis, scale = self.bundle_basis[adapter].to(dtype), self.bundle_scale[adapter]
         with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
                 self.bundle_weight[adapter],
@@ -257,29 +262,24 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 self.bundle_down[adapter],
                 self.bundle_up[adapter],
                 basis,
-                self.bundle_scale[adapter].reciprocal() if centred else None,
+                scale.reciprocal() if self._standardised(adapter) else None,
                 live,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
-                E = E * self._hidden_gates(packing, numbers, E)
+                owner = packing.index(E.device)["owner"]
+                E = E * call.cached(
+                    (packing, numbers), E, lambda: torch.tensor(numbers, device=E.device, dtype=E.dtype)[owner, None]
+                )
         if folds is not None:
             folds[key] = D, E
         return D, E
 
-    def _hidden_gates(self, packing: Packing, numbers: tuple[float, ...], like: Tensor) -> Tensor:
-        """Numeric alphas as (H, 1), copied to the device once a call and not once a layer."""
-        cache, key = self.state.call.cache, (packing, numbers, like.device, like.dtype)
-        if key not in cache:
-            gates = torch.tensor(numbers, device=like.device, dtype=like.dtype)
-            cache[key] = gates[packing.index(like.device)["owner"], None]
-        return cache[key]
+    def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
+        """(B, 1, 1): 1 for the rows that are ours."""
+        call, batch = self.state.call, hidden.shape[0]
 
+        def mask() -> Tensor:
+            ours = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
+            return expand_rows(ours, call.prompts, batch, "adapter_names").view(-1, 1, 1)
 
-def _expand(rows: list[bool], hidden: Tensor, expand_rows: bool) -> Tensor:
-    """Row mask (B, 1, 1) for this batch."""
-    mask = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
-    if expand_rows and hidden.shape[0] % len(rows) == 0:
-        mask = mask.repeat_interleave(hidden.shape[0] // len(rows))
-    if len(mask) != hidden.shape[0]:
-        raise ValueError(f"adapter_names has {len(rows)} names, but the batch has {hidden.shape[0]} rows.")
-    return mask.view(-1, 1, 1)
+        return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -80,6 +81,11 @@ class BundleModel(BaseTuner):
                 f"{clash} name(s) both an adapter and a bundle; PEFT would drop that bundle's weights on saving. "
                 "Rename the adapter."
             )
+        if len(self._bundle_configs()) > 1 and any(not c.bundles for c in self._bundle_configs()):
+            raise ValueError(
+                "an adapter without bundles trains the base model itself and cannot share it with other adapters; "
+                "attach it alone."
+            )
         if config.base_shape is not None and config.base_shape != (shape := self._base_shape()):
             raise ValueError(
                 f"this adapter was made for a base model with (hidden size, layers) {tuple(config.base_shape)}, but "
@@ -92,6 +98,8 @@ class BundleModel(BaseTuner):
         return [config for config in self.peft_config.values() if isinstance(config, BundleConfig)]
 
     def _base_shape(self) -> list[int]:
+        if not hasattr(self.model, "config"):
+            raise ValueError(f"{type(self.model).__name__} has no config; bundles need a transformers model.")
         config = self.model.config.get_text_config(decoder=True)
         return [config.hidden_size, config.num_hidden_layers]
 
@@ -99,16 +107,21 @@ class BundleModel(BaseTuner):
         matcher = copy.copy(peft_config)
         matcher.layers_to_transform = None  # PEFT reads it for the submodules of a layer; here it is the layers
         if peft_config.target_modules is None:
-            blocks = find_blocks(self.model)
+            numbers = {name: i for i, name in enumerate(find_blocks(self.model))}
         else:
             names = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
-            blocks = [name for name in names if check_target_module_exists(matcher, name)]
-        chosen = range(len(blocks)) if peft_config.layers_to_transform is None else peft_config.layers_to_transform
-        if wrong := [i for i in chosen if i not in range(len(blocks))]:  # type: ignore[union-attr]
-            raise ValueError(f"layers_to_transform has {wrong}, but the model has layers 0 to {len(blocks) - 1}.")
+            matched = [name for name in names if check_target_module_exists(matcher, name)]
+            try:  # a layer keeps its number in the model, however few of them are named
+                every = {name: i for i, name in enumerate(find_blocks(self.model))}
+                numbers = {name: every[name] for name in matched}
+            except (ValueError, KeyError):
+                numbers = {name: i for i, name in enumerate(matched)}
+        chosen = peft_config.layers_to_transform
+        if chosen is not None and (wrong := sorted(set(chosen) - set(numbers.values()))):  # type: ignore[arg-type]
+            raise ValueError(f"layers_to_transform has {wrong}, but the layers are {sorted(numbers.values())}.")
         # Not fields: names differ between AutoModel and the CausalLM, so blocks are found anew at every injection.
-        matcher.target_modules = [blocks[i] for i in chosen]  # type: ignore[union-attr]
-        vars(peft_config).update(_blocks={name: i for i, name in enumerate(blocks)}, _matcher=matcher)
+        matcher.target_modules = [n for n, i in numbers.items() if chosen is None or i in chosen]  # type: ignore[operator]
+        vars(peft_config).update(_blocks=numbers, _matcher=matcher)
         return peft_config
 
     def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
@@ -154,17 +167,30 @@ class BundleModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(target, CHILD, None)
+        layer, index = getattr(target, CHILD, None), peft_config._blocks[current_key]  # type: ignore[attr-defined]
         if not isinstance(layer, BundleLayer):
-            index = peft_config._blocks[current_key]  # type: ignore[attr-defined]
             layer = BundleLayer(target, index, self._base_shape()[0], self._state)
             setattr(target, CHILD, layer)
+        elif layer.index != index:
+            raise ValueError(
+                f"block {current_key!r} is layer {layer.index} of the adapters it has and would be layer {index} of "
+                f"{adapter_name!r}; give target_modules that number the blocks alike."
+            )
         layer.update_layer(adapter_name, peft_config.init_weights, peft_config.inference_mode)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # A config without bundles is plain fine-tuning: the trunk stays trainable.
         if all(config.bundles or config.inference_mode for config in self._bundle_configs()):
             super()._mark_only_adapters_as_trainable(model)
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's own; an adapter without bundles cannot be disabled, and says so."""
+        if any(not config.bundles for config in self._bundle_configs()):
+            warnings.warn(
+                "without bundles the base model itself was trained; disabling the adapter does not undo it.",
+                stacklevel=2,
+            )
+        super().disable_adapter_layers()
 
     def unload(self) -> nn.Module:
         """The base model, without hooks and bundles."""
@@ -239,6 +265,8 @@ class BundleModel(BaseTuner):
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{key!r} holds NaN or infinity; the checkpoint is damaged.")
+            if ".bundle_scale." in key and not bool((tensor > 0).all()):
+                raise ValueError(f"{key!r} holds deviations that are not positive; the checkpoint is damaged.")
         _check_basis(model, config, adapter_name, present)
         return remapped
 
@@ -254,8 +282,6 @@ class BundleModel(BaseTuner):
                 raise ValueError("adapter_names cannot be used in training mode; call model.eval() or set_adapter.")
             if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
                 raise ValueError(f"adapter_names has {unknown}; the adapters are {sorted(self.peft_config)}.")
-        if torch.is_grad_enabled() and call.route is None:
-            self._state.seen.update((a, name) for a, c in self._state.configs.items() for name in c.bundles or ())
         before = call.adapter_names
         call.adapter_names = names if names is not None else before
         try:
@@ -277,12 +303,14 @@ class BundleModel(BaseTuner):
         The bundles are folded once for the whole call.
         """
         call = self._state.call
-        before, call.expand_rows = call.expand_rows, True
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        before = call.prompts
+        call.prompts = next((t.shape[0] for t in given if isinstance(t, Tensor)), 1)
         try:
             with self.folded(), self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names):
                 return self.model.generate(*args, **kwargs)
         finally:
-            call.expand_rows = before
+            call.prompts = before
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -357,7 +385,8 @@ def _check_basis(model: nn.Module, config: BundleConfig, adapter: str, present: 
         if abs(found - wanted.get(str(layer.index), found)) > FINGERPRINT_TOLERANCE:
             raise ValueError(
                 f"layer {layer.index}: the basis of adapter {adapter!r} is not the one it was trained in (fingerprint "
-                f"{found:.6f}, the config says {wanted[str(layer.index)]:.6f}); was the seed or the file changed?"
+                f"{found:.6f}, the config says {wanted[str(layer.index)]:.6f}); was the seed or the file "
+                "changed, or cast to a lower precision?"
             )
 
 

@@ -7,6 +7,7 @@ one `cat` and one `scatter` per kind of weight lay them out as block matrices, w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,9 @@ class Packing:
     def index(self, device: torch.device) -> dict[str, Tensor]:
         """The index tensors on a device, copied there once."""
         if device not in self._on_device:
-            self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
+            # Inference mode would mark the copies as unfit for any later backward.
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
 
     def fold(

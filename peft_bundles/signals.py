@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, state_of
 from .config import BundleConfig
+from .functional import walk
 from .layer import BundleLayer
 from .packing import Packing
 
@@ -69,10 +70,12 @@ class Route:
         }
         # Made here and not in the forward: a compiled graph only looks them up.
         self._gates: dict[tuple[str, torch.device], tuple[Packing, Tensor]] = {}
+        self._places: set[tuple[str, torch.device]] = set()
         self.tokens = 1
         for (adapter, device), (packing, dtype) in packings.items():
             table = self._table(adapter, None)
             self.tokens = table.shape[1]
+            self._places.add((adapter, device))
             live = [name in self._live[adapter] for name in packing.names]
             if self.deferred or not bool((table[..., live] == 1.0).all()):  # others that are not live are constants
                 gate = table.to(device, dtype)[..., packing.index(device)["owner"]]
@@ -95,7 +98,7 @@ class Route:
             return [columns[0][n] if all(c[n] == columns[0][n] for c in columns) else float("nan") for n in names]
 
         rows = [[weights(signals) for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1, len(names))
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]), len(names))
 
     def gate(self, adapter: str, hidden: Tensor) -> Tensor | None:
         """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
@@ -103,21 +106,29 @@ class Route:
             raise ValueError(f"route() was given {len(self.rows)} rows, but the batch has {hidden.shape[0]}.")
         if self.packed and self.tokens != hidden.shape[1]:
             raise ValueError(f"route() was given {self.tokens} tokens a row, but the batch has {hidden.shape[1]}.")
+        if (adapter, hidden.device) not in self._places:
+            raise RuntimeError(f"the bundles of {adapter!r} were not on {hidden.device} when route() was entered.")
         found = self._gates.get((adapter, hidden.device))
         return None if found is None else found[1]
 
-    def choose(self, signals: set[str]) -> None:
-        """Set the gates of this forward's graph for a backward of these signals' losses."""
+    def choose(self, signals: set[str] | None) -> None:
+        """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""
         for (adapter, device), (packing, gate) in self._gates.items():
             table = self._table(adapter, signals).to(device, gate.dtype)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.data.copy_(table[..., packing.index(device)["owner"]])
 
+    def clash(self, a: str, b: str) -> bool:
+        """Whether some row carries both signals, and they want different gates on it."""
+        together = any(a in signals and b in signals for row in self.rows for signals, _ in row)
+        return together and self._columns[a] != self._columns[b]
+
 
 def check_signals(configs: Mapping[str, BundleConfig], signals: Sequence[str]) -> None:
-    """Raise ValueError for a signal that no bundle takes part in."""
+    """Raise ValueError for a signal that no bundle takes part in (without any bundle, all signals train the trunk)."""
     known = list(dict.fromkeys(s for config in configs.values() for s in config.signals))
-    if unknown := [s for s in signals if s not in known]:
+    unknown = [s for s in signals if s not in known]
+    if unknown and any(config.bundles for config in configs.values()):
         raise ValueError(f"no bundle takes part in signal(s) {unknown}; the config's signals are {known}.")
 
 
@@ -157,31 +168,11 @@ def route(
             "is a heuristic. Pass block_diagonal=True if the attention mask is.",
             stacklevel=3,
         )
-    if torch.is_grad_enabled():
-        state.seen.update((adapter, name) for adapter in state.configs for name in new.live(adapter))
-        if new.deferred:
-            state.deferred.append(new)
     before, state.call.route = state.call.route, new
     try:
         yield
     finally:
         state.call.route = before
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that a loss's graph accumulates into, in a fixed order."""
-    found: dict[int, Tensor] = {}
-    visited: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.setdefault(id(variable), variable)
-        stack.extend(child for child, _ in node.next_functions)
-    return list(found.values())
 
 
 def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
@@ -201,82 +192,104 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     Losses whose routing columns are equal are added first. Where the forward ran under `route(...)` with the signals
     of every row, losses on different rows share a pass, and only the graph that a further pass reaches is walked again.
     Where it ran outside any `route`, every distinct column takes a pass and the weights scale whole gradients.
-    Parameters that belong to no bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
+    Parameters of no bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
 
     Args:
         losses: signal -> scalar loss.
         retain_graph: keep the graph after the last pass too.
 
     Raises:
-        ValueError: an unknown signal, a loss that is no scalar or has no graph, a loss for rows that nobody announced.
-        RuntimeError: a loss that no owner of its signal takes part in (for one: re-entrant gradient checkpointing).
+        ValueError: an unknown signal, a loss that is no scalar or has no graph, a loss of rows routed otherwise.
+        RuntimeError: no owner of a signal takes part in its loss (for one: re-entrant gradient checkpointing); a
+            compiled forward outside `route((...))` and attenuated weights, which would not be found in its graph.
     """
     state = state_of(model)
     check_signals(state.configs, list(losses))
+    routes: dict[str, list[Route]] = {}
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:
             raise ValueError(f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)}.")
-    routes = state.deferred
-    announced = {s for r in routes for s in r.signals}
-    if routes and (stray := [s for s in losses if s not in announced]):
-        raise ValueError(
-            f"losses {stray} belong to no row of the forwards in flight, whose signals are {sorted(announced)}."
-        )
+        routes[signal] = _routes_of(state, signal, loss)
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
+    used = list(dict.fromkeys(r for found in routes.values() for r in found))
 
-    passes = _plan_passes(state, routes, list(losses))
-    for number, signals in enumerate(passes):
-        last = number == len(passes) - 1 and not retain_graph
-        total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
-        weights: dict[tuple[str, str], float] = {}  # largest weight of any of the pass's signals
-        for s in signals:
-            for adapter, config in state.configs.items():
-                for name, w in config.column(s).items():
-                    weights[adapter, name] = max(w, weights.get((adapter, name), 0.0))
-        leaves = [p for p in _leaves(total) if weights.get(owner_of.get(id(p), ("", "")), 1.0) > 0]
-        for r in routes:
-            r.choose(set(signals))
-        gradients = torch.autograd.grad(total, leaves, retain_graph=not last, allow_unused=True) if leaves else ()
-        _check_reached(state, owner_of, weights, [p for p, g in zip(leaves, gradients) if g is not None], signals)
-        for leaf, gradient in zip(leaves, gradients):
-            if gradient is None:
-                continue
-            key = owner_of.get(id(leaf))
-            if key is not None and not routes and weights[key] != 1.0:
-                gradient = gradient * weights[key]
-            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-    if not retain_graph:
-        state.deferred = []
+    try:
+        passes = _plan_passes(state, routes)
+        for number, signals in enumerate(passes):
+            total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
+            for r in used:
+                r.choose(set(signals))
+            _one_pass(
+                state, total, signals, bool(routes[signals[0]]), owner_of, retain_graph or number < len(passes) - 1
+            )
+    finally:
+        for r in used:
+            r.choose(None)
+    state.waiting = [r for r in state.waiting if r not in used]
 
 
-def _plan_passes(state: BundleState, routes: list[Route], signals: list[str]) -> list[list[str]]:
+def _routes_of(state: BundleState, signal: str, loss: Tensor) -> list[Route]:
+    """The routes of the forwards that a loss comes from; none if they ran outside any."""
+    _, found, compiled = walk(loss)
+    routes = [r for r in found if r is not None]
+    if routes and None in found:
+        raise ValueError(f"losses[{signal!r}] mixes forwards inside and outside route(); use one loss for each.")
+    if stray := [r.signals for r in routes if signal not in r.signals]:
+        raise ValueError(f"losses[{signal!r}] belong to no row of its forward, whose signals are {stray[0]}.")
+    if compiled and not routes and any(0 < w < 1 for w in routing_column(state.configs, signal)):
+        raise RuntimeError(
+            f"losses[{signal!r}] comes from a compiled forward, whose graph does not tell how it was routed, and the "
+            "signal has attenuated owners. Run the forward under route() with a tuple of signals, or use .backward()."
+        )
+    return routes
+
+
+def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[list[str]]:
     """Group signals into passes: in one pass no row may see two different columns."""
-    columns = {s: routing_column(state.configs, s) for s in signals}
-    together = [set(segment) for r in routes for row in r.rows for segment, _ in row]
 
     def clash(a: str, b: str) -> bool:
-        return columns[a] != columns[b] and (not routes or any(a in row and b in row for row in together))
+        if not (routes[a] and routes[b]):  # outside a route, weights scale the gradients of a whole pass
+            return bool(routes[a] or routes[b]) or routing_column(state.configs, a) != routing_column(state.configs, b)
+        return any(r.clash(a, b) for r in routes[a] if r in routes[b])
 
     passes: list[list[str]] = []
-    for signal in signals:
+    for signal in routes:
         home = next((p for p in passes if not any(clash(signal, other) for other in p)), None)
         passes.append([signal]) if home is None else home.append(signal)
     return passes
 
 
-def _check_reached(
+def _one_pass(
     state: BundleState,
-    owner_of: Mapping[int, tuple[str, str]],
-    weights: Mapping[tuple[str, str], float],
-    reached: list[Tensor],
+    total: Tensor,
     signals: list[str],
+    gated: bool,
+    owner_of: Mapping[int, tuple[str, str]],
+    retain_graph: bool,
 ) -> None:
-    owners = {key for key, w in weights.items() if w > 0}
-    if owners and not owners & {owner_of.get(id(p)) for p in reached}:
+    """Backward of the summed losses of `signals` into their owners and into parameters of no bundle."""
+    owners: dict[str, set[tuple[str, str]]] = {s: set() for s in signals}
+    weights: dict[tuple[str, str], float] = {}
+    for s in signals:
+        for adapter, config in state.configs.items():
+            for name, w in config.column(s).items():
+                if w > 0:
+                    owners[s].add((adapter, name))
+                    weights[adapter, name] = w
+    leaves = [p for p in walk(total)[0] if id(p) not in owner_of or owner_of[id(p)] in weights]
+    gradients = torch.autograd.grad(total, leaves, retain_graph=retain_graph, allow_unused=True) if leaves else ()
+    reached = {owner_of[id(p)] for p, g in zip(leaves, gradients) if g is not None and id(p) in owner_of}
+    if missed := [s for s in signals if owners[s] and not owners[s] & reached]:
         raise RuntimeError(
-            f"the loss of {signals} reached none of its bundles {sorted(owners)}. Is their alpha 0, is the adapter "
-            "inactive, or is gradient checkpointing re-entrant? Use use_reentrant=False."
+            f"the loss of {missed} reached none of its bundles {sorted(owners[missed[0]])}. Is their alpha 0, is the "
+            "adapter inactive, or is gradient checkpointing re-entrant? Use use_reentrant=False."
         )
+    for leaf, gradient in zip(leaves, gradients):
+        if gradient is None:
+            continue
+        weight = 1.0 if gated else weights.get(owner_of.get(id(leaf), ("", "")), 1.0)
+        gradient = gradient if weight == 1.0 else gradient * weight
+        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
 def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
@@ -294,13 +307,14 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
             `routed_backward`.
     """
     state = state_of(model)
-    if state.deferred:
-        state.deferred = []
+    waiting, state.waiting = state.waiting, []
+    seen_here, state.seen = state.seen, set()
+    if waiting:
         raise RuntimeError("rows with several signals wait for their losses: call routed_backward({signal: loss}).")
     table = bundle_parameters(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    seen = torch.tensor([key in state.seen for key in table], dtype=torch.int32)
+    seen = torch.tensor([key in seen_here for key in table], dtype=torch.int32)
     if several:
         device = parameters[0].device if parameters else torch.device("cpu")
         seen = seen.to(device)
@@ -308,7 +322,7 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
         if reduce:
             _reduce_gradients(parameters)
     if not bool(seen.any()):
-        return  # nothing was routed: a plain backward
+        return  # no forward with gradients since the last call
     learnt = [key for key, flag in zip(table, seen.tolist()) if flag]
     for key in table.keys() - set(learnt):
         for parameter in table[key]:
@@ -318,7 +332,6 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
             f"no gradient reached any of the bundles {learnt} of the routed forwards. Was .backward() called, is their "
             "alpha 0, or is gradient checkpointing re-entrant? Use use_reentrant=False."
         )
-    state.seen.clear()
 
 
 def _reduce_gradients(parameters: list[nn.Parameter]) -> None:

@@ -107,7 +107,7 @@ def plain_gradients(model, signal: str, rows=slice(None)) -> dict:
 
 def weighted(model, grads: dict, signal: str) -> dict:
     column = model.peft_config["default"].column(signal)
-    return {(n, i): g * column[n] if column[n] else None for (n, i), g in grads.items()}
+    return {(n, i): g * column[n] if column[n] and g is not None else None for (n, i), g in grads.items()}
 
 
 def added(*tables: dict) -> dict:
