@@ -253,3 +253,64 @@ def test_alphas_for_another_batch_are_refused():
 def test_models_without_bundles_are_refused():
     with pytest.raises(ValueError, match="has no bundles; attach some"):
         peft_bundles.set_alphas(TINY["gpt2"](), {"b": 1.0})
+
+
+def test_set_alphas_reaches_every_thread_and_outlives_a_block():
+    model, ids = make(), batch(2, 5)
+    on, off = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.5, 2.0]]), torch.tensor([[0.0, 0.3, 1.0], [1.0, 0.2, 0.1]])
+    model.set_alphas(on)
+    first = logits(model, ids)
+    thread = threading.Thread(target=model.set_alphas, args=(off,))
+    thread.start()
+    thread.join()
+    second = logits(model, ids)
+    assert not torch.equal(first, second)
+    with model.alphas(b_one=0.5):
+        logits(model, ids)
+        model.set_alphas(on)
+    assert torch.equal(logits(model, ids), first)
+    on.zero_()  # the user's tensor is not the model's
+    assert torch.equal(logits(model, ids), first)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generate_wants_one_alpha_a_prompt(options):
+    model, ids = make(), batch(4, 5)
+    for call in ({"alphas": {"b_one": [0.5, 3.0]}}, {"adapter_names": ["default", "__base__"]}):
+        with pytest.raises(ValueError, match="2 rows, but the batch has 4"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options, **call)
+
+
+def test_training_after_an_evaluation_in_inference_mode():
+    model, ids = make(), batch(2, 5)
+    table = torch.rand(2, 3)
+    model.set_alphas({"b_three": torch.tensor([0.3, 0.6])})
+    for context in (torch.no_grad(), model.alphas(table)):
+        with context:
+            with torch.inference_mode():
+                model(ids)
+            model(ids)
+            with torch.enable_grad():
+                model(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.bundle_parameters("b_one"))
+
+
+def test_alphas_per_layer_and_per_row_at_once():
+    model, ids = make(), batch(2, 5)
+    rows = torch.tensor([0.5, 2.0])
+    with model.alphas({"b_one": [1.0, 0.0]}, per="layer"), model.alphas(b_two=rows):
+        together = logits(model, ids)
+        assert torch.equal(logits(model, ids), together)
+    for row in range(2):
+        with model.alphas({"b_one": [1.0, 0.0]}, per="layer"), model.alphas(b_two=float(rows[row])):
+            torch.testing.assert_close(logits(model, ids)[row], together[row])
+
+
+def test_what_is_remembered_of_alphas_does_not_grow_without_end():
+    model = make()
+    state = next(m for m in model.modules() if isinstance(m, peft_bundles.BundleLayer)).state
+    for length in range(1, 60):
+        for rows in range(1, 7):
+            model.set_alphas({"b_one": torch.rand(rows)})
+            logits(model, batch(rows, length % 9 + 1))
+    assert len(state.call.cache) <= 257

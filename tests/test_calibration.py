@@ -122,8 +122,45 @@ def test_standardising_is_what_input_norm_says():
     assert torch.equal(logits(model, ids), logits(fresh, ids))
 
 
+def test_bundles_of_another_adapter_are_off_while_measuring():
+    def measured(with_another: bool) -> torch.Tensor:
+        model = get_peft_model(TINY["llama"](), bundle_config(basis_init="random", layers_to_transform=[1]), "mine")
+        if with_another:
+            model.add_adapter("other", bundle_config(layers_to_transform=[0]))
+            perturb(model, "other", scale=2.0)
+            model.base_model.set_adapter(["mine", "other"])
+        calibrate(model, texts(8), Tokenizer(), adapter="mine", tokens=160, progress=False)
+        return next(m for m in layers(model) if m.index == 1).bundle_mean["mine"]
+
+    assert torch.equal(measured(True), measured(False))
+
+
+def test_dropout_is_off_while_measuring_and_every_module_keeps_its_mode():
+    model = get_peft_model(TINY["gpt2"](resid_pdrop=0.5, embd_pdrop=0.5), bundle_config(basis_init="random")).train()
+    frozen = model.get_base_model().transformer.h[0].eval()
+    calibrate(model, texts(8), Tokenizer(), tokens=160, progress=False)
+    first = layers(model)[1].bundle_mean["default"].clone()
+    calibrate(model, texts(8), Tokenizer(), tokens=160, progress=False)
+    assert torch.equal(first, layers(model)[1].bundle_mean["default"])
+    assert model.training and not frozen.training
+
+
+def test_own_samples_are_plain_samples_whatever_the_model_ships_with():
+    model = get_peft_model(TINY["gpt2"](n_positions=32), bundle_config())
+    model.generation_config.temperature, model.generation_config.top_p = 1e-3, 0.1
+    seen = []
+    handle = model.get_base_model().transformer.h[0].register_forward_hook(lambda m, a, out: seen.append(a[0].shape))
+    result = calibrate(model, tokens=600, batch_size=4, progress=False)
+    handle.remove()
+    assert result["tokens"] == 5 * 4 * 32  # cut to the model's positions
+    correlation = layers(model)[0].bundle_scale["default"]
+    assert bool((correlation > 1e-3).all())  # the same sequence over and over would have next to no deviation
+
+
 def test_refusals():
     model = get_peft_model(TINY["llama"](), bundle_config())
+    with pytest.raises(ValueError, match="texts is one string"):
+        calibrate(model, "one string", Tokenizer())
     with pytest.raises(ValueError, match="texts need a tokenizer"):
         calibrate(model, texts())
     with pytest.raises(ValueError, match="tokens=10 cannot measure"):

@@ -407,3 +407,41 @@ def test_failed_save_leaves_the_earlier_checkpoint(limit, tmp_path):
     assert again.peft_config["default"].revision == model.peft_config["default"].revision
     model.save_pretrained(tmp_path)
     assert set(os.listdir(tmp_path)) == names  # nothing half-written stays behind
+
+
+def test_a_scale_of_zero_is_refused(tmp_path):
+    model = get_peft_model(TINY["llama"](), bundle_config())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if "bundle_scale" in k)
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, file)
+    with pytest.raises(ValueError, match="deviations that are not positive"):
+        PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+
+
+def test_the_basis_comes_back_from_float64_to_float32():
+    model = get_peft_model(TINY["llama"](), bundle_config())
+    before = layers(model)[0].bundle_basis["default"].clone()
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
+        basis = layers(model.to(dtype))[0].bundle_basis["default"]
+        assert basis.dtype == expected and torch.equal(basis.float(), before)
+
+
+def test_layers_keep_their_numbers_when_they_are_named(tmp_path):
+    fields = {"basis_init": "random", "save_basis": False}
+    model = get_peft_model(TINY["llama"](), bundle_config(target_modules=r".*layers\.1", **fields))
+    assert [layer.index for layer in layers(model)] == [1]
+    every = get_peft_model(TINY["llama"](), bundle_config(**fields))
+    assert torch.equal(layers(model)[0].bundle_basis["default"], layers(every)[1].bundle_basis["default"])
+    model.add_adapter("all", bundle_config(**fields))
+    assert [layer.index for layer in layers(model)] == [0, 1]
+    perturb(model, "all")
+    model.set_adapter("all")
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "all")
+    assert torch.equal(logits(again, batch()), logits(model, batch()))
