@@ -36,9 +36,7 @@ class _Call(threading.local):
         self.alphas: dict[str, AlphaValue] = {}
         self.route: Route | None = None
         self.adapter_names: list[str] | None = None
-        self.prompts: int | None = (
-            None  # inside generate: rows of the prompt batch, each of which may have several beams
-        )
+        self.prompts: int | None = None  # inside generate: its prompts, each of which may have several beams
         self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
         self.cache: dict[Any, Tensor] = {}
 

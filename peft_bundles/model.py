@@ -31,7 +31,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     """Names of the decoder blocks, in order.
 
     First the list of `num_hidden_layers` modules that the model says must not be split; then any list of such modules;
-    then the longest list inside `get_decoder()`. The longest list alone would pick a vision tower.
+    then the list of `num_hidden_layers` inside `get_decoder()`. The longest list alone would pick a vision tower.
 
     Raises:
         ValueError: none found; then `target_modules` has to name them.
@@ -106,29 +106,32 @@ class BundleModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: BundleConfig, model_config: dict[str, Any]) -> BundleConfig:
         matcher = copy.copy(peft_config)
         matcher.layers_to_transform = None  # PEFT reads it for the submodules of a layer; here it is the layers
-        if peft_config.target_modules is None:
+        try:
             numbers = {name: i for i, name in enumerate(find_blocks(self.model))}
-        else:
+        except ValueError:
+            if peft_config.target_modules is None:
+                raise
+            numbers = {}
+        depth = len(numbers)
+        if peft_config.target_modules is not None:
             names = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
             matched = [name for name in names if check_target_module_exists(matcher, name)]
-            try:  # a layer keeps its number in the model, however few of them are named
-                every = {name: i for i, name in enumerate(find_blocks(self.model))}
-                numbers = {name: every[name] for name in matched}
-            except (ValueError, KeyError):
-                numbers = {name: i for i, name in enumerate(matched)}
+            known = set(matched) <= numbers.keys()  # then a layer keeps its number, however few of them are named
+            numbers = {name: numbers[name] if known else i for i, name in enumerate(matched)}
+            depth = depth if known else len(matched)
         chosen = peft_config.layers_to_transform
         if chosen is not None and (wrong := sorted(set(chosen) - set(numbers.values()))):  # type: ignore[arg-type]
             raise ValueError(f"layers_to_transform has {wrong}, but the layers are {sorted(numbers.values())}.")
         # Not fields: names differ between AutoModel and the CausalLM, so blocks are found anew at every injection.
         matcher.target_modules = [n for n, i in numbers.items() if chosen is None or i in chosen]  # type: ignore[operator]
-        vars(peft_config).update(_blocks=numbers, _matcher=matcher)
+        vars(peft_config).update(_blocks=numbers, _matcher=matcher, _depth=depth)
         return peft_config
 
     def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
         layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
         state = layers[0].state if layers else BundleState()
         shape = self._base_shape()
-        state.num_layers = shape[1]
+        state.num_layers = peft_config._depth  # type: ignore[attr-defined]
         adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
         state.configs[adapter] = peft_config

@@ -4,7 +4,7 @@ The signal table is the config's: `config.column(signal)` gives a weight in [0, 
 
 - `with route(model, ...)` around a forward says which signal each row carries. A bundle's weight gradients are sums
   over rows, so one gate per row inside the bundle's own backward routes a mixed batch in one forward and one backward.
-  Off-owner bundles enter the forward as constants, so their `.grad` stays None.
+  Off-owner bundles get no gradient from the forward at all, so their `.grad` stays None.
 - `routed_backward(model, {signal: loss})` for several losses on the same rows: one pass over the graph per distinct
   routing column, each into the owners of its column only.
 
