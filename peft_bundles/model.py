@@ -218,7 +218,7 @@ class BundleModel(BaseTuner):
         cls, model: nn.Module, config: BundleConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         if not config.bundles:  # plain fine-tuning: what was trained is the base model
-            return {k: v for k, v in state_dict.items() if f".{CHILD}." not in k}
+            return dict(state_dict)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         return {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import TINY, perturb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import TINY, perturb, quietly_loaded
 from peft import get_peft_model
 from test_signals import (
     EXACT,
@@ -277,6 +279,51 @@ def test_bundles_that_moved_since_the_route_was_entered_are_noticed():
         layer.state.call.route.gate("default", torch.empty(2, 3, 64, device="meta"))
 
 
+signal_rows = st.lists(
+    st.lists(st.sampled_from(["lm", "policy", "value", "entropy", "kl", "logic"]), min_size=1, max_size=3, unique=True),
+    min_size=1,
+    max_size=4,
+)
+gates = st.lists(st.sampled_from([1.0, 0.5, -1.0, 2.0]), min_size=5, max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(signal_rows, gates, st.booleans()), min_size=1, max_size=3), st.booleans())
+def test_any_mixture_of_rows_signals_alphas_and_forwards(forwards, at_once):
+    """Against each loss of each row by itself: plain autograd, times the weight, summed."""
+    model = make("gpt2")
+    expected, found, graphs = [], {}, []
+    for number, (rows, numbers, per_row) in enumerate(forwards):
+        ids = batch(8)[2 * number : 2 * number + len(rows)]
+        table = torch.tensor(numbers, dtype=torch.float64)
+        alphas = table * torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64)[:, None] if per_row else table
+        with model.route([tuple(row) for row in rows]), model.alphas(alphas):
+            logits = model(ids).logits
+        here: dict = {}
+        for i, row in enumerate(rows):
+            for s in row:
+                loss = loss_of(s, logits[i : i + 1])
+                here[s] = here.get(s, 0.0) + loss
+                found[s] = found.get(s, 0.0) + loss
+        graphs.append(here)
+    if at_once:
+        model.routed_backward(found)
+    else:
+        for here in reversed(graphs):
+            model.routed_backward(here)
+    model.finalize_grads()
+    ours = gradients(model)
+    for number, (rows, numbers, per_row) in enumerate(forwards):
+        for i, row in enumerate(rows):
+            scale = torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64)[i] if per_row else 1.0
+            for s in row:
+                with model.alphas(torch.tensor(numbers, dtype=torch.float64) * scale):
+                    logits = model(batch(8)[2 * number + i : 2 * number + i + 1]).logits
+                    loss_of(s, logits).backward()
+                expected.append(weighted(model, gradients(model), s))
+    assert_same(ours, added(*expected), rtol=1e-9, atol=1e-10)
+
+
 def test_baseline_trains_the_trunk_in_the_same_loop(tmp_path):
     base = TINY["gpt2"](**NO_DROPOUT["gpt2"])
     model = get_peft_model(base, BundleConfig(preset="baseline", task_type="CAUSAL_LM")).train()
@@ -296,9 +343,7 @@ def test_baseline_trains_the_trunk_in_the_same_loop(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = peft_bundles.BundleConfig.from_pretrained(tmp_path)
     assert again.bundles == {}
-    from peft import PeftModel
-
-    loaded = PeftModel.from_pretrained(TINY["gpt2"](seed=3), tmp_path)
+    loaded = quietly_loaded(TINY["gpt2"](seed=3), tmp_path)
     assert torch.equal(loaded(batch()).logits, model(batch()).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
     with pytest.warns(UserWarning, match="does not undo it"), model.disable_adapter():
