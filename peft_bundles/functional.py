@@ -216,3 +216,8 @@ def bundle_forward(
     if not torch.compiler.is_compiling() and isinstance(out.grad_fn, _Bundles._backward_cls):  # type: ignore[attr-defined]
         cast(Any, out.grad_fn).route = route
     return out
+
+
+# For graphs whose gates are rewritten between backward passes: a compiled graph may have multiplied them in already by
+# the end of its forward.
+eager_bundle_forward = torch.compiler.disable(bundle_forward)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, bundle_forward, compute_dtype
+from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward
 from .packing import Packing
 
 
@@ -224,9 +224,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             mask = keep.to(hidden.dtype) / (1 - config.dropout)
         run = bundle_forward
         if route is not None and route.deferred:
-            # The gates of this graph are rewritten between its backward passes. A compiled graph may have multiplied
-            # them in already by the end of its forward, so this one stays out of it.
-            run = torch.compiler.disable(bundle_forward)
+            run = eager_bundle_forward
             if route not in self.state.waiting:
                 self.state.waiting.append(route)
         return run(

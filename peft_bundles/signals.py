@@ -303,8 +303,8 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
         reduce: False where something else (plain DDP) has reduced already; what it filled with zeros becomes None.
 
     Raises:
-        RuntimeError: routed forwards ran, but no owner got a gradient; or rows with several signals were never given to
-            `routed_backward`.
+        RuntimeError: forwards ran with gradients on, but no bundle got one; or rows with several signals were never
+            given to `routed_backward`.
     """
     state = state_of(model)
     waiting, state.waiting = state.waiting, []
@@ -316,10 +316,9 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     seen = torch.tensor([key in seen_here for key in table], dtype=torch.int32)
     if several:
-        device = parameters[0].device if parameters else torch.device("cpu")
-        seen = seen.to(device)
+        seen = seen.to(next(model.parameters()).device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        if reduce:
+        if reduce and parameters:
             _reduce_gradients(parameters)
     if not bool(seen.any()):
         return  # no forward with gradients since the last call
@@ -329,8 +328,8 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
             parameter.grad = None
     if all(p.grad is None for key in learnt for p in table[key]):
         raise RuntimeError(
-            f"no gradient reached any of the bundles {learnt} of the routed forwards. Was .backward() called, is their "
-            "alpha 0, or is gradient checkpointing re-entrant? Use use_reentrant=False."
+            f"no gradient reached any of the bundles {learnt} of the forwards since the last call. Was .backward() "
+            "called, is their alpha 0, or is gradient checkpointing re-entrant? Use use_reentrant=False."
         )
 
 

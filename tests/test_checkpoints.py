@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,27 @@ def test_failed_save_leaves_the_earlier_checkpoint(limit, tmp_path):
     assert again.peft_config["default"].revision == model.peft_config["default"].revision
     model.save_pretrained(tmp_path)
     assert set(os.listdir(tmp_path)) == names  # nothing half-written stays behind
+
+
+def test_a_read_only_folder_is_named_and_keeps_its_checkpoint():
+    model = attached()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        os.chmod(folder, 0o555)
+        for path in Path(folder).iterdir():
+            os.chmod(path, 0o444)
+        perturb(model, seed=9)
+        if root := os.geteuid() == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            with pytest.raises(OSError, match=f"Permission denied.*{folder}"):
+                model.save_pretrained(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
+        assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
 
 
 def test_a_scale_of_zero_is_refused(tmp_path):
