@@ -183,7 +183,8 @@ class BundleConfig(PeftConfig):
         init_weights: True starts as the base model exactly. False draws random weights (for tests).
 
     The remaining fields are filled in by the library and travel with the checkpoint: `base_shape` (hidden size and
-    number of decoder layers), `basis_fingerprint` (a number a layer) and `calibration` (how `calibrate` was run).
+    number of decoder layers), `basis_fingerprint` (a number a layer), `calibration` (how `calibrate` was run) and, in
+    files, `weights_digest` (of the bundles' tensors beside the config).
 
     Raises:
         ValueError: at construction, naming field, value and fix.
@@ -210,6 +211,7 @@ class BundleConfig(PeftConfig):
     base_shape: list[int] | None = None
     basis_fingerprint: dict[str, float] | None = None
     calibration: dict[str, Any] | None = None
+    weights_digest: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,6 +314,8 @@ class BundleConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's own, with bundles and sub-bases as lists: PEFT sorts the keys of the file, and their order matters."""
         values = asdict(self)
+        # Of the tensors that are being saved with this config, if any (`BundleModel._get_adapter_state_dict`).
+        values["weights_digest"] = vars(self).pop("_digest_to_save", self.weights_digest)
         return {**values, "bundles": list(values["bundles"].values()), "sub_bases": list(values["sub_bases"].values())}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -220,7 +221,11 @@ class BundleModel(BaseTuner):
         if not config.bundles:  # plain fine-tuning: what was trained is the base model
             return dict(state_dict)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
-        return {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
+        entries = {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
+        vars(config)["_digest_to_save"] = _digest(
+            {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
+        )
+        return entries
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -239,7 +244,7 @@ class BundleModel(BaseTuner):
         """PEFT's own, after checking that the file is whole and made for this base model and basis.
 
         Raises:
-            ValueError: tensors missing, of another shape, left over or not finite; another basis.
+            ValueError: tensors missing, of another shape, left over, not finite or changed; another basis.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not config.bundles:
@@ -271,6 +276,13 @@ class BundleModel(BaseTuner):
             if ".bundle_scale." in key and not bool((tensor > 0).all()):
                 raise ValueError(f"{key!r} holds deviations that are not positive; the checkpoint is damaged.")
         _check_basis(model, config, adapter_name, present)
+        # Only what comes with a file: the digest is spent by the first load, and state dicts set later may be anything.
+        wanted, config.weights_digest = config.weights_digest, None
+        if wanted is not None and wanted != _digest(state_dict):
+            raise ValueError(
+                f"the tensors of adapter {adapter_name!r} are not those that were saved with its config; the file is "
+                'damaged or was changed. If you changed it yourself, remove "weights_digest" from adapter_config.json.'
+            )
         return remapped
 
     # ---- a call's own alphas and adapters ----
@@ -288,7 +300,7 @@ class BundleModel(BaseTuner):
         before = call.adapter_names
         call.adapter_names = names if names is not None else before
         try:
-            with alphas(self.model, given) if given is not None else _nothing():
+            with alphas(self.model, given) if given is not None else nullcontext():
                 yield
         finally:
             call.adapter_names = before
@@ -367,9 +379,19 @@ class BundleModel(BaseTuner):
         return report(self.model, adapter or self.active_adapters[0], angles=angles)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _digest(entries: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a checkpoint's bundle tensors: bytes, names, layer numbers and dtypes, whatever the module path."""
+    total = hashlib.sha256()
+    parts = []
+    for key, tensor in entries.items():
+        head, child, tail = key.rpartition(f".{CHILD}.")
+        if child:
+            name = f"{'.'.join(part for part in head.split('.') if part.isdigit())}:{tail}:{tensor.dtype}"
+            parts.append((name, tensor))
+    for name, tensor in sorted(parts, key=lambda part: part[0]):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _adapter_of(key: str) -> str | None:

@@ -23,7 +23,7 @@ _ORDER = ("mlp", "full", "linear", "diag", "identity")
 class _Scatter(torch.autograd.Function):
     """Write many weights into a flat tensor, at `index`; gradients go to those flagged in `learn`, None to the rest.
 
-    One node for all of them: with a node or two per weight, 15 bundles spend more time in autograd than on the GPU.
+    One node for all of them: a node or two per weight is what many small bundles would spend their time on.
     """
 
     @staticmethod

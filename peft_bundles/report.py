@@ -101,9 +101,9 @@ def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
     table = torch.full((len(shapes), len(shapes)), float("nan"), dtype=torch.float64)
     for j, (a, left) in enumerate(shapes.items()):
         for k, (b, right) in enumerate(shapes.items()):
-            if "full" in (left.kind, right.kind):
-                continue  # no projector: spans everything
+            if "full" in (left.kind, right.kind) or k < j:
+                continue  # no projector: spans everything; and the table is symmetric
             weights = (layer.bundle_weight[adapter] for layer in layers)
             angles = [principal_angles(w[a], left.support, w[b], right.support).min() for w in weights]
-            table[j, k] = torch.rad2deg(torch.stack(angles).mean())
+            table[j, k] = table[k, j] = torch.rad2deg(torch.stack(angles).mean())
     return table

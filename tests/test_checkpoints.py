@@ -431,6 +431,50 @@ def test_a_read_only_folder_is_named_and_keeps_its_checkpoint():
         assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
 
 
+@pytest.mark.parametrize("save", ["peft", "transformers"])
+def test_one_changed_bit_in_a_tensor_is_noticed(save, tmp_path):
+    if save == "peft":
+        model = attached()
+    else:
+        model = TINY["llama"]()
+        model.add_adapter(bundle_config())
+        perturb(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, batch())
+    assert torch.equal(logits(PeftModel.from_pretrained(TINY["llama"](), tmp_path), batch()), expected)
+    TINY["llama"]().load_adapter(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged or was changed.*weights_digest"):
+        PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_digest": None}))
+    PeftModel.from_pretrained(TINY["llama"](), tmp_path)  # the user says that it was on purpose
+
+
+def test_tensors_of_two_layers_cannot_change_places(tmp_path):
+    attached().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    one, two = sorted(k for k in tensors if "bundle_up.b_mlp" in k)[:2]
+    save_file({**tensors, one: tensors[two], two: tensors[one]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="damaged or was changed"):
+        PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+
+
+def test_a_loaded_adapter_takes_any_state_dict_later(tmp_path):
+    model = attached()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+    averaged = {k: (v + 1) / 2 for k, v in get_peft_model_state_dict(again).items() if "bundle_basis" not in k}
+    averaged.update({k: v for k, v in get_peft_model_state_dict(again).items() if "bundle_basis" in k})
+    set_peft_model_state_dict(again, averaged)
+    assert not torch.equal(logits(again, batch()), logits(model, batch()))
+    again.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(TINY["llama"](), tmp_path), batch()), logits(again, batch()))
+
+
 def test_a_scale_of_zero_is_refused(tmp_path):
     model = get_peft_model(TINY["llama"](), bundle_config())
     model.save_pretrained(tmp_path)
