@@ -23,12 +23,16 @@ def align(size: int) -> int:
 
 @dataclass(frozen=True)
 class BundleShape:
-    """A bundle's sizes for one hidden size d: kind, r_k, hidden width b_k, and its support (columns of U)."""
+    """A bundle's sizes for one hidden size d: kind, r_k, hidden width b_k, and its support (columns of U).
+
+    `width` is what its adapter reads and writes: r_k behind a projector, all columns of the support without one.
+    """
 
     kind: str
     rank: int
     hidden: int
     support: Tensor
+    width: int
 
 
 def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tensor]:
@@ -82,7 +86,7 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
         bottleneck = spec.bottleneck if spec.bottleneck is not None else config.bottleneck
         if kind == "full":
             hidden = resolve_rank(bottleneck, hidden_size)
-            shapes[name] = BundleShape(kind, hidden_size, hidden, torch.arange(0))
+            shapes[name] = BundleShape(kind, hidden_size, hidden, torch.arange(0), hidden_size)
             continue
         support = torch.cat([columns[s] for s in spec.sub_bases])
         if spec.overlap:
@@ -103,8 +107,9 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
                 f"bundle {name!r}: rank={spec.rank!r} is {rank} columns at hidden size {hidden_size}, but its support "
                 f"{spec.sub_bases} has {len(support)}; lower the rank or widen the support."
             )
-        hidden = resolve_rank(bottleneck, rank) if kind in ("mlp", "linear") else rank
-        shapes[name] = BundleShape(kind, rank, hidden, support.sort().values)
+        width = len(support) if config.projection == "none" else rank
+        hidden = resolve_rank(bottleneck, rank) if kind in ("mlp", "linear") else width
+        shapes[name] = BundleShape(kind, rank, hidden, support.sort().values, width)
     return shapes
 
 

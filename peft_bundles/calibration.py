@@ -19,16 +19,19 @@ from tqdm.auto import tqdm
 
 from .alphas import state_of
 from .basis import choose_basis, fingerprint
+from .config import BundleConfig
 from .layer import BundleLayer
 
 
+STATES = 1024  # states of every layer that are kept for `BundleModel.quiet_loss`
 OUTLIER = 3.0  # tokens whose state is this many times longer than the median one are attention sinks and left out
 
 
 class _Moments:
-    """Running sums of one layer's states in float64: count, sum, sum of squares or of outer products."""
+    """Running sums of one layer's states in float64 (count, sum, sum of squares or of outer products), and a sample."""
 
-    def __init__(self, size: int, outer: bool, device: torch.device) -> None:
+    def __init__(self, size: int, outer: bool, device: torch.device, tokens: int) -> None:
+        self.tokens, self.sample = tokens, list[Tensor]()
         self.kept = self.seen = 0
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.square = torch.zeros(*((size, size) if outer else (size,)), dtype=torch.float64, device=device)
@@ -43,6 +46,14 @@ class _Moments:
         self.kept += len(kept)
         self.sum += kept.sum(0)
         self.square += kept.T @ kept if self.outer else kept.square().sum(0)
+        # An even share of every batch, so that the sample has as many kinds of text as the whole.
+        share = torch.linspace(0, len(kept) - 1, min(len(kept), math.ceil(STATES * len(states) / self.tokens)))
+        self.sample.append(kept[share.long().to(kept.device)].float())
+
+    def states(self) -> Tensor:
+        """About STATES of them, (N, d)."""
+        states = torch.cat(self.sample)
+        return states[torch.linspace(0, len(states) - 1, min(STATES, len(states))).long().to(states.device)]
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """mu (d,), sigma (d,), and the correlation matrix (d, d) of the standardised stream if it was asked for."""
@@ -63,20 +74,27 @@ def calibrate(
     tokens: int = 20_000,
     max_length: int = 256,
     batch_size: int = 8,
+    own_samples: float | None = None,
+    states_only: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Set mu, sigma and (for "pca" and "null") U of every layer from the residual stream without bundles.
+    """Measure the residual stream without bundles: set mu, sigma and (for "pca" and "null") U of every layer.
+
+    It also keeps a sample of the states, on which `BundleModel.quiet_loss` asks the bundles to be quiet.
 
     Args:
         model: a model with a fresh bundle adapter.
-        texts: text of the kind that must not be disturbed. None: samples of the base model itself.
+        texts: text of the kind that must not be disturbed, as many kinds as can be had (docs/learning.md has what each
+            brought). None: samples of the base model itself.
         tokenizer: needed for `texts`; without texts only for the token to start from, if the model's config has none.
         adapter: which adapter; needed only when there are several.
         tokens: stop after about so many tokens.
         max_length: tokens per sequence, cut or sampled.
         batch_size: sequences per forward.
-        seed: of the sampling, when there are no texts.
+        own_samples: share of the tokens that the base model samples by itself; None is 0 with texts and 1 without.
+        states_only: keep mu, sigma and U and only renew the sample of states: to go on training a loaded adapter.
+        seed: of the sampling.
         progress: show a progress bar.
 
     Returns:
@@ -96,15 +114,19 @@ def calibrate(
     layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
     if not config.bundles:
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate.")
-    if any(_is_trained(layer, adapter) for layer in layers):
+    if not states_only and any(_is_trained(layer, adapter) for layer in layers):
         raise RuntimeError(
-            f"adapter {adapter!r} has been trained; calibrate a fresh one, its weights belong to the old basis."
+            f"adapter {adapter!r} has been trained, its weights belong to the old basis; calibrate a fresh one, or "
+            "pass states_only=True to go on training this one."
         )
+    own = own_samples if own_samples is not None else float(texts is None)
+    if not 0.0 <= own <= 1.0 or (texts is None and own < 1.0):
+        raise ValueError(f"own_samples={own_samples!r} must be in [0, 1], and 1 (or None) where no texts are given.")
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
     if texts is not None and tokenizer is None:
         raise ValueError("texts need a tokenizer; pass tokenizer=.")
-    outer = config.basis_init != "random"
+    outer = config.basis_init != "random" and not states_only
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(
             f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; ask for more."
@@ -113,12 +135,14 @@ def calibrate(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
     max_length = min(max_length, positions)
     device = next(model.parameters()).device
-    moments = {layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device) for layer in layers}
-    batches = (
-        _own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device)
-        if texts is None
-        else _tokenised(texts, tokenizer, max_length, batch_size, device)
-    )
+    moments = {
+        layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device, tokens) for layer in layers
+    }
+    share = round(own * tokens)
+    sources = [
+        (share, _own_samples(model, tokenizer, share, max_length, batch_size, seed, device)),
+        (tokens - share, _tokenised(texts or (), tokenizer, max_length, batch_size, device)),
+    ]
     options: dict[str, Any] = {"use_cache": False}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
@@ -128,15 +152,17 @@ def calibrate(
         _measuring(model, layers, moments) as mask,
         tqdm(total=tokens, unit="token", desc="calibrate", disable=not progress) as bar,
     ):
-        for batch in batches:
-            mask.append(batch["attention_mask"].bool())
-            model(**batch, **options)
-            mask.clear()
-            step = int(batch["attention_mask"].sum())
-            seen += step
-            bar.update(min(step, tokens - bar.n))
-            if seen >= tokens:
-                break
+        for wanted, batches in sources:
+            before = seen
+            for batch in batches if wanted else ():
+                mask.append(batch["attention_mask"].bool())
+                model(**batch, **options)
+                mask.clear()
+                step = int(batch["attention_mask"].sum())
+                seen += step
+                bar.update(min(step, tokens - bar.n))
+                if seen - before >= wanted:
+                    break
     if min(m.kept for m in moments.values()) < 2:
         raise ValueError("calibration saw no usable token; are the texts empty?")
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
@@ -145,19 +171,32 @@ def calibrate(
         )
 
     for layer in layers:
-        mean, scale, correlation = moments[layer.index].statistics()
-        layer.bundle_mean[adapter], layer.bundle_scale[adapter] = mean.float(), scale.float()
-        if correlation is not None:
-            basis = layer.bundle_basis[adapter]
-            chosen = choose_basis(correlation, basis.shape[1], config.basis_init, config.basis_seed, layer.index)
-            layer.bundle_basis[adapter] = chosen.to(basis.device)
+        if not states_only:
+            _set_statistics(layer, adapter, config, moments[layer.index])
+        states = moments[layer.index].states()
+        centred = states - layer.bundle_mean[adapter] if config.input_norm == "standard" else states
+        layer.bundle_states[adapter] = centred.to(torch.bfloat16)
+    if states_only:
+        return dict(config.calibration or {})
     config.calibration = {
         "tokens": seen,
-        "source": "given texts" if texts is not None else "the base model's own samples",
+        "source": " and ".join(
+            source for source, used in (("given texts", own < 1.0), ("the base model's own samples", own > 0.0)) if used
+        ),
         "outliers": 1 - sum(m.kept for m in moments.values()) / sum(m.seen for m in moments.values()),
     }
     config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
     return dict(config.calibration)
+
+
+def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, moments: _Moments) -> None:
+    """mu, sigma and, where the config asks for it, U."""
+    mean, scale, correlation = moments.statistics()
+    layer.bundle_mean[adapter], layer.bundle_scale[adapter] = mean.float(), scale.float()
+    if correlation is not None:
+        basis = layer.bundle_basis[adapter]
+        chosen = choose_basis(correlation, basis.shape[1], config.basis_init, config.basis_seed, layer.index)
+        layer.bundle_basis[adapter] = chosen.to(basis.device)
 
 
 def _is_trained(layer: BundleLayer, adapter: str) -> bool:

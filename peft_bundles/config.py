@@ -22,6 +22,7 @@ ADAPTERS = ("mlp", "linear", "diag", "identity", "full")
 ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
+PROJECTIONS = ("none", "tied", "free")
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -104,7 +105,8 @@ class BundleSpec:
     """One bundle: the columns of U it may use, its size, and the signals that may update it.
 
     Args:
-        rank: r_k, the width of the bundle's projection (int, or a fraction of the hidden size).
+        rank: r_k, the size of the bundle (int, or a fraction of the hidden size): the width of its projector W_k where
+            it has one, and what `bottleneck` is a fraction of.
         sub_bases: names of the sub-bases whose columns make up the support. Not used by `adapter="full"`.
         overlap: share of the support that is drawn from the sub-basis named "common", in [0, 1).
         signals: signal name -> weight in [0, 1]: 1 owns, 0 (or absent) is quarantined, between is attenuated.
@@ -172,8 +174,12 @@ class BundleConfig(PeftConfig):
             chosen by `calibrate`; until it has run they are the random basis.
         adapter: adapter kind of bundles that name none.
         bottleneck: bottleneck of bundles that name none.
-        tie_projections: Q_k = P_k^T when True; False gives Q_k weights of its own.
+        projection: "none": a bundle reads and writes its columns of U as they are. "tied" puts a trained projector W_k
+            between, and its transpose behind; "free" gives the way back weights of its own. W costs parameters that
+            hidden units use better (docs/learning.md).
         input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
+        quiet: weight of the penalty on what the bundles add to the states that `calibrate` kept; `forward` with labels
+            adds it to the loss while training, other losses add `model.quiet_loss()`. 0 turns it off.
         dropout: dropout on the adapter's hidden units while training.
         layers_to_transform: indices of the decoder layers that get bundles; None is all of them.
         target_modules: names or a regex of the decoder blocks, only for models where they are not found by themselves.
@@ -198,8 +204,9 @@ class BundleConfig(PeftConfig):
     basis_init: str = "null"
     adapter: str = "mlp"
     bottleneck: Rank = 0.25
-    tie_projections: bool = True
+    projection: str = "none"
     input_norm: str = "standard"
+    quiet: float = 10.0
     dropout: float = 0.0
     layers_to_transform: list[int] | int | None = None
     target_modules: list[str] | str | None = None
@@ -231,6 +238,8 @@ class BundleConfig(PeftConfig):
         _check_choice(me, "adapter", self.adapter, ADAPTERS)
         _check_choice(me, "basis_init", self.basis_init, BASIS_INITS)
         _check_choice(me, "input_norm", self.input_norm, INPUT_NORMS)
+        _check_choice(me, "projection", self.projection, PROJECTIONS)
+        _check_number(me, "quiet", self.quiet, 0.0, 1e6)
         _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if self.basis_rank is not None:
             _check_rank(me, "basis_rank", self.basis_rank)
@@ -294,10 +303,10 @@ class BundleConfig(PeftConfig):
             raise ValueError(
                 f"bundle {name!r}: overlap={spec.overlap} already draws on {COMMON!r}; drop one of the two."
             )
-        if kind == "identity" and self.tie_projections:
+        if kind == "identity" and self.projection != "free":
             raise ValueError(
-                f"bundle {name!r}: adapter='identity' with tied projections cannot start as the base model; "
-                "set tie_projections=False."
+                f"bundle {name!r}: adapter='identity' with projection={self.projection!r} cannot start as the base "
+                "model; set projection='free'."
             )
 
     @property

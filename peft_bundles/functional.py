@@ -4,8 +4,9 @@ Both compute design.md section 2,
 
     x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + sum_k alpha_k (u_k W_k) U^T
 
-The reference is written bundle by bundle as it stands there. The stacked form uses that everything left of the
-activation is linear, and so is everything right of it. With all bundles' hidden units side by side (H = sum_k b_k)
+(where a bundle has no projector, W_k just picks the columns of its support). The reference is written bundle by bundle
+as it stands there. The stacked form uses that everything left of the activation is linear, and so is everything right
+of it. With all bundles' hidden units side by side (H = sum_k b_k)
 
     s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = up^T W U^T  (H x d)
 
@@ -63,7 +64,8 @@ def bundle_reference(
         if b.kind == "full":
             out = out + gate * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
             continue
-        z = F.linear(x[..., b.support], b.weight)
+        z = x[..., b.support]
+        z = z if b.weight is None else F.linear(z, b.weight)
         if b.kind == "mlp":
             u = F.linear(F.gelu(F.linear(z, b.down)), b.up)
         elif b.kind == "linear":
@@ -71,11 +73,11 @@ def bundle_reference(
         else:
             u = z * b.up if b.kind == "diag" else z
         back = b.weight if b.weight_out is None else b.weight_out
-        out = out + gate * ((u @ back) @ basis[:, b.support].T)
+        out = out + gate * ((u if back is None else u @ back) @ basis[:, b.support].T)
     return out
 
 
-def _activate(s: Tensor, nonlinear: int) -> Tensor:
+def activate(s: Tensor, nonlinear: int) -> Tensor:
     """GELU on the first `nonlinear` hidden units, identity on the rest."""
     if nonlinear == s.shape[-1]:
         return F.gelu(s)
@@ -111,7 +113,7 @@ class _Bundles(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
-        a = _activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
+        a = activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
         out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
@@ -130,7 +132,7 @@ class _Bundles(torch.autograd.Function):
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         x, dy, shape = x.flatten(0, -2).to(dtype), grad.flatten(0, -2).to(dtype), (*hidden.shape[:-1], -1)
         s = x @ D
-        a = _activate(s, nonlinear).view(shape)
+        a = activate(s, nonlinear).view(shape)
         a = a if mask is None else a * mask.to(dtype)
         da = (dy @ E.T).view(shape)
 

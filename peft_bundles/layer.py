@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward
+from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward
 from .packing import Packing
 
 
@@ -32,9 +32,11 @@ MERGE_ERROR = (
 class BundleLayer(nn.Module, BaseTunerLayer):
     """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
 
-    bundle_weight: W_k (r, |support|), not for "full". bundle_weight_out: the same for Q_k, untied projections only.
-    bundle_down: (b, r), "mlp" and "linear"; (b, d), "full". bundle_up: (r, b); (d, b), "full"; (r,), "diag".
+    bundle_weight: W_k (r, |support|), with a projection only. bundle_weight_out: the same for Q_k, "free" ones only.
+    bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
+    width w is r behind a projection and |support| without.
     bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
+    bundle_states: (N, d), states of calibration text minus mu, for `loudness`; only after `calibrate`, never saved.
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
@@ -48,6 +50,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     bundle_basis: Any
     bundle_mean: Any
     bundle_scale: Any
+    bundle_states: Any
 
     def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
         for name in self.other_param_names:
             setattr(self, name, BufferDict(persistent=True))
+        self.bundle_states = BufferDict(persistent=False)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._handle = block.register_forward_hook(self.hook, prepend=True)
@@ -89,19 +93,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
         for name, shape in packing.shapes.items():
-            r, b = shape.rank, shape.hidden
-            if shape.kind == "full":
-                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, d), last(d, b)
-                continue
-            support = len(shape.support)
-            tables["bundle_weight"][name] = uniform(r, support)
-            if not config.tie_projections:
+            r, b, support = shape.rank, shape.hidden, len(shape.support)
+            if config.projection != "none" and shape.kind != "full":
+                tables["bundle_weight"][name] = uniform(r, support)
+            if config.projection == "free" and shape.kind != "full":
                 identity = shape.kind == "identity"
                 tables["bundle_weight_out"][name] = last(r, support) if identity else uniform(r, support)
-            if shape.kind in ("mlp", "linear"):
-                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, r), last(r, b)
+            if shape.kind in ("mlp", "linear", "full"):
+                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, shape.width), last(shape.width, b)
             elif shape.kind == "diag":
-                tables["bundle_up"][name] = nn.Parameter(last(1, r).data[0])
+                tables["bundle_up"][name] = nn.Parameter(last(1, b).data[0])
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_basis[adapter] = draw_basis(d, packing.basis_rank, config.basis_seed, self.index)
@@ -115,6 +116,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's own; the state that the layers share forgets the adapter too."""
         super().delete_adapter(adapter_name)
+        if adapter_name in self.bundle_states:
+            del self.bundle_states[adapter_name]
         self.state.configs.pop(adapter_name, None)
         self.state.packings.pop((adapter_name, self.hidden_size), None)
 
@@ -271,6 +274,24 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if folds is not None:
             folds[key] = D, E
         return D, E
+
+    def loudness(self, adapter: str, names: list[str]) -> Tensor:
+        """Mean |what the named bundles add|^2 on the kept states, each by itself, over the variance of the states."""
+        packing, states = self.packing(adapter), self.bundle_states[adapter]
+        with torch.autocast(states.device.type, enabled=False):
+            D, E = self._folded(adapter, torch.float32, None, names)
+            a = activate(states.float() @ D, packing.nonlinear)
+            owner = packing.index(states.device)["owner"]
+            # |sum of a bundle's own units' rows of E|^2, from the products of these rows.
+            products = (E @ E.T) * (owner[:, None] == owner[None, :])
+            ours = self.state.call.cached(
+                (packing, "learns", tuple(names)),
+                E,
+                lambda: torch.tensor([float(name in names) for name in packing.names], device=E.device)[owner],
+            )
+            return (((a @ products) * a).sum(0) * ours).sum() / (
+                len(states) * self.bundle_scale[adapter].square().sum()
+            )
 
     def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
         """(B, 1, 1): 1 for the rows that are ours."""

@@ -136,7 +136,9 @@ class BundleModel(BaseTuner):
         adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
         state.configs[adapter] = peft_config
-        state.packings[adapter, shape[0]] = Packing(shapes, basis_rank(peft_config, shape[0]))
+        state.packings[adapter, shape[0]] = Packing(
+            shapes, basis_rank(peft_config, shape[0]), peft_config.projection != "none"
+        )
         peft_config.base_shape = shape
         self._state = state
 
@@ -306,11 +308,43 @@ class BundleModel(BaseTuner):
             call.adapter_names = before
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The base model's, with alphas and adapter names for this call."""
-        if alphas is None and adapter_names is None:
-            return self.model(*args, **kwargs)
-        with self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names):
-            return self.model(*args, **kwargs)
+        """The base model's, with alphas and adapter names for this call.
+
+        While training with labels, the loss includes `quiet_loss` of the bundles that this forward lets learn (as
+        PEFT's AdaLoRA adds its regulariser).
+        """
+        state = self._state
+        hooks: AbstractContextManager[None] = nullcontext()
+        if alphas is not None or adapter_names is not None:
+            hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
+        before, state.seen = state.seen, set()
+        try:
+            with hooks:
+                output = self.model(*args, **kwargs)
+            if self.training and state.seen and getattr(output, "loss", None) is not None:
+                output.loss = output.loss + self.quiet_loss()
+        finally:
+            state.seen |= before
+        return output
+
+    def quiet_loss(self) -> Tensor:
+        """`config.quiet` times how loud the bundles are on the states that `calibrate` kept; a scalar.
+
+        For every bundle that some forward since the last `finalize_grads` let learn, summed over layers: the mean
+        squared length of what it adds to those states, over their variance. Each bundle is taken by itself and at
+        alpha 1, so the gradient of one does not depend on the others. 0 for an adapter that was not calibrated.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, BundleLayer)]
+        learning: dict[str, list[str]] = {}
+        for adapter, bundle in sorted(self._state.seen):
+            learning.setdefault(adapter, []).append(bundle)
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        for adapter, names in learning.items():
+            weight = self._state.configs[adapter].quiet
+            for layer in layers if weight else ():
+                if adapter in layer.bundle_states:
+                    total = total + weight * layer.loudness(adapter, names).to(total.device)
+        return total
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's, with alphas and adapter names for this call; rows are those of the prompt batch.

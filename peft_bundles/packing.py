@@ -43,14 +43,16 @@ class _Scatter(torch.autograd.Function):
 class Packing:
     """Where each weight of each bundle goes in the block matrices; the same for every layer of an adapter.
 
+    With projectors, adapters read and write rows of a stacked W (total rank x R); without, columns of U directly.
+
     Attributes:
         names: bundles in the order of the config (the order of alphas and gates).
         nonlinear: number of leading hidden units that pass through the activation.
         owner: bundle number of every hidden unit, (H,).
     """
 
-    def __init__(self, shapes: Mapping[str, BundleShape], basis_rank: int) -> None:
-        self.shapes, self.basis_rank = dict(shapes), basis_rank
+    def __init__(self, shapes: Mapping[str, BundleShape], basis_rank: int, projected: bool) -> None:
+        self.shapes, self.basis_rank, self.has_weight = dict(shapes), basis_rank, projected
         self.names = list(shapes)
         ordered = sorted(self.names, key=lambda name: _ORDER.index(shapes[name].kind))
         self.full = [n for n in ordered if shapes[n].kind == "full"]
@@ -64,7 +66,7 @@ class Packing:
         self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
         if self.nonlinear == used:
             self.nonlinear += self.padding
-        self.total_rank = align(sum(shapes[n].rank for n in self.projected))
+        self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
         self.total_hidden = sum(shapes[n].hidden for n in self.projected) + self.padding
 
         weight: list[Tensor] = []
@@ -76,13 +78,14 @@ class Packing:
         for name in self.projected:
             shape = shapes[name]
             r, b = shape.rank, shape.hidden
-            rows = torch.arange(r0, r0 + r)
+            rows = torch.arange(r0, r0 + r) if projected else shape.support
             hidden = torch.arange(h0, h0 + b)
-            weight.append((rows[:, None] * basis_rank + shape.support[None, :]).flatten())
-            block = hidden[:, None] * self.total_rank + rows[None, :]  # (b, r)
+            if projected:
+                weight.append((rows[:, None] * basis_rank + shape.support[None, :]).flatten())
+            block = hidden[:, None] * self.width + rows[None, :]  # (b, width)
             if shape.kind in ("mlp", "linear"):
                 down.append(block.flatten())
-                up.append(block.T.flatten())  # `up` is (r, b), and E needs its transpose
+                up.append(block.T.flatten())  # `up` is (width, b), and E needs its transpose
             else:
                 down_eye.append(block.diagonal())
                 (up if shape.kind == "diag" else up_eye).append(block.diagonal())
@@ -142,10 +145,13 @@ class Packing:
         size = basis.shape[0]
         D, E = basis.new_zeros(size, self.padding), basis.new_zeros(self.padding, size)
         if self.projected:
-            W = blocks(weight, "weight", self.total_rank, self.basis_rank)
-            W_out = blocks(weight_out, "weight", self.total_rank, self.basis_rank) if weight_out else W
-            D = basis @ (blocks(down, "down", self.total_hidden, self.total_rank) @ W).T
-            E = (blocks(up, "up", self.total_hidden, self.total_rank) @ W_out) @ basis.T
+            reads = blocks(down, "down", self.total_hidden, self.width)
+            writes = blocks(up, "up", self.total_hidden, self.width)
+            if self.has_weight:
+                W = blocks(weight, "weight", self.width, self.basis_rank)
+                reads = reads @ W
+                writes = writes @ (blocks(weight_out, "weight", self.width, self.basis_rank) if weight_out else W)
+            D, E = basis @ reads.T, writes @ basis.T
         if self.full:
             m = self.before_full
             D = torch.cat([D[:, :m], *(alone(down, name).T for name in self.full), D[:, m:]], 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .alphas import state_of
-from .basis import principal_angles, support_overlap
+from .basis import BundleShape, principal_angles, support_overlap
 from .layer import BundleLayer
 
 
@@ -103,7 +103,15 @@ def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
         for k, (b, right) in enumerate(shapes.items()):
             if "full" in (left.kind, right.kind) or k < j:
                 continue  # no projector: spans everything; and the table is symmetric
-            weights = (layer.bundle_weight[adapter] for layer in layers)
-            angles = [principal_angles(w[a], left.support, w[b], right.support).min() for w in weights]
+            reads = [(_reads(layer, adapter, a, left), _reads(layer, adapter, b, right)) for layer in layers]
+            angles = [principal_angles(x, left.support, y, right.support).min() for x, y in reads]
             table[j, k] = table[k, j] = torch.rad2deg(torch.stack(angles).mean())
     return table
+
+
+def _reads(layer: BundleLayer, adapter: str, name: str, shape: BundleShape) -> Tensor:
+    """Rows that span what a bundle reads of its support: those of W, of `down`, or all of it."""
+    for table in (layer.bundle_weight[adapter], layer.bundle_down[adapter]):
+        if name in table:
+            return table[name]
+    return torch.eye(len(shape.support))

@@ -141,8 +141,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "baseline": {"sub_bases": {}, "bundles": {}},
     # One adapter that every signal updates: the monolithic control.
     "single_adapter": {
-        "sub_bases": {"main": 0.5},
-        "bundles": {"b_main": _own("main", 0.5, *SIGNALS)},
+        "sub_bases": {"main": 0.75},
+        "bundles": {"b_main": _own("main", 0.75, *SIGNALS)},
     },
     # Three bundles that share 80% of their support: separate weights, one space.
     "all_overlap": {
@@ -157,12 +157,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "ssl_rl_separate": {
         "sub_bases": {"ssl": 0.375, "rl": 0.375},
         "bundles": {
-            "b_ssl_main": _own("ssl", 0.18, "lm", bottleneck=1.0),
-            "b_ssl_semantic": _own("ssl", 0.12, "lm", bottleneck=1.0, role="semantic"),
-            "b_rl_policy": _own("rl", 0.10, "policy", bottleneck=1.0, role="signal"),
-            "b_rl_value": _own("rl", 0.08, "value", bottleneck=1.0, role="signal"),
-            "b_rl_explore": _own("rl", 0.05, "entropy", bottleneck=1.0, role="signal"),
-            "b_rl_anchor": _own("rl", 0.06, "kl", bottleneck=1.0, role="signal"),
+            "b_ssl_main": _own("ssl", 0.18, "lm", bottleneck=0.84),
+            "b_ssl_semantic": _own("ssl", 0.12, "lm", bottleneck=0.84, role="semantic"),
+            "b_rl_policy": _own("rl", 0.10, "policy", bottleneck=0.84, role="signal"),
+            "b_rl_value": _own("rl", 0.08, "value", bottleneck=0.84, role="signal"),
+            "b_rl_explore": _own("rl", 0.05, "entropy", bottleneck=0.84, role="signal"),
+            "b_rl_anchor": _own("rl", 0.06, "kl", bottleneck=0.84, role="signal"),
         },
     },
     "full_modular": {

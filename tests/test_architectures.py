@@ -115,12 +115,13 @@ def test_generate_is_the_argmax_of_forward(name):
     assert torch.equal(scores[:, 5:].argmax(-1), out[:, 6:])
 
 
-def test_gradient_reaches_every_bundle_of_every_layer(name):
-    model = perturb(attached(name)).train()
+@pytest.mark.parametrize("projection", ["none", "tied"])
+def test_gradient_reaches_every_bundle_of_every_layer(name, projection):
+    model = perturb(attached(name, projection=projection)).train()
     ids = batch()
     model(input_ids=ids, labels=ids).loss.backward()
     table = weights(model)
-    assert len(table) == LAYERS * (3 + 3 + 2)  # weight, down and up; a diag has no down
+    assert len(table) == LAYERS * (2 + 2 + 1 + 3 * (projection == "tied"))  # down and up (a diag has no down), and W
     for key, parameter in table.items():
         assert parameter.grad is not None, key
         assert bool(parameter.grad.any()), key
@@ -184,7 +185,7 @@ def test_hook_compiles_without_graph_break(route):
     assert torch.allclose(out_2, out, atol=1e-5)
     assert torch.allclose(d_hidden_2, d_hidden, atol=1e-4)
     assert grads.keys() == grads_2.keys()
-    assert len(grads) == {"lm": 3 + 2, "policy": 3}.get(str(route), 3 + 2 + 3)
+    assert len(grads) == {"lm": 2 + 1, "policy": 2}.get(str(route), 2 + 1 + 2)
     for key, grad in grads.items():
         assert torch.allclose(grads_2[key], grad, atol=1e-4), key
     torch._dynamo.reset()

@@ -273,7 +273,7 @@ def _add(name):
 
 
 def _narrow(tensors):
-    key = first(tensors, "bundle_weight")
+    key = first(tensors, "bundle_down")
     tensors[key] = tensors[key][:, :-1].contiguous()
 
 
@@ -294,7 +294,7 @@ LAYER = "base_model.model.model.layers"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_drop("bundle_weight"), "lacks 1 tensors .*bundle_weight"),
+        (_drop("bundle_down"), "lacks 1 tensors .*bundle_down"),
         (_drop("bundle_up"), "lacks 1 tensors .*bundle_up"),
         (_drop("bundle_basis"), "lacks 1 tensors .*bundle_basis"),
         (_drop("bundle_mean"), "lacks 1 tensors .*bundle_mean"),
@@ -302,7 +302,7 @@ LAYER = "base_model.model.model.layers"
         (_add(f"{LAYER}.7.bundles.bundle_up.b_mlp"), "has 1 tensors .*layers.7"),
         (_add(f"{LAYER}.0.mlp.gate_proj.lora_A.weight"), "has 1 tensors .*lora_A"),
         (_narrow, "has shape .*another"),
-        (_spoil("bundle_weight", float("nan")), "NaN"),
+        (_spoil("bundle_down", float("nan")), "NaN"),
         (_spoil("bundle_up", float("inf")), "NaN or infinity"),
         (_spoil("bundle_basis", float("nan")), "NaN"),
         (_spoil("bundle_scale", float("-inf")), "NaN or infinity"),

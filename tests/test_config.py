@@ -142,7 +142,7 @@ def spec(**fields) -> dict:
         ({"sub_bases": {"a": 8}, "bundles": {"keys": spec()}}, "bundle name 'keys'"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(name="c")}}, "under key 'b' is named 'c'"),
         ({"sub_bases": {"a": 8}, "bundles": [spec(name="b"), spec(name="b")]}, r"\['b'\] are given twice"),
-        ({"sub_bases": {"a": 8}, "bundles": {"b": spec(adapter="identity")}}, "tie_projections=False"),
+        ({"sub_bases": {"a": 8}, "bundles": {"b": spec(adapter="identity")}}, "projection='free'"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_the_fix(fields, message):
@@ -183,7 +183,7 @@ configs = st.builds(
     sub_bases=st.fixed_dictionaries({"c": fraction, "a": fraction, "b": fraction}),
     bundles=st.dictionaries(st.from_regex(r"[a-z]_[a-z0-9_]{1,8}", fullmatch=True), specs, max_size=5),
     basis_seed=st.integers(0, 2**31),
-    tie_projections=st.booleans(),
+    projection=st.sampled_from(["none", "tied", "free"]),
     dropout=st.floats(0, 0.9),
     basis_init=st.sampled_from(["random", "pca", "null"]),
 )

@@ -14,7 +14,7 @@ D = 24
 KINDS = ("mlp", "linear", "diag", "identity", "full")
 
 
-def make(kinds: tuple[str, ...], tied: bool, dtype: torch.dtype = torch.float64):
+def make(kinds: tuple[str, ...], projection: str, dtype: torch.dtype = torch.float64):
     """Random weights for one bundle per kind: packing, tables by name, the same for the reference, basis."""
     torch.manual_seed(0)
     config = BundleConfig(
@@ -25,24 +25,24 @@ def make(kinds: tuple[str, ...], tied: bool, dtype: torch.dtype = torch.float64)
             )
             for i, kind in enumerate(kinds)
         },
-        tie_projections=tied,
+        projection=projection,
     )
     shapes = bundle_shapes(config, D)
-    packing = Packing(shapes, 15)
+    packing = Packing(shapes, 15, projection != "none")
     tables: dict[str, dict[str, Tensor]] = {"weight": {}, "weight_out": {}, "down": {}, "up": {}}
 
     def leaf(*size: int) -> Tensor:
         return torch.randn(*size, dtype=dtype, requires_grad=True)
 
     for name, s in shapes.items():
-        if s.kind != "full":
+        if s.kind != "full" and projection != "none":
             tables["weight"][name] = leaf(s.rank, len(s.support))
-            if not tied:
+            if projection == "free":
                 tables["weight_out"][name] = leaf(s.rank, len(s.support))
         if s.kind in ("mlp", "linear", "full"):
-            tables["down"][name], tables["up"][name] = leaf(s.hidden, s.rank), leaf(s.rank, s.hidden)
+            tables["down"][name], tables["up"][name] = leaf(s.hidden, s.width), leaf(s.width, s.hidden)
         if s.kind == "diag":
-            tables["up"][name] = leaf(s.rank)
+            tables["up"][name] = leaf(s.width)
     reference = [BundleWeights(s.kind, s.support, *(tables[t].get(n) for t in tables)) for n, s in shapes.items()]
     return packing, tables, reference, draw_basis(D, 15, seed=0, layer=0).to(dtype)
 
@@ -53,14 +53,14 @@ def stacked(packing, tables, basis, hidden, mean, scale, alphas, **options):
     return bundle_forward(hidden, D_, E, nonlinear=packing.nonlinear, mean=mean, alpha=alpha, **options)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("projection", ["none", "tied", "free"])
 @pytest.mark.parametrize(
     "kinds", [*[(k,) for k in KINDS], KINDS, KINDS[::-1], ("linear", "full")], ids=lambda k: "+".join(k)
 )
-def test_stacked_equals_reference_in_value_and_gradient(kinds, tied):
-    if tied and "identity" in kinds:  # refused by the config; the untied case covers the kind
+def test_stacked_equals_reference_in_value_and_gradient(kinds, projection):
+    if projection != "free" and "identity" in kinds:  # refused by the config; "free" covers the kind
         kinds = tuple(k for k in kinds if k != "identity") or ("diag",)
-    packing, tables, reference, basis = make(kinds, tied)
+    packing, tables, reference, basis = make(kinds, projection)
     hidden = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     alphas = torch.rand(2, 5, len(kinds), dtype=torch.float64, requires_grad=True)
     mean, scale = torch.randn(D, dtype=torch.float64), torch.rand(D, dtype=torch.float64) + 0.5
@@ -125,7 +125,7 @@ def test_gate_is_read_when_backward_runs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_the_float64_result_to_its_rounding(dtype):
-    packing, tables, reference, basis = make(("mlp", "linear"), True, torch.float32)
+    packing, tables, reference, basis = make(("mlp", "linear"), "tied", torch.float32)
     hidden = torch.randn(4, 8, D).to(dtype)
     mean, scale = torch.randn(D), torch.rand(D) + 0.5
     alphas = torch.rand(4, 1, 2)
@@ -143,7 +143,7 @@ def test_low_precision_is_the_float64_result_to_its_rounding(dtype):
 
 
 def test_autocast_runs_in_its_dtype_and_keeps_the_residual():
-    packing, tables, _, basis = make(("mlp",), True, torch.float32)
+    packing, tables, _, basis = make(("mlp",), "none", torch.float32)
     hidden = torch.randn(2, 3, D, requires_grad=True)
     mean, scale, alphas = torch.zeros(D), torch.ones(D), torch.ones(1, 1, 1)
     exact = stacked(packing, tables, basis, hidden, mean, scale, alphas)
@@ -157,7 +157,7 @@ def test_autocast_runs_in_its_dtype_and_keeps_the_residual():
 
 
 def test_bundles_that_are_not_live_get_no_gradient():
-    packing, tables, _, basis = make(("mlp", "linear", "diag"), True)
+    packing, tables, _, basis = make(("mlp", "linear", "diag"), "none")
     hidden = torch.randn(2, 3, D, dtype=torch.float64)
     D_, E = packing.fold(*tables.values(), basis, None, live=["b_1_linear"])
     bundle_forward(hidden, D_, E, nonlinear=packing.nonlinear).sum().backward()

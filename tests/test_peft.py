@@ -41,8 +41,8 @@ def test_only_adapter_weights_train_and_are_counted(name, capsys):
     total = sum(p.numel() for p in base.parameters())
     model = get_peft_model(base, bundle_config())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(weights(model))
-    # W is (r, support), down (b, r), up (r, b); a diag has one number a direction.
-    per_layer = (8 * 12 + 2 * 4 * 8) + (6 * 20 + 2 * 3 * 6) + (4 * 8 + 4)
+    # down is (b, support), up (support, b); a diag has one number a direction.
+    per_layer = 2 * 4 * 12 + 2 * 3 * 20 + 8
     assert model.get_nb_trainable_parameters() == (LAYERS * per_layer, total + LAYERS * per_layer)
     model.print_trainable_parameters()
     assert f"trainable params: {LAYERS * per_layer:,} " in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""The penalty that keeps bundles quiet on calibration text: its value, whom it moves, and that it does its work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+
+from peft_bundles import BundleConfig, calibrate
+from peft_bundles.alphas import state_of
+from tests.models import TINY, attached, batch, bundle_config, layers, perturb, weights
+
+
+def calibrated(**fields):
+    model = get_peft_model(TINY["llama"](), bundle_config(**fields))
+    calibrate(model, tokens=512, progress=False)
+    return perturb(model)
+
+
+def added_by(layer, name, states):
+    """What one bundle alone adds to states (N, d), from the layer's own forward."""
+    state = state_of(layer_model[0])
+    alphas = {other: 0.0 for other in state.bundle_names()} | {name: 1.0}
+    with layer_model[0].alphas(alphas), torch.no_grad():
+        return layer(states[None])[0] - states
+
+
+layer_model: list = []
+
+
+@pytest.mark.parametrize("projection", ["none", "tied"])
+@pytest.mark.parametrize("input_norm", ["standard", "none"])
+def test_it_is_the_mean_square_of_what_each_bundle_adds_to_the_kept_states(projection, input_norm):
+    model = calibrated(projection=projection, input_norm=input_norm, quiet=3.0)
+    layer_model[:] = [model]
+    model.train()(input_ids=batch(), labels=batch())  # every bundle may learn
+    wanted = 0.0
+    for layer in layers(model):
+        centred = layer.bundle_states["default"].float()
+        states = centred + layer.bundle_mean["default"] if input_norm == "standard" else centred
+        for name in layer.packing("default").names:
+            wanted += (
+                added_by(layer, name, states).square().sum(-1).mean() / layer.bundle_scale["default"].square().sum()
+            )
+    torch.testing.assert_close(model.quiet_loss(), 3.0 * wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_forward_adds_it_to_the_loss_while_training_only():
+    model, ids = calibrated(), batch()
+    plain = model.eval()(input_ids=ids, labels=ids).loss
+    output = model.train()(input_ids=ids, labels=ids)
+    own = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(plain, own)
+    torch.testing.assert_close(output.loss, own + model.quiet_loss())
+    assert model.quiet_loss() > 0
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)  # nothing learns
+
+
+@pytest.mark.parametrize(("signal", "owners"), [("lm", {"b_mlp", "b_diag"}), ("policy", {"b_linear"})])
+def test_under_a_route_it_moves_the_owners_only_and_does_not_depend_on_the_others(signal, owners):
+    model, ids = calibrated(), batch()
+    model.train()
+    with model.route(signal):
+        model(input_ids=ids)  # no labels, no penalty
+    model.quiet_loss().backward()
+    grads = {name: p.grad for name, p in weights(model).items()}
+    assert {name.rsplit(".", 1)[1] for name, grad in grads.items() if grad is not None} == owners
+    assert all(bool(grad.any()) for grad in grads.values() if grad is not None)
+    with torch.no_grad():
+        for name, parameter in weights(model).items():
+            if name.rsplit(".", 1)[1] not in owners:
+                parameter.normal_()
+    model.zero_grad()
+    model.quiet_loss().backward()
+    for name, parameter in weights(model).items():
+        if grads[name] is not None:
+            torch.testing.assert_close(parameter.grad, grads[name])
+
+
+def test_without_calibration_or_at_weight_0_there_is_none():
+    ids = batch()
+    for model in (perturb(attached("llama")), calibrated(quiet=0.0)):
+        model.train()(input_ids=ids, labels=ids)
+        assert model.quiet_loss().item() == 0.0
+
+
+def test_states_are_not_saved_and_can_be_renewed_for_a_trained_adapter(tmp_path):
+    from peft import PeftModel
+
+    model = calibrated()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(TINY["llama"](), tmp_path, is_trainable=True)
+    assert not any("bundle_states" in key for key in loaded.state_dict())
+    basis = {layer.index: layer.bundle_basis["default"].clone() for layer in layers(loaded)}
+    with pytest.raises(RuntimeError, match="states_only=True"):
+        calibrate(loaded, tokens=512, progress=False)
+    calibrate(loaded, tokens=512, progress=False, states_only=True)
+    for mine, before in zip(layers(loaded), layers(model)):
+        assert torch.equal(mine.bundle_basis["default"], basis[mine.index])
+        assert torch.equal(mine.bundle_states["default"], before.bundle_states["default"])
+    ids = batch()
+    for each in (model, loaded):
+        each.train()(input_ids=ids, labels=ids)
+    assert torch.equal(loaded.quiet_loss(), model.quiet_loss())
+
+
+def test_loading_weights_into_a_calibrated_adapter_keeps_its_states(tmp_path):
+    """What a trainer does when it resumes: the script calibrates, then the checkpoint's weights come."""
+    model = calibrated()
+    model.save_pretrained(tmp_path)
+    kept = [layer.bundle_states["default"].clone() for layer in layers(model)]
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(torch.equal(layer.bundle_states["default"], k) for layer, k in zip(layers(model), kept))
+
+
+def train(model, ids, steps=60):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def disturbance(model, base_logits, ids):
+    """KL(base || model) a token."""
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits.log_softmax(-1)
+    return (base_logits.softmax(-1) * (base_logits.log_softmax(-1) - logprobs)).sum(-1).mean().item()
+
+
+def test_the_default_disturbs_less_than_what_it_replaced():
+    """A guard on the defaults (docs/learning.md): at least as much learnt, the base model's own text disturbed less.
+
+    The controls are what the defaults won against: no penalty, and a projector of the same number of parameters.
+    """
+    base = TINY["llama"](initializer_range=0.2)
+    ids = batch(4, 16, seed=1)
+    torch.manual_seed(5)
+    text = base.generate(
+        input_ids=batch(16, 1, seed=2),
+        attention_mask=torch.ones(16, 1),
+        do_sample=True,
+        max_new_tokens=31,
+        min_new_tokens=31,
+    )
+    with torch.no_grad():
+        base_logits = base(input_ids=text).logits
+    found = {}
+    for name, fields in {
+        "default": {},
+        "loud": {"quiet": 0.0},
+        "projected": {"quiet": 0.0, "projection": "tied"},
+    }.items():
+        model = get_peft_model(TINY["llama"](initializer_range=0.2), BundleConfig(task_type="CAUSAL_LM", **fields))
+        calibrate(model, tokens=2048, max_length=32, progress=False)
+        train(model, ids)
+        with torch.no_grad():
+            found[name] = model(input_ids=ids, labels=ids).loss.item(), disturbance(model, base_logits, text)
+    print(found)
+    assert found["default"][0] < 0.5
+    assert found["default"][1] < 0.5 * found["loud"][1]
+    assert found["default"][1] < 0.5 * found["projected"][1]
