@@ -23,7 +23,7 @@ from .config import BundleConfig
 from .layer import BundleLayer
 
 
-STATES = 1024  # states of every layer that are kept for `BundleModel.quiet_loss`
+STATES = 4096  # states of every layer that are kept for `BundleModel.quiet_loss`
 OUTLIER = 3.0  # tokens whose state is this many times longer than the median one are attention sinks and left out
 
 

@@ -23,6 +23,7 @@ from .functional import BundleWeights, activate, bundle_forward, compute_dtype, 
 from .packing import Packing
 
 
+DRAW = 512  # of the states kept by calibration, so many are looked at a step
 MERGE_ERROR = (
     "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
     "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
@@ -276,14 +277,18 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return D, E
 
     def loudness(self, adapter: str, names: list[str]) -> Tensor:
-        """Mean |what the named bundles add|^2 on the kept states, each by itself, over the variance of the states."""
+        """Mean |what the named bundles add|^2 on kept states, over the variance of the states; a scalar.
+
+        Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
+        """
         packing, states = self.packing(adapter), self.bundle_states[adapter]
+        if len(states) > DRAW:
+            states = states[torch.randint(len(states), (DRAW,), device=states.device)]
         with torch.autocast(states.device.type, enabled=False):
             D, E = self._folded(adapter, torch.float32, None, names)
             a = activate(states.float() @ D, packing.nonlinear)
-            owner = packing.index(states.device)["owner"]
-            # |sum of a bundle's own units' rows of E|^2, from the products of these rows.
-            products = (E @ E.T) * (owner[:, None] == owner[None, :])
+            owner, group = (packing.index(states.device)[name] for name in ("owner", "group"))
+            products = (E @ E.T) * (group[:, None] == group[None, :])  # |a E|^2 = a (E E^T) a^T, group by group
             ours = self.state.call.cached(
                 (packing, "learns", tuple(names)),
                 E,

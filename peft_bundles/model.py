@@ -136,8 +136,12 @@ class BundleModel(BaseTuner):
         adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
         state.configs[adapter] = peft_config
+        signals = [frozenset(s for s, w in spec.signals.items() if w) for spec in (peft_config.bundles or {}).values()]
         state.packings[adapter, shape[0]] = Packing(
-            shapes, basis_rank(peft_config, shape[0]), peft_config.projection != "none"
+            shapes,
+            basis_rank(peft_config, shape[0]),
+            peft_config.projection != "none",
+            [signals.index(each) for each in signals],
         )
         peft_config.base_shape = shape
         self._state = state
@@ -330,9 +334,10 @@ class BundleModel(BaseTuner):
     def quiet_loss(self) -> Tensor:
         """`config.quiet` times how loud the bundles are on the states that `calibrate` kept; a scalar.
 
-        For every bundle that some forward since the last `finalize_grads` let learn, summed over layers: the mean
-        squared length of what it adds to those states, over their variance. Each bundle is taken by itself and at
-        alpha 1, so the gradient of one does not depend on the others. 0 for an adapter that was not calibrated.
+        For the bundles that some forward since the last `finalize_grads` let learn, summed over layers: the mean
+        squared length of what they add to those states, over their variance. At alpha 1, and bundles of different
+        signals each by themselves: the gradient of one does not depend on bundles that learn from something else. 0
+        for an adapter that was not calibrated.
         """
         layers = [m for m in self.model.modules() if isinstance(m, BundleLayer)]
         learning: dict[str, list[str]] = {}

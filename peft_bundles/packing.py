@@ -49,9 +49,12 @@ class Packing:
         names: bundles in the order of the config (the order of alphas and gates).
         nonlinear: number of leading hidden units that pass through the activation.
         owner: bundle number of every hidden unit, (H,).
+        group: the same for groups of bundles that learn from the same signals, (H,).
     """
 
-    def __init__(self, shapes: Mapping[str, BundleShape], basis_rank: int, projected: bool) -> None:
+    def __init__(
+        self, shapes: Mapping[str, BundleShape], basis_rank: int, projected: bool, groups: list[int] | None = None
+    ) -> None:
         self.shapes, self.basis_rank, self.has_weight = dict(shapes), basis_rank, projected
         self.names = list(shapes)
         ordered = sorted(self.names, key=lambda name: _ORDER.index(shapes[name].kind))
@@ -64,6 +67,7 @@ class Packing:
         # Units that pad the matrices to a good size: their columns of D and rows of E are zero, whoever owns them.
         self.padding = align(used) - used
         self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
+        self.group = torch.tensor(groups if groups is not None else list(range(len(shapes))))[self.owner]
         if self.nonlinear == used:
             self.nonlinear += self.padding
         self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
@@ -101,6 +105,7 @@ class Packing:
             "down_eye": joined(down_eye),
             "up_eye": joined(up_eye),
             "owner": self.owner,
+            "group": self.group,
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 

@@ -5,45 +5,62 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
-from peft_bundles import BundleConfig, calibrate
+from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
+from peft_bundles.layer import DRAW
 from tests.models import TINY, attached, batch, bundle_config, layers, perturb, weights
 
 
 def calibrated(**fields):
     model = get_peft_model(TINY["llama"](), bundle_config(**fields))
-    calibrate(model, tokens=512, progress=False)
+    calibrate(model, tokens=512, max_length=32, progress=False)
     return perturb(model)
 
 
-def added_by(layer, name, states):
-    """What one bundle alone adds to states (N, d), from the layer's own forward."""
-    state = state_of(layer_model[0])
-    alphas = {other: 0.0 for other in state.bundle_names()} | {name: 1.0}
-    with layer_model[0].alphas(alphas), torch.no_grad():
+def added_by(model, layer, names, states):
+    """What some bundles add together to states (N, d), from the layer's own forward."""
+    alphas = dict.fromkeys(state_of(model).bundle_names(), 0.0) | dict.fromkeys(names, 1.0)
+    with model.alphas(alphas), torch.no_grad():
         return layer(states[None])[0] - states
-
-
-layer_model: list = []
 
 
 @pytest.mark.parametrize("projection", ["none", "tied"])
 @pytest.mark.parametrize("input_norm", ["standard", "none"])
-def test_it_is_the_mean_square_of_what_each_bundle_adds_to_the_kept_states(projection, input_norm):
+def test_it_is_the_mean_square_of_what_is_added_to_the_kept_states(projection, input_norm):
     model = calibrated(projection=projection, input_norm=input_norm, quiet=3.0)
-    layer_model[:] = [model]
     model.train()(input_ids=batch(), labels=batch())  # every bundle may learn
     wanted = 0.0
     for layer in layers(model):
         centred = layer.bundle_states["default"].float()
+        assert 100 < len(centred) <= DRAW  # so few that all are looked at
         states = centred + layer.bundle_mean["default"] if input_norm == "standard" else centred
-        for name in layer.packing("default").names:
-            wanted += (
-                added_by(layer, name, states).square().sum(-1).mean() / layer.bundle_scale["default"].square().sum()
-            )
+        for together in (("b_mlp", "b_diag"), ("b_linear",)):  # by what they learn from
+            added = added_by(model, layer, together, states).square().sum(-1).mean()
+            wanted += added / layer.bundle_scale["default"].square().sum()
     torch.testing.assert_close(model.quiet_loss(), 3.0 * wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_many_bundles_are_as_loud_as_one_that_adds_the_same():
+    sub_bases, signals = {"main": 16}, {"lm": 1.0}
+    one = BundleConfig(sub_bases=sub_bases, bundles={"b": BundleSpec(16, ["main"], bottleneck=8, signals=signals)})
+    parts = {f"b_{i}": BundleSpec(16, ["main"], bottleneck=2, signals=signals) for i in range(4)}
+    models = [
+        get_peft_model(TINY["llama"](), config) for config in (one, BundleConfig(sub_bases=sub_bases, bundles=parts))
+    ]
+    for model in models:
+        calibrate(model, tokens=512, max_length=32, progress=False)
+    perturb(models[0])
+    with torch.no_grad():
+        for whole, split in zip(layers(models[0]), layers(models[1])):
+            for what, dim in (("bundle_down", 0), ("bundle_up", 1)):
+                pieces = getattr(whole, what)["default"]["b"].chunk(4, dim)
+                for name, piece in zip(parts, pieces):
+                    getattr(split, what)["default"][name].copy_(piece)
+    for model in models:
+        model.train()(input_ids=batch())
+    torch.testing.assert_close(models[1].quiet_loss(), models[0].quiet_loss())
 
 
 def test_forward_adds_it_to_the_loss_while_training_only():
@@ -87,16 +104,14 @@ def test_without_calibration_or_at_weight_0_there_is_none():
 
 
 def test_states_are_not_saved_and_can_be_renewed_for_a_trained_adapter(tmp_path):
-    from peft import PeftModel
-
     model = calibrated()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(TINY["llama"](), tmp_path, is_trainable=True)
     assert not any("bundle_states" in key for key in loaded.state_dict())
     basis = {layer.index: layer.bundle_basis["default"].clone() for layer in layers(loaded)}
     with pytest.raises(RuntimeError, match="states_only=True"):
-        calibrate(loaded, tokens=512, progress=False)
-    calibrate(loaded, tokens=512, progress=False, states_only=True)
+        calibrate(loaded, tokens=512, max_length=32, progress=False)
+    calibrate(loaded, tokens=512, max_length=32, progress=False, states_only=True)
     for mine, before in zip(layers(loaded), layers(model)):
         assert torch.equal(mine.bundle_basis["default"], basis[mine.index])
         assert torch.equal(mine.bundle_states["default"], before.bundle_states["default"])
@@ -115,8 +130,8 @@ def test_loading_weights_into_a_calibrated_adapter_keeps_its_states(tmp_path):
     assert all(torch.equal(layer.bundle_states["default"], k) for layer, k in zip(layers(model), kept))
 
 
-def train(model, ids, steps=60):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+def train(model, ids, steps=120):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -160,7 +175,6 @@ def test_the_default_disturbs_less_than_what_it_replaced():
         train(model, ids)
         with torch.no_grad():
             found[name] = model(input_ids=ids, labels=ids).loss.item(), disturbance(model, base_logits, text)
-    print(found)
     assert found["default"][0] < 0.5
     assert found["default"][1] < 0.5 * found["loud"][1]
     assert found["default"][1] < 0.5 * found["projected"][1]
