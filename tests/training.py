@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ TEMPLATE = (
 LETTERS = [chr(c) for c in range(32, 127)][: VOCABULARY - 4]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(letters: Sequence[str] = LETTERS) -> PreTrainedTokenizerFast:
     """One id a character; "<pad>", "<bos>", "<eos>" and "<unk>" are the ids of `models.py`."""
     names = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": 3}
-    core = Tokenizer(models.WordLevel({**names, **{c: i + 4 for i, c in enumerate(LETTERS)}}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({**names, **{c: i + 4 for i, c in enumerate(letters)}}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"

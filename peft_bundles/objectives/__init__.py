@@ -4,6 +4,7 @@ from .base import Objective, Outputs, Share
 from .forward import Forward
 from .lm import LM
 from .preference import Preference
+from .rollout import PPO
 
 
-__all__ = ["LM", "Forward", "Objective", "Outputs", "Preference", "Share"]
+__all__ = ["LM", "PPO", "Forward", "Objective", "Outputs", "Preference", "Share"]

@@ -72,11 +72,11 @@ def group_advantages(rewards: Tensor, group: int, kind: str) -> Tensor:
     return table.flatten()
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """(values - mean) / std over the mask, and over all ranks where there are several; 0 outside of the mask."""
+def whiten(values: Tensor, mask: Tensor, *, reduce: bool = True) -> Tensor:
+    """(values - mean) / std over the mask (and with `reduce` over all ranks, if there are several); 0 outside."""
     kept = torch.where(mask > 0, values, 0.0)
     sums = torch.stack([mask.sum().to(values.dtype), kept.sum()])
-    if several := dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several := reduce and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
     count, mean = sums[0].clamp_min(1), sums[1] / sums[0].clamp_min(1)
     squares = torch.where(mask > 0, (values - mean).square(), 0.0).sum()

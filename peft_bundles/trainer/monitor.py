@@ -41,7 +41,8 @@ def update_norms(model: nn.Module, before: Mapping[str, list[Tensor]]) -> dict[s
 
 @contextmanager
 def watch(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Measure the forwards inside: "alpha/<bundle>" (mean; where it varies "alpha_std/"), "activation/<bundle>" (|what it writes| / |h|).
+    """Measure the forwards inside: "alpha/<bundle>", its mean, where it varies "alpha_std/<bundle>", and
+    "activation/<bundle>", the size of what the bundle writes, as a part of |h|.
 
     The first row's last `SAMPLE` tokens stand for the batch, so it costs little; still, use it on some steps only.
     """
