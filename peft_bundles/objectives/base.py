@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,6 +110,12 @@ class Objective(ABC):
             raise ValueError(
                 f"objective {self.name!r}: none of the {len(dataset)} {split} rows has a token to learn from after "
                 "tokenizing and truncating; raise max_length or check the dataset."
+            )
+        if len(rows) < len(dataset):
+            warnings.warn(
+                f"objective {self.name!r}: {len(dataset) - len(rows)} of {len(dataset)} {split} rows are left out: "
+                "tokenized and truncated, they have no token to learn from.",
+                stacklevel=4,
             )
         return rows
 

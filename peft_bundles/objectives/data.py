@@ -6,8 +6,8 @@ few settings, so they run on a stand-in with just these.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,9 +59,10 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return tokenizer(text=prompt)["input_ids"]
 
 
-def _config(cls: Any, **fields: Any) -> Any:
-    with tempfile.TemporaryDirectory() as folder:  # named in the config, never written to
-        return cls(output_dir=folder, bf16=False, report_to="none", **fields)
+def _config(cls: Any, **given: Any) -> SimpleNamespace:
+    """A TRL config's defaults as plain data: a real one would reset accelerate's state in a distributed run."""
+    values = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
+    return SimpleNamespace(**{**values, **given})
 
 
 def _quietly(prepare: Any, *args: Any) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -220,6 +221,13 @@ class PPO(Objective):
         found, completion_ids = self._generate(forward, rows, key)
         table = self._score(rows, completion_ids)
         ended = torch.tensor([ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids])
+        if not ended.any():
+            warnings.warn(
+                f"objective {self.name!r}: none of the {len(ended)} completions of a rollout has an end token within "
+                f"max_completion_length={self.max_completion_length}; they are scored as they are cut off. Raise it, or "
+                "set missing_eos_penalty.",
+                stacklevel=2,
+            )
         rewards = (table.nan_to_num(0.0) * torch.tensor(self.weights)).sum(1)
         if self.missing_eos_penalty is not None:
             rewards = rewards - self.missing_eos_penalty * ~ended

@@ -32,6 +32,8 @@ class LogsMixin(_Base):
         self._before = monitor.snapshot(self.model) if self._is_logging_step() else None
 
     def _after_update(self: Any) -> None:
+        for parameter in self._head_parameters():
+            parameter.grad = None  # the trainer zeroes those of its model only
         if self._before is None:
             return
         for bundle, norm in monitor.update_norms(self.model, self._before).items():
