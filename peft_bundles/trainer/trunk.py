@@ -63,7 +63,7 @@ class TrunkProjection:
         matrix = gradient.T if tall else gradient  # the short side first
         if choose:
             u, _, _ = torch.linalg.svd(matrix.float(), full_matrices=False)
-            self.projectors[signal, name] = u[:, : self.ranks[signal]].to(gradient.dtype)
+            self.projectors[signal, name] = u[:, : self.ranks[signal]].contiguous().to(gradient.dtype)
         p = self.projectors[signal, name]
         held = p @ (p.T @ matrix)
         return held.T if tall else held
