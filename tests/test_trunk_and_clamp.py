@@ -8,6 +8,7 @@ from models import TINY, perturb
 from peft import get_peft_model
 from training import bundles_of, config, model, pairs, texts, trainer
 
+from peft_bundles import BundleConfig
 from peft_bundles.objectives import LM, Preference
 from peft_bundles.objectives.kl_clamp import KLClamp
 from peft_bundles.signals import routed_backward
@@ -21,13 +22,28 @@ def trunk_of(made) -> dict:
 # ---- the trunk ----
 
 
-def test_a_frozen_trunk_stays_and_a_full_one_moves(tmp_path):
+def test_a_frozen_trunk_stays_and_a_full_one_moves(tmp_path, capsys):
     for trunk in ("frozen", "full"):
         made = model()
         before = trunk_of(made)
         trainer(tmp_path, [LM(texts()), Preference(pairs())], made, trunk=trunk).train()
         after = trunk_of(made)
         assert all(torch.equal(before[n], after[n]) for n in before) == (trunk == "frozen")
+        assert ("the trunk is trained: every objective moves it" in capsys.readouterr().out) == (trunk == "full")
+
+
+def test_a_model_without_bundles_is_fine_tuned_by_all(tmp_path, capsys):
+    made = get_peft_model(TINY["llama"](), BundleConfig(preset="baseline", task_type="CAUSAL_LM"))
+    before = trunk_of(made)
+    objectives = [LM(texts()), Preference(pairs(), loss="orpo")]
+    run = trainer(tmp_path, objectives, made, max_steps=4, save_strategy="steps", save_steps=2)
+    run.train()
+    kept = trunk_of(made)
+    assert not any(torch.equal(before[n], kept[n]) for n in before)
+    assert "the trunk is trained" in capsys.readouterr().out
+    again = get_peft_model(TINY["llama"](), BundleConfig(preset="baseline", task_type="CAUSAL_LM"))
+    trainer(tmp_path, objectives, again, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(p, kept[n]) for n, p in trunk_of(again).items())
 
 
 def _gradients(ranks: dict, *, passes: int = 1) -> tuple[dict, TrunkProjection, dict]:

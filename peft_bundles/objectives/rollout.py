@@ -224,8 +224,8 @@ class PPO(Objective):
         if not ended.any():
             warnings.warn(
                 f"objective {self.name!r}: none of the {len(ended)} completions of a rollout has an end token within "
-                f"max_completion_length={self.max_completion_length}; they are scored as they are cut off. Raise it, or "
-                "set missing_eos_penalty.",
+                f"max_completion_length={self.max_completion_length}; they are scored as they are cut off. Raise "
+                "it, or set missing_eos_penalty.",
                 stacklevel=2,
             )
         rewards = (table.nan_to_num(0.0) * torch.tensor(self.weights)).sum(1)

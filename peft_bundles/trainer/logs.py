@@ -46,12 +46,11 @@ class LogsMixin(_Base):
         """The trainer's own, with every loss by name, what the bundles did, and tokens/s since the last log."""
         if "loss" in logs:
             means = {name: torch.stack(values).mean() for name, values in self._metrics.items()}
-            tokens = torch.tensor(float(self._tokens), device=self.args.device)
-            logs = {**logs, **self._over_ranks(means)}
+            means["tokens_per_second"] = self._tokens * self.accelerator.num_processes  # a mean times their number
             now = time.perf_counter()
-            total = float(tokens) * self.accelerator.num_processes
-            logs["tokens_per_second"] = total / max(now - self._since, 1e-9)
-            self._metrics, self._tokens, self._since = {}, 0, now
+            logs = {**logs, **self._over_ranks(means)}
+            logs["tokens_per_second"] /= max(now - self._since, 1e-9)
+            self._metrics, self._tokens, self._since = {}, torch.zeros(()), now
         super().log(logs, start_time)
 
     def _over_ranks(self: Any, values: dict[str, Tensor]) -> dict[str, float]:

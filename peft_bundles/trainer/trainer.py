@@ -111,7 +111,7 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         self.trunk = TrunkProjection(trunk, args.trunk_ranks or {}, args.trunk_refresh)
         self._step_metrics: dict[str, Tensor] = {}
         self._metrics: dict[str, list[Tensor]] = {}
-        self._tokens, self._since = 0, 0.0
+        self._tokens, self._since, self._micro = torch.zeros(()), 0.0, 0
         self._before: dict[str, list[Tensor]] | None = None
         self._bundle_norms: dict[str, Tensor] = {}
 
@@ -132,7 +132,10 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             if (head := o.head()) is not None:
                 head.to(args.device)
         if self.is_world_process_zero():
-            for line in promises(self.bundle_config, signals, table) if args.trunk == "frozen" else ():
+            said = promises(self.bundle_config, signals, table)
+            if any(p.requires_grad for p in trunk.values()):
+                said = ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
+            for line in said:
                 print(f"[{self._name}] {line}", flush=True)
 
     def _check_names(self, args: BundleTrainingConfig, names: list[str]) -> None:
@@ -207,13 +210,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         total = torch.zeros((), device=self.args.device)
         watched: dict[str, list[Tensor]] = {}
         for group in self._groups(inputs):
-            key: tuple[int | str, ...] = (
-                self.args.seed,
-                "forward",
-                self.state.global_step,
-                int(self.accelerator.process_index),
-                *group,
-            )
+            rank = self.accelerator.process_index
+            key = (self.args.seed, "forward", self.state.global_step, self._micro, rank, *group)
             with seeded(self.args.device, *key):
                 if self._is_logging_step():
                     with monitor.watch(model, watched):
@@ -227,8 +225,10 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
                 routed_backward(model, losses)
         for name, values in watched.items():
             self._metrics.setdefault(name, []).append(torch.stack([v.float() for v in values]).mean())
-        self._tokens += sum(int(b["attention_mask"].sum()) for b in inputs.values())
+        self._tokens = sum((b["attention_mask"].sum() for b in inputs.values()), self._tokens.to(total.device))
+        self._micro += 1
         if self.accelerator.sync_gradients:
+            self._micro = 0
             finalize_grads(model)
             reduce_gradients(self._head_parameters())
             for name, value in self._step_metrics.items():
