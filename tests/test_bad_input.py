@@ -1,5 +1,7 @@
 """Every wrong input has an error that names objective, row and fix, before the model moves."""
 
+import warnings
+
 import pytest
 import torch
 from models import snapshot, unchanged
@@ -158,6 +160,16 @@ def test_rollouts(tmp_path):
     tok.eos_token = None
     with pytest.raises(ValueError, match="'ppo': the tokenizer has no end token"):
         BundleTrainer(model(), arguments(tmp_path), PPO(PROMPTS, ones), tok)
+
+
+def test_a_penalty_that_would_learn_at_the_full_rate_is_told_of(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"\['b_entropy', 'b_kl'\] are updated by the penalties \['entropy', 'kl'\] alone"
+    ):
+        trainer(tmp_path, PPO(PROMPTS, ones, entropy_coef=0.01))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*penalties.*")
+        trainer(tmp_path, PPO(PROMPTS, ones), lr_multipliers={"b_kl": 0.01})
 
 
 def test_evaluate_takes_no_dataset(tmp_path):

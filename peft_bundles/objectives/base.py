@@ -80,7 +80,10 @@ class Objective(ABC):
     Attributes:
         name: in logs, errors and the forward table.
         signals: the names under which `losses` returns its losses.
+        penalties: those of them that a small coefficient keeps small beside the others.
     """
+
+    penalties: tuple[str, ...] = ()
 
     def __init__(self, name: str, signals: Sequence[str], dataset: Any, eval_dataset: Any = None) -> None:
         self.name, self.signals = name, tuple(signals)

@@ -122,6 +122,7 @@ class PPO(Objective):
         emitted += ["entropy"] if entropy_coef else []
         emitted += ["kl"] if kl_coef and kl_in == "loss" else []
         super().__init__(name, emitted, dataset, eval_dataset)
+        self.penalties = tuple(s for s in ("entropy", "kl") if s in emitted)
         self.advantages, self.num_generations, self.generation = advantages, num_generations, dict(generation or {})
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.temperature, self.gamma, self.lam, self.whiten = temperature, gamma, lam, whiten

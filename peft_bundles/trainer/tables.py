@@ -100,3 +100,14 @@ def promises(
         if felt:
             said.append(f"{name}: its bundles feel {', '.join(felt)}: see `forward` to turn bundles off in its rows.")
     return said
+
+
+def at_full_rate(config: BundleConfig, penalties: Sequence[str], multipliers: Mapping[str, float]) -> list[str]:
+    """Bundles that only these signals update, and that have no learning-rate multiplier.
+
+    Adam's step does not depend on the scale of a gradient, so a penalty moves a bundle of its own as far as the main
+    loss moves its own, however small the coefficient (docs/decisions.md).
+    """
+    bundles = config.bundles or {}
+    owners = updated(config, penalties)
+    return [b for b in bundles if b in owners and set(bundles[b].signals) <= set(penalties) and b not in multipliers]

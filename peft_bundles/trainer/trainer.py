@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from .checkpoint import CheckpointMixin
 from .config import BundleTrainingConfig
 from .logs import LogsMixin
 from .mixing import MixingPlan
-from .tables import forward_table, promises
+from .tables import at_full_rate, forward_table, promises
 from .trunk import TrunkProjection, trunk_parameters
 
 
@@ -104,6 +105,13 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             processing_class.pad_token = processing_class.eos_token
         for o in objectives:
             o.setup(processing_class, model)
+        penalties = [s for o in objectives for s in o.penalties]
+        if loud := at_full_rate(self.bundle_config, penalties, args.lr_multipliers or {}):
+            warnings.warn(
+                f"bundle(s) {loud} are updated by the penalties {penalties} alone; Adam hides their coefficients, so "
+                f"they learn at the full rate. Give them lr_multipliers, e.g. {{{loud[0]!r}: 0.01}}.",
+                stacklevel=2,
+            )
         trunk = trunk_parameters(model)
         if args.trunk == "full":
             for parameter in trunk.values():
