@@ -166,7 +166,9 @@ def test_a_checkpoint_of_another_trainer_or_of_more_processes_is_refused(tmp_pat
 def _run(folder: str, world: int, **fields) -> BundleTrainer:
     """Greedy rollouts: what is sampled would differ with the rows a process has."""
     kept = objectives(generation={"do_sample": False}, minibatches=1)
-    args = arguments(Path(folder), per_device_train_batch_size=4 // world, optim="sgd", learning_rate=0.05, **fields)
+    trunk = {"trunk": "full", "trunk_ranks": {"lm": 4}, "trunk_refresh": 2}
+    rate = {"per_device_train_batch_size": 4 // world, "optim": "sgd", "learning_rate": 0.05}
+    args = arguments(Path(folder), **rate, **trunk, **fields)
     rows = [*texts(), {"text": "z" * 50}]
     kept[0] = LM(rows, eval_dataset=texts(3))
     kept[1] = Preference(pairs(), eval_dataset=pairs(1))  # fewer rows than processes

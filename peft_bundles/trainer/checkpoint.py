@@ -26,8 +26,15 @@ else:
     _Base = object
 
 STAGING = ".saving"  # not matched by transformers when it looks for the last checkpoint
-# Filled in while saving and loading, or different on another machine: no part of what was trained.
-_NOT_COMPARED = {"weights_digest", "inference_mode", "base_model_name_or_path", "revision", "peft_version"}
+# Filled in while saving and loading, compared by PEFT's loading with a tolerance, or different on another machine.
+_NOT_COMPARED = {
+    "weights_digest",
+    "basis_fingerprint",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+}
 
 
 class CheckpointMixin(_Base):

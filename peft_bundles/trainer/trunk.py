@@ -2,8 +2,9 @@
 
 With trunk="full" the trunk gets the sum of all losses' gradients. With a rank for a signal, that signal's gradient G
 of a weight matrix becomes P P^T G (or G P P^T, on the shorter side), where P are the first R left (right) singular
-vectors of the signal's own gradient when the subspace was last chosen: GaLore's projector (Zhao et al. 2024, arXiv
-2403.03507), one a signal. What is no matrix (norms) gets no gradient of such a signal.
+vectors of the signal's own gradient (of a step's first micro-batch, over all processes) when the subspace was last
+chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one a signal. What is no matrix (norms) gets no gradient
+of such a signal.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..signals import bundle_parameters, routed_backward
@@ -62,7 +64,10 @@ class TrunkProjection:
         tall = gradient.shape[0] > gradient.shape[1]
         matrix = gradient.T if tall else gradient  # the short side first
         if choose:
-            u, _, _ = torch.linalg.svd(matrix.float(), full_matrices=False)
+            whole = matrix.float().clone()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(whole)  # one subspace for all processes
+            u, _, _ = torch.linalg.svd(whole, full_matrices=False)
             self.projectors[signal, name] = u[:, : self.ranks[signal]].contiguous().to(gradient.dtype)
         p = self.projectors[signal, name]
         held = p @ (p.T @ matrix)
