@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import snapshot, unchanged
+from models import layers, snapshot, unchanged
 from training import (
     arguments,
     bundles_of,
@@ -21,7 +21,7 @@ from training import (
 from transformers import EarlyStoppingCallback
 
 from peft_bundles.objectives import LM, Forward, Preference
-from peft_bundles.trainer import BundleTrainer
+from peft_bundles.trainer import BundleTrainer, monitor
 from peft_bundles.trainer.mixing import MixingPlan
 from peft_bundles.trainer.tables import forward_table, promises, untouched_by
 
@@ -333,6 +333,45 @@ def test_logs_name_every_loss_and_every_bundle(tmp_path):
     assert first["alpha/b_kl"] == pytest.approx(4 / 6)  # on in the 4 sequences of 2 pairs, off in 2 rows of text
     assert first["loss"] == pytest.approx(first["loss/lm"] + first["loss/preference"], rel=1e-4)
     assert first["tokens_per_second"] > 0
+
+
+def test_what_is_watched_is_what_the_layers_add(tmp_path):
+    """With one bundle on, all that a layer adds to its last tokens is that bundle's."""
+    made, ids, found, seen = model(), torch.randint(4, 100, (3, 40)), {}, []
+    table = dict.fromkeys(bundles_of(made), 0.0) | {"b_lm": torch.tensor([0.5, 1.0, 2.0])}
+    handles = [layer.register_forward_hook(lambda m, args, out: seen.append((args[0], out))) for layer in layers(made)]
+    with monitor.watch(made, found), made.alphas(table):
+        made(ids)
+    for handle in handles:
+        handle.remove()
+    for (h, y), size in zip(seen, found["activation/b_lm"]):
+        h, y = h[0, -monitor.SAMPLE :], y[0, -monitor.SAMPLE :]
+        torch.testing.assert_close(size, ((y - h).norm() / h.norm()).detach(), rtol=1e-3, atol=1e-6)
+    assert len(seen) == len(found["activation/b_kl"]) and not any(map(bool, found["activation/b_kl"]))
+    alphas = torch.tensor([0.5, 1.0, 2.0])
+    torch.testing.assert_close(found["alpha/b_lm"][0], alphas.mean())
+    torch.testing.assert_close(found["alpha_std/b_lm"][0], alphas.std(unbiased=False))
+    assert not layers(made)[0]._forward_pre_hooks
+
+
+def test_every_micro_batch_and_step_has_dropout_of_its_own_and_the_same_in_every_run(tmp_path):
+    """One row again and again, at a rate of 0: only the dropout can change the loss."""
+    run = lambda accumulation: [  # noqa: E731
+        step["loss/lm"]
+        for step in losses_of(_trained(tmp_path, LM([{"text": "abcdef"}]), model(dropout=0.5), accumulation))
+    ]
+    single, double = run(1), run(2)
+    assert single == run(1) and len(set(single)) == 3
+    assert all(a != b for a, b in zip(single, double))  # the mean of two masks
+
+
+def _trained(folder, objectives, made, accumulation):
+    made = trainer(
+        folder, objectives, made, learning_rate=0.0, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    made.train()
+    return made
 
 
 def test_evaluation_is_over_all_held_out_rows_and_can_stop_early(tmp_path):

@@ -3,8 +3,8 @@
 With trunk="full" the trunk gets the sum of all losses' gradients. With a rank for a signal, that signal's gradient G
 of a weight matrix becomes P P^T G (or G P P^T, on the shorter side), where P are the first R left (right) singular
 vectors of the signal's own gradient (of a step's first micro-batch, over all processes) when the subspace was last
-chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one a signal. What is no matrix (norms) gets no gradient
-of such a signal.
+chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one a signal. What is no matrix (norms) gets no
+gradient of such a signal.
 """
 
 from __future__ import annotations
