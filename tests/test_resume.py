@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -175,9 +176,9 @@ def _run(folder: str, world: int, **fields) -> BundleTrainer:
     return BundleTrainer(model(), args, kept, tokenizer())
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
+def _worker(rank: int, world: int, folder: str, port: str) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )
     torch.set_num_threads(1)
     run = _run(folder, world, ddp_backend="gloo", save_strategy="steps", save_steps=2)
@@ -195,7 +196,10 @@ def _worker(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume(tmp_path):
-    mp.spawn(_worker, args=(2, str(tmp_path / "two")), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    mp.spawn(_worker, args=(2, str(tmp_path / "two"), port), nprocs=2)
     first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
     assert unchanged(first["state"], second["state"]) and unchanged(first["heads"], second["heads"])
     for rank in (0, 1):
