@@ -313,13 +313,12 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
         raise RuntimeError("rows with several signals wait for their losses: call routed_backward({signal: loss}).")
     table = bundle_parameters(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     seen = torch.tensor([key in seen_here for key in table], dtype=torch.int32)
-    if several:
+    if _several_ranks():
         seen = seen.to(next(model.parameters()).device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        if reduce and parameters:
-            _reduce_gradients(parameters)
+        if reduce:
+            reduce_gradients(parameters)
     if not bool(seen.any()):
         return  # no forward with gradients since the last call
     learnt = [key for key, flag in zip(table, seen.tolist()) if flag]
@@ -333,8 +332,14 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
         )
 
 
-def _reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average gradients over ranks; a gradient that no rank has stays None."""
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def reduce_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over ranks, where there are several; a gradient that no rank has stays None."""
+    if not parameters or not _several_ranks():
+        return
     device = parameters[0].device
     exists = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(exists, op=dist.ReduceOp.MAX)

@@ -1,0 +1,181 @@
+"""What an objective is: rows in, one loss for each of its signals out."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from .forward import Forward
+
+Batch: TypeAlias = dict[str, Any]  # tensors; "input_ids" and "attention_mask" (B, T), padded on the right
+
+
+@dataclass
+class Outputs:
+    """Of a forward, for one objective's rows: logits (B, T, V) and the final state (B, T, d) they are read from."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a step that this process takes.
+
+    Args:
+        rows: rows of the objective in one micro-batch of one process.
+        accumulation: micro-batches a step.
+        rank, world: this process, of how many.
+        seed: of the order of the rows.
+    """
+
+    rows: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.rows * self.accumulation * self.world
+
+
+@functools.lru_cache(maxsize=16)
+def _order(size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed from numbers and names, the same in every process and on every machine."""
+    return zlib.crc32(repr(key).encode())
+
+
+def draw(size: int, start: int, count: int, *key: int | str) -> list[int]:
+    """Positions start .. start + count of an endless walk over `size` rows, each pass shuffled anew.
+
+    A pure function: what step n sees needs no state, so a resumed run sees it again.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        epoch, offset = divmod(start + len(found), size)
+        found += _order(size, seed_of(*key, epoch))[offset : offset + count - len(found)].tolist()
+    return found
+
+
+class Objective(ABC):
+    """One family of losses and the dataset it learns from.
+
+    Attributes:
+        name: in logs, errors and the forward table.
+        signals: the names under which `losses` returns its losses.
+        penalties: those of them that a small coefficient keeps small beside the others.
+    """
+
+    penalties: tuple[str, ...] = ()
+
+    def __init__(self, name: str, signals: Sequence[str], dataset: Any, eval_dataset: Any = None) -> None:
+        self.name, self.signals = name, tuple(signals)
+        self._given, self._eval_given = dataset, eval_dataset
+        self.tokenizer: Any = None
+        self.rows: Any = None
+        self.eval_rows: Any = None
+
+    def setup(self, tokenizer: Any, model: nn.Module) -> None:
+        """Prepare the datasets. Raises ValueError for one that is empty or lacks columns."""
+        self.tokenizer = tokenizer
+        self.rows = self._prepared(self._given, "train")
+        self.eval_rows = None if self._eval_given is None else self._prepared(self._eval_given, "eval")
+
+    def _prepared(self, dataset: Any, split: str) -> Any:
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
+                "or a list of rows (a stream has no length: take a part of it)."
+            )
+        if not len(dataset):
+            raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
+        rows = self.prepare(dataset, split)
+        if not len(rows):
+            raise ValueError(
+                f"objective {self.name!r}: none of the {len(dataset)} {split} rows has a token to learn from after "
+                "tokenizing and truncating; raise max_length or check the dataset."
+            )
+        if len(rows) < len(dataset):
+            warnings.warn(
+                f"objective {self.name!r}: {len(dataset) - len(rows)} of {len(dataset)} {split} rows are left out: "
+                "tokenized and truncated, they have no token to learn from.",
+                stacklevel=4,
+            )
+        return rows
+
+    def steps(self, share: Share) -> int:
+        """Optimizer steps in one pass over the training rows."""
+        return -(-len(self.rows) // share.step_rows)
+
+    def batches(self, forward: Forward, step: int, share: Share) -> list[Batch]:
+        """The micro-batches of the objective's own step `step`, complete for `losses`."""
+        start = step * share.step_rows
+        return [
+            self._batch(forward, self.rows, start + (m * share.world + share.rank) * share.rows, share)
+            for m in range(share.accumulation)
+        ]
+
+    def _batch(self, forward: Forward, rows: Any, start: int, share: Share) -> Batch:
+        indices = draw(len(rows), start, share.rows, share.seed, self.name)
+        return self.complete(forward, self.on(forward, self.collate([rows[i] for i in indices])))
+
+    def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
+        """The held-out rows, each once, those of this process."""
+        mine = range(share.rank, len(self.eval_rows), share.world)
+        for start in range(0, len(mine), share.rows):
+            rows = [self.eval_rows[i] for i in mine[start : start + share.rows]]
+            yield self.complete(forward, self.on(forward, self.collate(rows)))
+
+    def on(self, forward: Forward, batch: Batch) -> Batch:
+        """The batch on the model's device."""
+        return {k: v.to(forward.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    @abstractmethod
+    def prepare(self, dataset: Dataset, split: str) -> Any:
+        """Tokenized rows from a dataset in one of TRL's formats."""
+
+    @abstractmethod
+    def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
+        """One batch of tokenized rows."""
+
+    @abstractmethod
+    def items(self, batch: Batch) -> Tensor:
+        """How many items (tokens, pairs) the means of `losses` are over, a scalar."""
+
+    def complete(self, forward: Forward, batch: Batch) -> Batch:
+        """Add what needs forwards without gradient, such as the reference's log-probabilities."""
+        return batch
+
+    @abstractmethod
+    def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A scalar loss for every signal, and scalars to log; all means over `items`."""
+
+    def head(self) -> nn.Module | None:
+        """Parameters of the objective's own, such as a value head."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take up what `state_dict` gave."""

@@ -1,0 +1,90 @@
+"""Next-token loss, with a weight for every token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.trainer.utils import pad
+
+from .base import Batch, Objective, Outputs
+from .data import require, text_rows
+from .tokens import masked_mean, token_logprobs
+
+
+class LM(Objective):
+    """mean_t w_t (-log p(token t)), the mean over the sum of the weights w.
+
+    Args:
+        dataset: TRL's language modelling (`text` or `messages`) or prompt-completion rows, standard or conversational;
+            or tokenized rows with `input_ids` and, if tokens are to differ, `token_weights` (>= 0, one a token): for
+            instance more on answers and chains of thought.
+        signal: name of the signal, and of the objective; "lm", "logic", ...
+        eval_dataset: held-out rows of the same format.
+        max_length: tokens kept of a row. None keeps all.
+        prompt_weight: weight of the tokens of a prompt; 0 is completion-only.
+        completion_weight: weight of the tokens of a completion, and of those of text without a prompt.
+        text_field: the column with text.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        signal: str = "lm",
+        eval_dataset: Any = None,
+        max_length: int | None = 1024,
+        prompt_weight: float = 0.0,
+        completion_weight: float = 1.0,
+        text_field: str = "text",
+    ) -> None:
+        super().__init__(signal, (signal,), dataset, eval_dataset)
+        for field, value in (("prompt_weight", prompt_weight), ("completion_weight", completion_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"objective {signal!r}: {field}={value!r} must be a number >= 0.")
+        self.max_length, self.text_field = max_length, text_field
+        self.prompt_weight, self.completion_weight = prompt_weight, completion_weight
+
+    def prepare(self, dataset: Dataset, split: str) -> Dataset:
+        found = require(self.name, dataset, ("input_ids",), ("prompt", "completion"), ("messages",), (self.text_field,))
+        if found == ("input_ids",):
+            weighted = dataset.map(self._cut, fn_kwargs={"given": "token_weights" in dataset.column_names})
+        else:
+            rows = text_rows(dataset, self.tokenizer, self.max_length, self.text_field)
+            weighted = rows.map(self._weigh, remove_columns=[c for c in rows.column_names if c != "input_ids"])
+        return weighted.filter(lambda row: any(w > 0 for w in row["token_weights"][1:]))
+
+    def _weigh(self, row: Mapping[str, Any]) -> dict[str, list[float]]:
+        mask = row.get("completion_mask") or [1] * len(row["input_ids"])
+        weights = [self.completion_weight if bit else self.prompt_weight for bit in mask]
+        return {"token_weights": weights[: len(row["input_ids"])]}  # TRL truncates the ids and not their mask
+
+    def _cut(self, row: Mapping[str, Any], given: bool) -> dict[str, list[Any]]:
+        ids = row["input_ids"]
+        weights = row["token_weights"] if given else [self.completion_weight] * len(ids)
+        if len(weights) != len(ids) or not all(0 <= w < math.inf for w in weights):
+            raise ValueError(
+                f"objective {self.name!r}: a row has {len(ids)} input_ids and token_weights {weights}; give one "
+                "finite number >= 0 a token."
+            )
+        return {"input_ids": ids[: self.max_length], "token_weights": [float(w) for w in weights[: self.max_length]]}
+
+    def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        weights = [torch.tensor(row["token_weights"], dtype=torch.float32) for row in rows]
+        return {
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(i) for i in ids]),
+            "weights": pad(weights),
+        }
+
+    def items(self, batch: Batch) -> Tensor:
+        return batch["weights"][:, 1:].sum()
+
+    def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logprobs = token_logprobs(outputs.logits, batch["input_ids"])
+        return {self.signals[0]: -masked_mean(logprobs, batch["weights"][:, 1:])}, {}

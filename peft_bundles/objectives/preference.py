@@ -1,0 +1,154 @@
+"""Preferences: DPO, IPO, ORPO and KTO, with the adapter-off model as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import pad
+
+from .base import Batch, Objective, Outputs
+from .data import preference_rows, require, text_rows
+from .forward import Forward
+from .preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
+from .tokens import masked_sum, token_logprobs
+
+
+LOSSES = ("sigmoid", "ipo", "orpo", "kto")
+PAIRED, UNPAIRED = ("chosen", "rejected"), ("prompt", "completion", "label")
+
+
+class Preference(Objective):
+    """Losses on pairs (chosen, rejected), or with "kto" on single completions with a label.
+
+    The sequences of a batch are all chosen, then all rejected; a row of the batch plan is a pair (or a completion).
+
+    Args:
+        dataset: TRL's preference format, prompt given or implied, standard or conversational; for "kto" also its
+            unpaired format (prompt, completion, label).
+        loss: "sigmoid" (DPO), "ipo", "orpo" (no reference) or "kto"; formulas in `preference_losses.py`.
+        beta: strength of the reference (orpo: of the odds ratio).
+        dpop: weight of DPO-Positive's term, "sigmoid" only.
+        desirable_weight, undesirable_weight: "kto" only.
+        signal, eval_dataset, max_length: as in `LM`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        dpop: float = 0.0,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        signal: str = "preference",
+        eval_dataset: Any = None,
+        max_length: int | None = 1024,
+    ) -> None:
+        super().__init__(signal, (signal,), dataset, eval_dataset)
+        if loss not in LOSSES:
+            raise ValueError(f"objective {signal!r}: loss={loss!r} is unknown; choose one of {', '.join(LOSSES)}.")
+        if not beta > 0:
+            raise ValueError(f"objective {signal!r}: beta={beta!r} must be positive.")
+        if dpop and loss != "sigmoid":
+            raise ValueError(f"objective {signal!r}: dpop={dpop!r} belongs to loss='sigmoid', not {loss!r}.")
+        self.loss, self.beta, self.dpop, self.max_length = loss, beta, dpop, max_length
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def prepare(self, dataset: Dataset, split: str) -> Dataset:
+        formats = (PAIRED, UNPAIRED) if self.loss == "kto" else (PAIRED,)
+        if require(self.name, dataset, *formats) == PAIRED:
+            rows = preference_rows(dataset, self.tokenizer, self.max_length)
+            return rows.filter(lambda row: bool(row["chosen_ids"]) and bool(row["rejected_ids"]))
+        labels = [bool(label) for label in dataset["label"]]
+        rows = dataset.select_columns(["prompt", "completion"]).add_column("row", list(range(len(dataset))))
+        rows = text_rows(rows, self.tokenizer, self.max_length)
+        split_up = lambda row: {  # noqa: E731
+            "prompt_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if not bit],
+            "completion_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if bit],
+            "label": labels[row["row"]],
+        }
+        rows = rows.map(split_up, remove_columns=rows.column_names)
+        return rows.filter(lambda row: bool(row["completion_ids"]))
+
+    def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
+        if "chosen_ids" in rows[0]:
+            batch = DataCollatorForPreference(self.tokenizer.pad_token_id, max_length=self.max_length)(list(rows))
+            desirable = torch.tensor([True] * len(rows) + [False] * len(rows))
+        else:
+            batch = self._sequences([(row["prompt_ids"], row["completion_ids"]) for row in rows])
+            desirable = torch.tensor([row["label"] for row in rows])
+        if self.loss != "kto":
+            return dict(batch)
+        # z0 is measured on completions of other prompts: those of the next row.
+        pairs = [(row["prompt_ids"], row.get("chosen_ids") or row.get("completion_ids")) for row in rows]
+        turned = [(prompt, pairs[(i + 1) % len(pairs)][1]) for i, (prompt, _) in enumerate(pairs)]
+        return {**batch, "desirable": desirable, "mismatched": self._sequences(turned)}
+
+    def _sequences(self, pairs: list[tuple[Any, Any]]) -> Batch:
+        ids = [torch.tensor([*prompt, *completion])[: self.max_length] for prompt, completion in pairs]
+        masks = [torch.tensor([0] * len(p) + [1] * len(c))[: self.max_length] for p, c in pairs]
+        return {
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(i) for i in ids]),
+            "completion_mask": pad(masks),
+        }
+
+    def on(self, forward: Forward, batch: Batch) -> Batch:
+        moved = super().on(forward, batch)
+        return {**moved, "mismatched": super().on(forward, batch["mismatched"])} if "mismatched" in batch else moved
+
+    def complete(self, forward: Forward, batch: Batch) -> Batch:
+        if self.loss == "orpo":
+            return batch
+        found = {**batch, "ref_logprobs": sequence_logprobs(forward.reference(batch), batch)}
+        if self.loss == "kto":
+            other = found.pop("mismatched")
+            now = sequence_logprobs(forward.current(self.name, other), other)
+            found["kl"] = kto_reference_point(now, sequence_logprobs(forward.reference(other), other))
+        return found
+
+    def items(self, batch: Batch) -> Tensor:
+        rows = len(batch["input_ids"]) // (1 if self.loss == "kto" else 2)
+        return torch.tensor(float(rows), device=batch["input_ids"].device)
+
+    def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logprobs = sequence_logprobs(outputs, batch)
+        tokens = batch["completion_mask"][:, 1:].sum(1)
+        reference = batch.get("ref_logprobs", torch.zeros_like(logprobs))
+        if self.loss == "kto":
+            wanted = batch["desirable"]
+            weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+            loss = kto_loss(logprobs, reference, wanted, batch["kl"], beta=self.beta, **weights).mean()
+            return {self.signals[0]: loss}, {"kl_reference_point": batch["kl"]}
+        reward = self.beta * (logprobs - reference).detach()
+        if self.loss in ("ipo", "orpo"):
+            logprobs, reference = logprobs / tokens, reference / tokens
+        chosen, rejected = logprobs.chunk(2)
+        if self.loss == "orpo":
+            loss = orpo_loss(chosen, rejected, beta=self.beta)
+        elif self.loss == "ipo":
+            loss = ipo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta)
+        else:
+            loss = dpo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta, dpop=self.dpop)
+        up, down = reward.chunk(2)
+        metrics = {
+            "rewards/chosen": up.mean(),
+            "rewards/rejected": down.mean(),
+            "rewards/margin": (up - down).mean(),
+            "rewards/accuracy": (up > down).to(up.dtype).mean(),
+            "logprobs/chosen": chosen.detach().mean(),
+            "logprobs/rejected": rejected.detach().mean(),
+        }
+        return {self.signals[0]: loss.mean()}, metrics
+
+
+def sequence_logprobs(outputs: Outputs, batch: Batch) -> Tensor:
+    """log p of each completion (B,), the sum over its tokens."""
+    logprobs = token_logprobs(outputs.logits, batch["input_ids"])
+    return masked_sum(logprobs, batch["completion_mask"][:, 1:])

@@ -1,0 +1,86 @@
+"""Training the base model itself, each signal's gradient on it held in a subspace of that signal.
+
+With trunk="full" the trunk gets the sum of all losses' gradients. With a rank for a signal, that signal's gradient G
+of a weight matrix becomes P P^T G (or G P P^T, on the shorter side), where P are the first R left (right) singular
+vectors of the signal's own gradient (of a step's first micro-batch, over all processes) when the subspace was last
+chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one a signal. What is no matrix (norms) gets no
+gradient of such a signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..signals import bundle_parameters, routed_backward
+
+
+def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The floating parameters that belong to no bundle, by name."""
+    own = {id(p) for parameters in bundle_parameters(model).values() for p in parameters}
+    return {n: p for n, p in model.named_parameters() if id(p) not in own and p.is_floating_point()}
+
+
+class TrunkProjection:
+    """The trunk and the subspaces of signals on it.
+
+    Args:
+        parameters: of the trunk, by name.
+        ranks: signal -> R_S; the others' gradients stay whole.
+        refresh: steps after which a subspace is chosen anew.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Mapping[str, int], refresh: int) -> None:
+        self.parameters, self.ranks, self.refresh = dict(parameters), dict(ranks), refresh
+        self.projectors: dict[tuple[str, str], Tensor] = {}  # (signal, parameter) -> (short side, R)
+        self._chosen: dict[str, int] = {}
+
+    def backward(self, model: nn.Module, losses: Mapping[str, Tensor], step: int) -> None:
+        """`routed_backward`, a pass a signal; adds each signal's projected gradient to the trunk's `.grad`."""
+        total = {name: p.grad for name, p in self.parameters.items()}
+        for number, (signal, loss) in enumerate(losses.items()):
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            routed_backward(model, {signal: loss}, retain_graph=number < len(losses) - 1)
+            period = step // self.refresh
+            choose = signal in self.ranks and self._chosen.get(signal) != period
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None:
+                    own = self._project(signal, name, parameter.grad, choose)
+                    if own is not None:
+                        total[name] = own if (before := total[name]) is None else before + own
+            self._chosen[signal] = period
+        for name, parameter in self.parameters.items():
+            parameter.grad = total[name]
+
+    def _project(self, signal: str, name: str, gradient: Tensor, choose: bool) -> Tensor | None:
+        if signal not in self.ranks:
+            return gradient
+        if gradient.dim() != 2:
+            return None
+        tall = gradient.shape[0] > gradient.shape[1]
+        matrix = gradient.T if tall else gradient  # the short side first
+        if choose:
+            whole = matrix.float().clone()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(whole)  # one subspace for all processes
+            u, _, _ = torch.linalg.svd(whole, full_matrices=False)
+            self.projectors[signal, name] = u[:, : self.ranks[signal]].contiguous().to(gradient.dtype)
+        p = self.projectors[signal, name]
+        held = p @ (p.T @ matrix)
+        return held.T if tall else held
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The projectors, by "signal|parameter"."""
+        return {f"{s}|{n}": p for (s, n), p in self.projectors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Take up the projectors; `step` is the one they were saved after."""
+        self.projectors = {}
+        for key, projector in state.items():
+            signal, _, name = key.partition("|")
+            self.projectors[signal, name] = projector.to(self.parameters[name].device)
+            self._chosen[signal] = max(step - 1, 0) // self.refresh

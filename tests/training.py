@@ -1,0 +1,107 @@
+"""What tests of the trainer share: a tokenizer of characters, tiny data in TRL's formats, a model, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import BOS, EOS, PAD, TINY, VOCABULARY, perturb
+from peft import PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from peft_bundles import BundleConfig
+from peft_bundles.signals import bundle_parameters
+from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+LETTERS = [chr(c) for c in range(32, 127)][: VOCABULARY - 4]
+
+
+def tokenizer(letters: Sequence[str] = LETTERS) -> PreTrainedTokenizerFast:
+    """One id a character; "<pad>", "<bos>", "<eos>" and "<unk>" are the ids of `models.py`."""
+    names = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": 3}
+    core = Tokenizer(models.WordLevel({**names, **{c: i + 4 for i, c in enumerate(letters)}}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+def texts(count: int = 12) -> list[dict[str, Any]]:
+    return [{"text": f"the {i} cats sit on mat {i * 7 % 11}"} for i in range(count)]
+
+
+def completions(count: int = 12) -> list[dict[str, Any]]:
+    return [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}"} for i in range(count)]
+
+
+def pairs(count: int = 10) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {i}:", "chosen": f"yes {i}", "rejected": "no" + "o" * (i % 3)} for i in range(count)]
+
+
+def chat(role_text: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in role_text]
+
+
+def config(**fields: Any) -> BundleConfig:
+    """A bundle for text, one for preferences, and four for reinforcement learning."""
+    own = lambda *signals: {"rank": 6, "sub_bases": ["a"], "signals": dict.fromkeys(signals, 1.0), "role": "signal"}  # noqa: E731
+    defaults: dict[str, Any] = {
+        "sub_bases": {"a": 24, "b": 16},
+        "bottleneck": 1.0,
+        "bundles": {
+            "b_lm": {"rank": 8, "sub_bases": ["a"], "signals": {"lm": 1.0, "logic": 1.0}},
+            "b_preference": {"rank": 8, "sub_bases": ["b"], "signals": {"preference": 1.0}, "role": "signal"},
+            "b_policy": own("policy"),
+            "b_value": own("value"),
+            "b_entropy": own("entropy"),
+            "b_kl": own("kl"),
+        },
+        "task_type": "CAUSAL_LM",
+    }
+    return BundleConfig(**{**defaults, **fields})
+
+
+def model(name: str = "llama", *, moved: bool = True, **fields: Any) -> PeftModel:
+    made = get_peft_model(TINY[name](), config(**fields))
+    return perturb(made, scale=0.1) if moved else made  # type: ignore[return-value]
+
+
+def arguments(folder: Path, **fields: Any) -> BundleTrainingConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
+    return BundleTrainingConfig(**{**defaults, **fields})
+
+
+def trainer(folder: Path, objectives: Any, on: PeftModel | None = None, **fields: Any) -> BundleTrainer:
+    return BundleTrainer(on or model(), arguments(folder, **fields), objectives, tokenizer())
+
+
+def bundles_of(found: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Bundle -> copies of its weights."""
+    return {name: [p.detach().clone() for p in ps] for (_, name), ps in bundle_parameters(found).items()}
+
+
+def losses_of(run: BundleTrainer, prefix: str = "loss/") -> list[dict[str, float]]:
+    """The logged losses, a step each."""
+    steps = [{k: v for k, v in entry.items() if k.startswith(prefix)} for entry in run.state.log_history]
+    return [s for s in steps if s]
