@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import TINY, attached, batch, bundle_config, layers, perturb, weights
 from peft import PeftModel, get_peft_model
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
 from peft_bundles.layer import DRAW
-from tests.models import TINY, attached, batch, bundle_config, layers, perturb, weights
 
 
 def calibrated(**fields):

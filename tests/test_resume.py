@@ -42,13 +42,14 @@ def objectives(**ppo):
 def test_a_resumed_run_is_the_run(tmp_path, fields):
     """Step 3 is in the middle of a rollout; dropout, momentum, a schedule and an adaptive coefficient are at work."""
     common = {"max_steps": 7, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 3, **fields}
-    whole = trainer(tmp_path, objectives(), model(dropout=0.1), **common)
+    whole = trainer(tmp_path, objectives(), model(dropout=0.1, calibrated=True), **common)
     whole.train()
     kept = snapshot(whole.model.state_dict()), losses_of(whole)
-    resumed = trainer(tmp_path, objectives(), model(dropout=0.1), **common)
+    resumed = trainer(tmp_path, objectives(), model(dropout=0.1, calibrated=True), **common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 7
     assert losses_of(resumed) == kept[1]
+    assert kept[1][0]["loss/quiet"] > 0
     assert unchanged(kept[0], resumed.model.state_dict())
     heads = [run.objectives["ppo"].value_head.weight for run in (whole, resumed)]
     assert torch.equal(*heads) and heads[0].any()
@@ -173,7 +174,7 @@ def _run(folder: str, world: int, **fields) -> BundleTrainer:
     rows = [*texts(), {"text": "z" * 50}]
     kept[0] = LM(rows, eval_dataset=texts(3))
     kept[1] = Preference(pairs(), eval_dataset=pairs(1))  # fewer rows than processes
-    return BundleTrainer(model(), args, kept, tokenizer())
+    return BundleTrainer(model(calibrated=True), args, kept, tokenizer())
 
 
 def _worker(rank: int, world: int, folder: str, port: str) -> None:

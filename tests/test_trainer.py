@@ -76,7 +76,7 @@ RL_OFF = {"lm": ["b_lm"]}
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_lm_rows_forwarded_alone_with_the_others_off_give_the_weights_of_lm_alone_bit_for_bit(tmp_path, order):
-    alone, both = model(), model()
+    alone, both = model(calibrated=True), model(calibrated=True)
     common = {"forward": RL_OFF, "shared_forward": False, "gradient_accumulation_steps": 2, "max_steps": 4}
     trainer(tmp_path, LM(texts()), alone, **common).train()
     objectives = [LM(texts()), Preference(pairs())]

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peft_bundles import BundleConfig
+from peft_bundles import BundleConfig, calibrate
 from peft_bundles.signals import bundle_parameters
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 
@@ -71,8 +71,11 @@ def config(**fields: Any) -> BundleConfig:
     return BundleConfig(**{**defaults, **fields})
 
 
-def model(name: str = "llama", *, moved: bool = True, **fields: Any) -> PeftModel:
+def model(name: str = "llama", *, moved: bool = True, calibrated: bool = False, **fields: Any) -> PeftModel:
+    """Calibrated, the loss of every step includes the quiet penalty."""
     made = get_peft_model(TINY[name](), config(**fields))
+    if calibrated:
+        calibrate(made, tokens=1024, max_length=64, progress=False)
     return perturb(made, scale=0.1) if moved else made  # type: ignore[return-value]
 
 

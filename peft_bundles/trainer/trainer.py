@@ -237,12 +237,21 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         self._micro += 1
         if self.accelerator.sync_gradients:
             self._micro = 0
+            self._quieten(model)
             finalize_grads(model)
             reduce_gradients(self._head_parameters())
             for name, value in self._step_metrics.items():
                 self._metrics.setdefault(name, []).append(value)
             self._step_metrics = {}
         return total
+
+    def _quieten(self, model: Any) -> None:
+        """The backward of `BundleModel.quiet_loss`, once a step, for the bundles that the step's losses update."""
+        with seeded(self.args.device, self.args.seed, "quiet", self.state.global_step):
+            loss = model.quiet_loss()
+        if loss.requires_grad:
+            loss.backward()
+            self._note("loss/quiet", loss, torch.ones_like(loss))
 
     def _groups(self, inputs: Iterable[str]) -> list[list[str]]:
         """Objectives by the forward they share. Several backwards over shared rows would walk all of them each time."""
