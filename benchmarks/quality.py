@@ -4,12 +4,12 @@
     python benchmarks/quality.py --model DIR --data data.json.gz --sweep final --output results.jsonl --workers 6
 
 A cell is (method, learning rate, seed): 300 steps of 48 examples, measured at steps 150 and 300. Cells are run side
-by side by several processes a GPU (a step of so small a model is bound by kernel launches, so each is captured in a CUDA
-graph), each appended to the output as it is done; cells that are there already are not run again.
+by side by several processes a GPU (a step of so small a model is bound by kernel launches, so each is captured in a
+CUDA graph), each appended to the output as it is done; cells that are there already are not run again.
 
-Learn: exact match of greedy answers (by teacher forcing: greedy decoding gives the answer exactly when every token of it
-is the argmax after the ones before) and the loss on plays. Disturb: rise of the loss, and KL to the base, on domains
-that nobody trained or calibrated on; accuracy on facts the base knew.
+Learn: exact match of greedy answers (by teacher forcing: greedy decoding gives the answer exactly when every token
+of it is the argmax after the ones before) and the loss on plays. Disturb: rise of the loss, and KL to the base, on
+domains that nobody trained or calibrated on; accuracy on facts the base knew.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from quality_methods import Built, build
 import transformers
+from quality_methods import Built, build
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
