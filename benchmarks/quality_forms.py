@@ -211,8 +211,8 @@ def _spot(block: nn.Module, place: str) -> nn.Module:
 def measure(model: Any, rows: Tensor, form: Form) -> list[Statistics]:
     """Statistics of every layer on token rows (N, T): one forward and one backward a batch.
 
-    The sensitivity G is the mean outer product of the gradient of the log-likelihood of labels that the
-    model itself samples (the Fisher matrix of the output distribution with respect to this state): half delta^T G delta is, to
+    The sensitivity G is the mean outer product of the gradient of the log-likelihood of labels that the model itself
+    samples (the Fisher matrix of the output distribution with respect to this state). Half delta^T G delta is, to
     second order, the KL that adding delta at one token costs.
     """
     blocks = model.model.layers
