@@ -326,7 +326,10 @@ class BundleModel(BaseTuner):
             with hooks:
                 output = self.model(*args, **kwargs)
             if self.training and state.seen and getattr(output, "loss", None) is not None:
-                output.loss = output.loss + self.quiet_loss()
+                # Where the loss is a sum over this micro-batch's tokens by those of the whole step, so is the penalty.
+                labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+                share = 1.0 if labels is None or items is None else (labels[..., 1:] != -100).sum() / items
+                output.loss = output.loss + share * self.quiet_loss()
         finally:
             state.seen |= before
         return output

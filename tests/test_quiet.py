@@ -75,6 +75,17 @@ def test_forward_adds_it_to_the_loss_while_training_only():
         assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)  # nothing learns
 
 
+def test_micro_batches_of_a_step_add_it_once_between_them():
+    """Transformers' Trainer hands every micro-batch the number of tokens of the whole step."""
+    model, ids = calibrated().train(), batch(4, 9)
+    labels = ids.masked_fill(torch.arange(9) < torch.tensor([[1], [2], [5], [7]]), -100)
+    items = (labels[:, 1:] != -100).sum()
+    parts = [model(input_ids=x, labels=y, num_items_in_batch=items).loss for x, y in zip(ids.split(1), labels.split(1))]
+    whole = model(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(whole, model.eval()(input_ids=ids, labels=labels).loss + model.quiet_loss())
+
+
 @pytest.mark.parametrize(("signal", "owners"), [("lm", {"b_mlp", "b_diag"}), ("policy", {"b_linear"})])
 def test_under_a_route_it_moves_the_owners_only_and_does_not_depend_on_the_others(signal, owners):
     model, ids = calibrated(), batch()
