@@ -294,9 +294,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 E,
                 lambda: torch.tensor([float(name in names) for name in packing.names], device=E.device)[owner],
             )
-            return (((a @ products) * a).sum(0) * ours).sum() / (
-                len(states) * self.bundle_scale[adapter].square().sum()
-            )
+            a = a * ours
+            return ((a @ products) * a).sum() / (len(states) * self.bundle_scale[adapter].square().sum())
 
     def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
         """(B, 1, 1): 1 for the rows that are ours."""

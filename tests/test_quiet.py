@@ -107,6 +107,27 @@ def test_under_a_route_it_moves_the_owners_only_and_does_not_depend_on_the_other
             torch.testing.assert_close(parameter.grad, grads[name])
 
 
+def test_a_bundle_that_is_off_stays_out_of_it():
+    """b_diag learns from lm as b_mlp does, but a bundle at alpha 0 learns nothing, and nothing of it counts."""
+    model, ids = calibrated().train(), batch()
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        with model.alphas(b_diag=0.0, b_linear=0.0):
+            model(input_ids=ids)
+        loss = model.quiet_loss()
+        loss.backward()
+        model.finalize_grads()
+        grads = {name: p.grad for name, p in weights(model).items() if p.grad is not None}
+        assert {name.rsplit(".", 1)[1] for name in grads} == {"b_mlp"}
+        found.append((loss.detach(), grads))
+        with torch.no_grad():
+            for name, parameter in weights(model).items():
+                if not name.endswith("b_mlp"):
+                    parameter.normal_()
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_without_calibration_or_at_weight_0_there_is_none():
     ids = batch()
     for model in (perturb(attached("llama")), calibrated(quiet=0.0)):
