@@ -7,7 +7,7 @@ from peft.utils import register_peft_method
 
 from . import registration  # noqa: F401 - first: the config names PeftType.BUNDLE
 from .alphas import alphas, set_alphas
-from .calibration import calibrate
+from .calibration import calibrate, own_samples
 from .config import BundleConfig, BundleSpec, SubBasis
 from .layer import BundleLayer
 from .model import BundleModel
@@ -30,6 +30,7 @@ __all__ = [
     "calibrate",
     "clip_bundle_grads",
     "finalize_grads",
+    "own_samples",
     "report",
     "route",
     "routed_backward",

@@ -262,6 +262,31 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, 
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def own_samples(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    tokens: int = 20_000,
+    max_length: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, list[int]]]:
+    """Text that the base model writes by itself, bundles off, at temperature 1: rows of `input_ids`.
+
+    What `calibrate` measures when it has no texts, and what `objectives.Anchor` holds the model to.
+
+    Args:
+        model: with bundles attached.
+        tokenizer: only for the token to start from, if the model's config has none.
+        tokens: at least so many in all. max_length: tokens a row. batch_size: rows generated at once. seed: of it.
+    """
+    state_of(model)  # raises where there are no bundles
+    device = next(model.parameters()).device
+    with _measuring(model, (), {}):
+        batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device))
+    return [{"input_ids": row} for batch in batches for row in batch["input_ids"].tolist()]
+
+
 def _own_samples(
     model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
