@@ -122,8 +122,8 @@ def test_an_update_with_sgd_stays_in_the_subspace(tmp_path):
 # ---- the clamp ----
 
 
-def wide_model(scale: float = 0.3):
-    made = get_peft_model(TINY["llama"](initializer_range=0.2), config())
+def wide_model(scale: float = 0.3, **fields):
+    made = get_peft_model(TINY["llama"](initializer_range=0.2), config(**fields))
     return perturb(made, scale=scale) if scale else made
 
 
@@ -138,16 +138,17 @@ def clamp_of(run, batch, **fields):
     return clamp(run.forward, "lm", outputs, batch, metrics), metrics, clamp, outputs
 
 
-def test_kl_is_that_of_the_projected_readouts(tmp_path):
+@pytest.mark.parametrize(("projection", "width"), [("none", 24), ("tied", 6)])
+def test_kl_is_that_of_the_projected_readouts(tmp_path, projection, width):
     objective = LM(texts())
-    run = trainer(tmp_path, objective, wide_model())
+    run = trainer(tmp_path, objective, wide_model(projection=projection))
     (batch,) = objective.batches(run.forward, 0, run.share("lm"))
     penalty, metrics, clamp, outputs = clamp_of(run, batch, tokens=10**6)
     kept = batch["attention_mask"].bool()
     head = run.model.get_output_embeddings()
     for bundle in CLAMP["beta"]:
         q = clamp.subspace(bundle)
-        torch.testing.assert_close(q.T @ q, torch.eye(q.shape[1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(q.T @ q, torch.eye(width), rtol=1e-4, atol=1e-5)
         projector = q @ q.T
         now, base = (
             head(h[kept] @ projector).log_softmax(-1) for h in (outputs.hidden, run.forward.reference(batch).hidden)

@@ -68,7 +68,7 @@ class KLClamp:
         return cls(model=model, signals=signals, **config)
 
     def subspace(self, bundle: str) -> Tensor:
-        """Orthonormal basis (d, r) of what a bundle writes to in the last layer."""
+        """Orthonormal basis (d, r) of what a bundle writes to in the last layer: its support, or a part by its W."""
         layer = self._layer
         adapter = next(a for a in layer.bundle_adapters() if bundle in layer.packing(a).names)
         weights = layer.bundle_weights(adapter)[layer.packing(adapter).names.index(bundle)]
@@ -76,6 +76,8 @@ class KLClamp:
             return torch.eye(layer.hidden_size, device=weights.up.device)
         back = weights.weight if weights.weight_out is None else weights.weight_out
         basis = layer.bundle_basis[adapter][:, weights.support]
+        if back is None:
+            return basis
         with torch.no_grad():  # the subspace is where KL is measured, not what is trained to make it small
             return torch.linalg.qr(basis @ back.detach().to(basis.dtype).T)[0]
 
