@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         PPO(sums, _tasks.REWARDS, reward_weights=_tasks.WEIGHTS, **given["ppo"]),
     ]
     alphas = switches(given)
-    callback = HeldOut(alphas, held["plays"])
+    callback = HeldOut({name: a for name, a in alphas.items() if name != "all off"}, held["plays"])
     callback.trainer = trainer = BundleTrainer(model, args, objectives, tokenizer, [callback])
     kept = promises(trainer.bundle_config, {o.name: o.signals for o in objectives}, trainer.forward.table)
     if trainer.is_world_process_zero():

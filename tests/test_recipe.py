@@ -23,60 +23,67 @@ def verse(number: int) -> str:
     return "\n".join(" ".join(rng.choices(WORDS.split(), k=9)) for _ in range(60))
 
 
-@pytest.fixture
-def recipe(monkeypatch):
+@pytest.fixture(scope="module")
+def recipe():
     """The recipe's module, with invented plays; docstrings and manual are the real ones, which are installed."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the recipe adds the examples' folder
-    import rl_separate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(RECIPES), *sys.path])  # and the recipe adds the examples' folder
+        import rl_separate
 
-    monkeypatch.setattr(rl_separate._data, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
-    return rl_separate
+        patch.setattr(rl_separate._data, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
+        yield rl_separate
 
 
-@pytest.fixture
-def run(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
     """Run it: steps, a folder for the output, further flags."""
-    folder = tmp_path / "model"
-    TINY["llama"]().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("recipe")
+    TINY["llama"]().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
     small = yaml.safe_load((RECIPES / "rl_separate.yaml").read_text())
     small["smoke"] |= {"text": {"length": 24, "train": 20, "held_out": 4}, "ppo": {"max_completion_length": 4}}
     small["smoke"] |= {name: {"train": 20, "held_out": 4} for name in ("pairs", "sums")}
     small["smoke"]["calibration"] = {"tokens": 600, "max_length": 64}
     small["smoke"]["training"] |= {"rows": {"lm": 2, "preference": 2, "ppo": 2}, "logging_steps": 1}
     small["smoke"]["training"] |= {"eval_steps": 1, "save_steps": 1, "disable_tqdm": True}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+    (folder / "small.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
 
     def called(steps: int, output: str, *flags: str) -> dict:
-        paths = [f"--config={tmp_path / 'small.yaml'}", f"--model={folder}", f"--output={tmp_path / output}"]
+        paths = [f"--config={folder / 'small.yaml'}", f"--model={folder / 'model'}", f"--output={folder / output}"]
         recipe.main([*paths, "--smoke", f"--steps={steps}", *flags])
-        return json.loads((tmp_path / output / "results.json").read_text())
+        return json.loads((folder / output / "results.json").read_text())
 
-    called.model = folder
-    called.folder = tmp_path
+    called.folder = folder
     return called
 
 
-def test_variants_have_the_table_and_equal_parameters(run, recipe):
-    found = {variant: run(2, variant, f"--variant={variant}") for variant in recipe.VARIANTS}
+@pytest.fixture(scope="module")
+def whole(run):
+    """Results of three steps."""
+    return run(3, "whole")
+
+
+def test_variants_have_the_table_and_equal_parameters(run, whole, recipe):
+    found = {"separate": whole} | {v: run(1, v, f"--variant={v}") for v in recipe.VARIANTS[1:]}
     for variant, results in found.items():
-        rows = ["all on", "all off"] if variant == "shared_adapter" else list(recipe.switches(results["settings"]))
-        assert list(results["table"]) == rows
+        assert results["settings"]["variant"] == variant
+        off = [] if variant == "shared_adapter" else ["RL off", "preference off"]
+        assert list(results["table"]) == ["all on", *off, "all off"]
         assert all(set(row) == set(recipe.COLUMNS) for row in results["table"].values())
         assert results["table"]["all on"]["plays_loss"] != results["table"]["all off"]["plays_loss"]
-        assert (run.folder / variant / "plots.png").stat().st_size and (run.folder / variant / "plots.svg").is_file()
-    # Signal by signal the losses are there, and nobody's bundles but its own are on in rows of text.
-    logged = set().union(*found["separate"]["history"])
-    assert {"loss/lm", "loss/preference", *(f"loss/ppo/{s}" for s in recipe.RL)} <= logged
-    assert "lm: its bundles get the weights of a run without preference, ppo." in found["separate"]["promises"]
+    assert all((run.folder / "whole" / f"plots.{kind}").stat().st_size for kind in ("png", "svg"))
+    assert {"loss/lm", "loss/preference", *(f"loss/ppo/{s}" for s in recipe.RL)} <= set().union(*whole["history"])
     counts = [results["trainable_parameters"] for results in found.values()]
     assert max(counts) < 1.05 * min(counts)
 
 
-def test_with_all_bundles_off_the_numbers_are_the_base_models(run, recipe):
-    off = run(2, "one")["table"]["all off"]
-    base = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+def test_the_forward_table_says_what_text_learns_alone(whole):
+    assert "lm: its bundles get the weights of a run without preference, ppo." in whole["promises"]
+
+
+def test_with_all_bundles_off_the_numbers_are_the_base_models(run, whole, recipe):
+    off = whole["table"]["all off"]
+    base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32).eval()
     given, _ = recipe.settings([f"--config={run.folder / 'small.yaml'}", "--smoke"])
     _, held, _ = recipe._tasks.text(tokenizer(), **given["text"])
     _, pairs = recipe._tasks.pairs(None, **given["pairs"])
@@ -91,19 +98,18 @@ def test_with_all_bundles_off_the_numbers_are_the_base_models(run, recipe):
     assert off["preference"] == 0.5  # the base model is the reference
 
 
-def test_a_resumed_run_is_the_run(run):
-    whole = run(3, "whole")
+def test_a_resumed_run_is_the_run(run, whole):
     run(2, "parts")
     with pytest.raises(ValueError, match=r"give --resume, or another --output"):
         run(3, "parts")
     resumed = run(3, "parts", "--resume")
     assert resumed["table"] == whole["table"] and resumed["steps"] == 3
-    seen = [
-        {k: v for k, v in e.items() if "loss" in k or "held_out" in k} for e in resumed["history"] if "loss/lm" in e
-    ]
-    assert seen == [
-        {k: v for k, v in e.items() if "loss" in k or "held_out" in k} for e in whole["history"] if "loss/lm" in e
-    ]
+    assert _losses(resumed) == _losses(whole)
+
+
+def _losses(results: dict) -> list[dict]:
+    kept = [{k: v for k, v in e.items() if k.startswith(("loss/", "held_out/", "ppo/"))} for e in results["history"]]
+    return [entry for entry in kept if entry]
 
 
 def test_rewards(recipe):
