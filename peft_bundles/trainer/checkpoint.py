@@ -44,6 +44,8 @@ class CheckpointMixin(_Base):
 
     def _run_description(self: Any) -> dict[str, Any]:
         config = {k: v for k, v in asdict(self.bundle_config).items() if k not in _NOT_COMPARED}
+        if config["calibration"]:  # a share that rounding may move on another machine
+            config["calibration"].pop("outliers")
         described = {
             "bundle config": config,
             "objectives": {name: list(o.signals) for name, o in self.objectives.items()},
