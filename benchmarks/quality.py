@@ -18,6 +18,7 @@ import argparse
 import datetime
 import gc
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -366,6 +367,7 @@ def prepare(args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python benchmarks/quality.py", "--sweep", args.sweep]),
+        "data_md5": hashlib.md5(args.data.read_bytes()).hexdigest(),
     }
     with open(args.output, "a") as file:
         file.write(json.dumps(record) + "\n")

@@ -233,7 +233,8 @@ def page() -> str:
 
 `python benchmarks/quality_report.py` writes this page; every number is from [`{CELLS}`](../{CELLS}). A cell is a
 method, a rate and a seed (`benchmarks/quality.py`): SmolLM2-135M-Instruct, 300 steps of 48 examples, one
-{env["device"]} of two, torch {env["torch"]}, transformers {env["transformers"]}, peft {env["peft"]}, {env["date"]}.
+{env["device"]} of two, torch {env["torch"]}, transformers {env["transformers"]}, peft {env["peft"]}, {env["date"]};
+data as `benchmarks/quality_data.py` writes them, md5 {env["data_md5"]}.
 
 ## What was asked, and the short answer
 
