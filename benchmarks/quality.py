@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import gzip
 import hashlib
 import json
 import math
@@ -35,7 +34,9 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from quality_data import PROMPT, load
 from quality_methods import Built, build
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,10 +64,6 @@ class Rows:
 
     def to(self, device: Any) -> Rows:
         return Rows(*(t.to(device) for t in (self.ids, self.where, self.target, self.row, self.weight)))
-
-
-def chat(question: str) -> str:
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 Encoded = tuple[list[int], int]  # tokens, and the first that counts
@@ -101,7 +98,7 @@ def rows_of(examples: list[Encoded], length: int) -> Rows:
 
 def questions(tokenizer: Any, pairs: list[list[str]]) -> list[Encoded]:
     """Questions in chat format with their answers; those that do not fit are left out, in training and in tests."""
-    encoded = [tokens_of(tokenizer, (chat(question), answer + "<|im_end|>")) for question, answer in pairs]
+    encoded = [tokens_of(tokenizer, (PROMPT.format(question), answer + "<|im_end|>")) for question, answer in pairs]
     return [item for item in encoded if len(item[0]) <= LENGTH]
 
 
@@ -279,9 +276,8 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-    with gzip.open(args.data, "rt") as file:
-        data = json.load(file)
-    calibration = {name: rows.to(device) for name, rows in torch.load(args.calibration, weights_only=True).items()}
+    data = load(args.data)
+    calibration = {name: rows.to(device) for name, rows in load_file(args.calibration).items()}
     sets = {name: rows.to(device) for name, rows in evaluation_sets(data, tokenizer, calibration["own"]).items()}
     calibration["own"] = calibration["own"][:-OWN_HELD_OUT]
     batches: dict[int, Rows] = {}
@@ -323,8 +319,7 @@ def prepare(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-    with gzip.open(args.data, "rt") as file:
-        data = json.load(file)
+    data = load(args.data)
     rows = {}
     for name, texts in data["calibration"].items():
         ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"] + [0]]
@@ -333,28 +328,25 @@ def prepare(args: argparse.Namespace) -> None:
     rows["mixture"] = torch.stack([r[:least] for r in rows.values()], 1).flatten(0, 1)
     torch.manual_seed(0)
     starts = {"endoftext": "<|endoftext|>", "user": "<|im_start|>user\n"}
-    styles = {"own": {"temperature": 1.0, "top_p": 1.0}}
-    for style, settings in styles.items():
-        for name, start in starts.items():
-            prompt = torch.tensor(
-                [tokenizer(start, add_special_tokens=False)["input_ids"]] * args.samples, device=device
+    for name, start in starts.items():
+        prompt = torch.tensor([tokenizer(start, add_special_tokens=False)["input_ids"]] * args.samples, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            sampled = base.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_length=DOMAIN_LENGTH,
+                min_length=DOMAIN_LENGTH,
+                pad_token_id=0,
             )
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                sampled = base.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    top_k=0,
-                    repetition_penalty=1.0,
-                    max_length=DOMAIN_LENGTH,
-                    min_length=DOMAIN_LENGTH,
-                    pad_token_id=0,
-                    **settings,
-                )
-            rows[f"{style}_{name}"] = sampled.cpu()
-        rows[style] = torch.stack([rows[f"{style}_{name}"] for name in starts], 1).flatten(0, 1)
+        rows[f"own_{name}"] = sampled.cpu()
+    rows["own"] = torch.stack([rows[f"own_{name}"] for name in starts], 1).flatten(0, 1)
     rows["both"] = torch.stack([rows["own"][:1000], rows["mixture"][:1000]], 1).flatten(0, 1)
-    torch.save(rows, args.calibration)
+    save_file(rows, args.calibration)
     sets = {name: r.to(device) for name, r in evaluation_sets(data, tokenizer, rows["own"]).items()}
     built = Built(
         base, lambda ids: base.model(input_ids=ids, use_cache=False).last_hidden_state, list(base.parameters())
@@ -388,7 +380,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no cell after so many seconds")
     parser.add_argument("--until", type=float)
     args = parser.parse_args()
-    args.calibration, args.claims = args.scratch / "calibration.pt", args.scratch / f"claims_{args.sweep}"
+    args.calibration, args.claims = args.scratch / "calibration.safetensors", args.scratch / f"claims_{args.sweep}"
     if args.worker is not None:
         return work(args)
     until = time.time() + args.seconds

@@ -90,8 +90,11 @@ def build_bundles(
     names = sorted(set(kinds)) if routed else [f"b_{n}" for n in range(count)]
     rank = fields.pop("rank", 0.75)
     # 189 hidden units of 432 columns, in all: 4.90 M parameters, as LoRA r16 on all linears has.
+    # Trained together, all learn from one signal: the penalty then takes them together too.
     bundles = {
-        f"b_{name}" if routed else name: BundleSpec(rank, ["main"], bottleneck=189 // len(names), signals={name: 1.0})
+        f"b_{name}" if routed else name: BundleSpec(
+            rank, ["main"], bottleneck=189 // len(names), signals={name if routed else "all": 1.0}
+        )
         for name in names
     }
     config = BundleConfig(bundles=bundles, sub_bases={"main": rank}, basis_seed=seed, task_type="CAUSAL_LM", **fields)
