@@ -178,6 +178,8 @@ class BundleConfig(PeftConfig):
             between, and its transpose behind; "free" gives the way back weights of its own. W costs parameters that
             hidden units use better (docs/learning.md).
         input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
+        scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio of
+            the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
         quiet: weight of the penalty on what the bundles add to the states that `calibrate` kept; `forward` with labels
             adds it to the loss while training, other losses add `model.quiet_loss()`. 0 turns it off.
         dropout: dropout on the adapter's hidden units while training.
@@ -206,6 +208,7 @@ class BundleConfig(PeftConfig):
     bottleneck: Rank = 0.25
     projection: str = "none"
     input_norm: str = "standard"
+    scaling: float = 4.0
     quiet: float = 10.0
     dropout: float = 0.0
     layers_to_transform: list[int] | int | None = None
@@ -239,6 +242,7 @@ class BundleConfig(PeftConfig):
         _check_choice(me, "basis_init", self.basis_init, BASIS_INITS)
         _check_choice(me, "input_norm", self.input_norm, INPUT_NORMS)
         _check_choice(me, "projection", self.projection, PROJECTIONS)
+        _check_number(me, "scaling", self.scaling, 1e-6, 1e6)
         _check_number(me, "quiet", self.quiet, 0.0, 1e6)
         _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if self.basis_rank is not None:

@@ -2,13 +2,13 @@
 
 Both compute design.md section 2,
 
-    x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + sum_k alpha_k (u_k W_k) U^T
+    x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + c sum_k alpha_k (u_k W_k) U^T
 
 (where a bundle has no projector, W_k just picks the columns of its support). The reference is written bundle by bundle
 as it stands there. The stacked form uses that everything left of the activation is linear, and so is everything right
 of it. With all bundles' hidden units side by side (H = sum_k b_k)
 
-    s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = up^T W U^T  (H x d)
+    s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = c up^T W U^T  (H x d)
 
 so a token pays for two thin matrix products whatever the number of bundles, the rank or the size of the basis. `D` and
 `E` are folded from the bundles' own parameters once a forward (`layer.py`), a cost that does not depend on the tokens.
@@ -44,6 +44,7 @@ def bundle_reference(
     mean: Tensor,
     scale: Tensor,
     alphas: Tensor,
+    scaling: float = 1.0,
 ) -> Tensor:
     """Design.md section 2, one bundle after another: what the stacked form is tested against.
 
@@ -51,6 +52,7 @@ def bundle_reference(
         hidden: h, (B, T, d).
         basis: U, (d, R). mean, scale: mu and sigma, (d,).
         alphas: gates, broadcast against (B, T, M).
+        scaling: factor of what all bundles add.
 
     Returns:
         y, (B, T, d).
@@ -60,7 +62,7 @@ def bundle_reference(
     alphas = alphas.expand(*hidden.shape[:-1], len(bundles))
     out = hidden
     for k, b in enumerate(bundles):
-        gate = alphas[..., k, None]
+        gate = scaling * alphas[..., k, None]
         if b.kind == "full":
             out = out + gate * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
             continue

@@ -265,6 +265,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 self.bundle_up[adapter],
                 basis,
                 scale.reciprocal() if self._standardised(adapter) else None,
+                self.state.configs[adapter].scaling,
                 live,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):

@@ -125,6 +125,7 @@ class Packing:
         up: Mapping[str, Tensor],
         basis: Tensor,
         inverse_scale: Tensor | None,
+        scaling: float = 1.0,
         live: Collection[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """D (d, H) and E (H, d) in the dtype of `basis`, differentiable in the weights of `live` bundles (None: all).
@@ -161,4 +162,4 @@ class Packing:
             m = self.before_full
             D = torch.cat([D[:, :m], *(alone(down, name).T for name in self.full), D[:, m:]], 1)
             E = torch.cat([E[:m], *(alone(up, name).T for name in self.full), E[m:]])
-        return D if inverse_scale is None else D * inverse_scale[:, None], E
+        return D if inverse_scale is None else D * inverse_scale[:, None], E if scaling == 1.0 else E * scaling

@@ -10,6 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
+from pydoc_data.topics import topics
 from typing import Any
 
 import _data
@@ -18,6 +19,7 @@ from torch import Tensor
 
 
 SYSTEM = {"role": "system", "content": "Answer briefly."}
+EXAMPLE = [{"role": "user", "content": "What is 40 - 3?"}, {"role": "assistant", "content": "37"}]
 WORDS = (
     "ant apple bear boat cake chair cow dog door egg fish fox girl goat hat horse ice iron jam key kite lamp leaf moon "
     "nest oak oven pear pig queen rain ring sand ship sun tent tree urn van wolf yard zoo"
@@ -27,11 +29,16 @@ Rows = list[dict[str, Any]]
 
 
 def text(tokenizer: Any, length: int, train: int, held_out: int) -> tuple[Rows, dict[str, Tensor], list[str]]:
-    """Rows of plays to learn, held-out ids (N, length) of plays and of a manual that nobody learns, and calibration
-    texts of a third kind."""
-    texts = _data.load_texts(seed=0)
+    """Rows of plays to learn, held-out ids (N, length) of plays and of a manual that nobody learns (its held-out topics
+    fill fewer rows), and calibration texts of a third kind."""
+    kinds = {"plays": _data.plays(), "manual": dict(topics), "docs": _data.docstrings()}
+    # A token has three to four characters: at five nearly every piece fills a row.
+    texts = {kind: _data.split_by_document(found, seed=0, characters=5 * length) for kind, found in kinds.items()}
     rows = [{"input_ids": ids} for ids in _data.encode(tokenizer, texts["plays"][0], train, length).tolist()]
-    held = {kind: _data.encode(tokenizer, texts[kind][1], held_out, length) for kind in ("plays", "manual")}
+    held = {}
+    for kind in ("plays", "manual"):
+        long = [t for t in texts[kind][1] if len(tokenizer(t, add_special_tokens=False)["input_ids"]) >= length]
+        held[kind] = _data.encode(tokenizer, long, min(held_out, len(long)), length)
     return rows, held, texts["docs"][0]
 
 
@@ -61,11 +68,18 @@ def pairs(source: str | None, train: int, held_out: int) -> tuple[Rows, Rows]:
 
 
 def sums(train: int, held_out: int) -> tuple[Rows, Rows]:
-    """Prompts with an `answer`: sums and differences of two numbers below 40."""
-    found = [(f"{a} + {b}", a + b) for a, b in itertools.product(range(2, 40), repeat=2)]
-    found += [(f"{a} - {b}", a - b) for a, b in itertools.product(range(2, 40), repeat=2) if a > b]
+    """Prompts with an `answer`: sums and differences of two numbers below 25, after one example.
+
+    Without the example the base model answers in sentences: 16 samples of 16 had no bare number, so RL had nothing to
+    reinforce.
+    """
+    found = [(f"{a} + {b}", a + b) for a, b in itertools.product(range(2, 25), repeat=2)]
+    found += [(f"{a} - {b}", a - b) for a, b in itertools.product(range(2, 25), repeat=2) if a > b]
     random.Random(0).shuffle(found)
-    rows = [{"prompt": [SYSTEM, {"role": "user", "content": f"What is {q}?"}], "answer": a} for q, a in found]
+    rows = [
+        {"prompt": [SYSTEM, *EXAMPLE, {"role": "user", "content": f"What is {question}?"}], "answer": answer}
+        for question, answer in found
+    ]
     return rows[held_out:][:train], rows[:held_out]
 
 
