@@ -1,6 +1,6 @@
 """Should PPO's policy and its value share an adapter? Trained by PPO on sums, at equal trainable parameters.
 
-    python benchmarks/value_bundles.py --cells all --workers 6 --model DIR --output results.jsonl   # 2 variants x 3 seeds
+    python benchmarks/value_bundles.py --cells all --workers 6 --model DIR --output results.jsonl
     python benchmarks/value_bundles.py --variant separate --seed 0 --model DIR --output results.jsonl
     python benchmarks/value_bundles.py --report --output results.jsonl
 
@@ -40,7 +40,9 @@ from rich.table import Table
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "recipes"))
 import _data
 import _tasks
 
