@@ -100,7 +100,9 @@ def _activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
     if base.dtype == right.dtype:
-        return torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right).view_as(base)
+        out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
+        # No view: an in-place operation on a block's output that is one loses the hooks that FSDP puts on it.
+        return torch.ops.aten._unsafe_view(out, base.shape)
     return base + (left.flatten(0, -2) @ right).view_as(base)
 
 

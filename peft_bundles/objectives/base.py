@@ -139,11 +139,19 @@ class Objective(ABC):
         return self.complete(forward, self.on(forward, self.collate([rows[i] for i in indices])))
 
     def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
-        """The held-out rows, each once, those of this process."""
+        """The held-out rows, each once, those of this process; "weight" is 0 for a batch that does not count."""
+        for _, rows, weight in self.held_out(share, share.rows):
+            yield {**self.complete(forward, self.on(forward, self.collate(rows))), "weight": weight}
+
+    def held_out(self, share: Share, size: int) -> Iterator[tuple[int, list[Any], float]]:
+        """(start, rows, weight) of this process's held-out rows, `size` at a time, as many times on every process.
+
+        A forward of a sharded model waits for all processes. One that has no rows left gets a row of weight 0.
+        """
         mine = range(share.rank, len(self.eval_rows), share.world)
-        for start in range(0, len(mine), share.rows):
-            rows = [self.eval_rows[i] for i in mine[start : start + share.rows]]
-            yield self.complete(forward, self.on(forward, self.collate(rows)))
+        for start in range(0, -(-len(self.eval_rows) // share.world), size):
+            rows = [self.eval_rows[i] for i in mine[start : start + size]]
+            yield start, rows or [self.eval_rows[0]], float(bool(rows))
 
     def on(self, forward: Forward, batch: Batch) -> Batch:
         """The batch on the model's device."""

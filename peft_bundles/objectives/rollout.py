@@ -200,12 +200,9 @@ class PPO(Objective):
         ]
 
     def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
-        mine = range(share.rank, len(self.eval_rows), share.world)
-        size = max(share.rows // self.num_generations, 1)
-        for start in range(0, len(mine), size):
-            rows = [self.eval_rows[i] for i in mine[start : start + size]]
+        for start, rows, weight in self.held_out(share, max(share.rows // self.num_generations, 1)):
             found = self.rollout(forward, rows, (share.seed, "eval", start, share.rank), share.rows, reduce=False)
-            yield _rows(found, torch.arange(len(found["input_ids"]), device=forward.device))
+            yield {**_rows(found, torch.arange(len(found["input_ids"]), device=forward.device)), "weight": weight}
 
     @torch.no_grad()
     def rollout(

@@ -97,6 +97,8 @@ class CheckpointMixin(_Base):
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         (folder / "run.json").write_text(json.dumps(self._run_description(), indent=1))
         heads = {

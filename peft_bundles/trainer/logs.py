@@ -87,7 +87,7 @@ class LogsMixin(_Base):
             with seeded(self.args.device, self.args.seed, "eval", name, self.accelerator.process_index):
                 for batch in objective.eval_batches(self.forward, self.share(name)):
                     losses, metrics = objective.losses(self.forward({name: batch})[name], batch)
-                    items = objective.items(batch)
+                    items = objective.items(batch) * batch["weight"]
                     count += items
                     named = {f"loss/{s}": v for s, v in losses.items()} | {f"{name}/{m}": v for m, v in metrics.items()}
                     for key, value in named.items():
@@ -101,12 +101,9 @@ class LogsMixin(_Base):
         return results
 
     def _summed(self: Any, sums: dict[str, Tensor], count: Tensor) -> dict[str, float]:
-        """Sums over all ranks, divided by the items; ranks without rows have no names, so they are told."""
+        """Sums over all ranks, divided by the items."""
         if self.accelerator.num_processes > 1:
-            names: list[Any] = [None] * self.accelerator.num_processes
-            dist.all_gather_object(names, list(sums))
-            known = max(names, key=len)
-            flat = torch.stack([*(sums.get(n, torch.zeros_like(count)) for n in known), count])
+            flat = torch.stack([*sums.values(), count])
             dist.all_reduce(flat)
-            sums, count = dict(zip(known, flat[:-1])), flat[-1]
+            sums, count = dict(zip(sums, flat[:-1])), flat[-1]
         return {name: float(value / count.clamp_min(1e-12)) for name, value in sums.items()}

@@ -35,6 +35,7 @@ from .checkpoint import CheckpointMixin
 from .config import BundleTrainingConfig
 from .logs import LogsMixin
 from .mixing import MixingPlan
+from .sharding import as_whole, fsdp_plugin, shard
 from .tables import at_full_rate, forward_table, promises
 from .trunk import TrunkProjection, trunk_parameters
 
@@ -133,8 +134,14 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("BundleTrainer runs on one process or several with whole models (DDP), not sharded ones.")
+        if self.is_deepspeed_enabled:
+            raise ValueError("BundleTrainer does not run under DeepSpeed; use DDP, or FSDP2 to shard the frozen trunk.")
+        if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
+            shard(model, plugin, self.accelerator)
+            as_whole(self.accelerator)
+            self.is_fsdp_enabled = False  # what transformers would do for it is done: all that trains is whole
+            trunk = trunk_parameters(model)  # sharding replaced them
+            self.trunk = TrunkProjection(trunk, {}, args.trunk_refresh)
         self.forward = Forward(model, signals, table, self.accelerator.autocast)
         for o in objectives:
             if (head := o.head()) is not None:
