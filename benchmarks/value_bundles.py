@@ -59,7 +59,7 @@ SETTINGS = {
     "rows": 64,
     "hidden": 160,
     "ppo": {
-        "max_completion_length": 16,
+        "max_completion_length": 8,
         "epochs": 2,
         "minibatches": 2,
         "kl_in": "reward",
