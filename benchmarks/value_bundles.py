@@ -68,6 +68,7 @@ SETTINGS = {
     },
     "calibration": {"tokens": 30_000, "max_length": 128},
     "learning_rate": 5e-4,
+    "quiet": 10.0,
     "held_out": 256,
 }
 SMOKE = {"steps": 8, "rows": 4, "hidden": 8, "calibration": {"tokens": 600, "max_length": 64}, "held_out": 8}
@@ -79,18 +80,19 @@ def exact(completions: Any, answer: Any, **_: Any) -> list[float]:
     return [float(b + n == 2) for b, n in zip(_tasks.bare(completions), _tasks.near(completions, answer))]
 
 
-def bundle_config(variant: str, hidden: int, seed: int) -> BundleConfig:
+def bundle_config(variant: str, given: dict[str, Any], seed: int) -> BundleConfig:
     own = {"separate": {"b_policy": ["policy"], "b_value": ["value"]}, "shared": {"b_both": ["policy", "value"]}}
     bundles = {
         name: {
             "rank": COLUMNS,
-            "bottleneck": hidden // len(own[variant]),
+            "bottleneck": given["hidden"] // len(own[variant]),
             "sub_bases": ["rl"],
             "signals": dict.fromkeys(signals, 1.0),
         }
         for name, signals in own[variant].items()
     }
-    return BundleConfig(sub_bases={"rl": COLUMNS}, bundles=bundles, basis_seed=seed, task_type="CAUSAL_LM")
+    fields = {"quiet": given["quiet"], "basis_seed": seed, "task_type": "CAUSAL_LM"}
+    return BundleConfig(sub_bases={"rl": COLUMNS}, bundles=bundles, **fields)
 
 
 def base_model(source: Path | None, smoke: bool) -> tuple[Any, Any]:
@@ -109,7 +111,7 @@ def run(variant: str, seed: int, given: dict[str, Any], source: Path | None, smo
     cuda = torch.cuda.is_available() and not smoke
     base, tokenizer = base_model(source, smoke)
     transformers.set_seed(seed)
-    model: Any = get_peft_model(base.to("cuda" if cuda else "cpu"), bundle_config(variant, given["hidden"], seed))
+    model: Any = get_peft_model(base.to("cuda" if cuda else "cpu"), bundle_config(variant, given, seed))
     texts, _ = _data.split_by_document(_data.docstrings(), seed=0)
     peft_bundles.calibrate(model, texts, tokenizer, progress=False, **given["calibration"])
     train, held = _tasks.sums(train=1500, held_out=given["held_out"])

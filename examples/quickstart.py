@@ -40,7 +40,7 @@ KINDS = ("plays", "docs")  # the signals; bundle b_<kind> owns signal <kind>
 ROWS, LENGTH = 4, 64  # a batch: two rows of each kind
 HELD_OUT = 16  # rows of each kind to measure on
 ALONE = 2  # steps that train one kind by itself, to show that the other bundle does not move
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 
 
 def bundle_config(seed: int) -> BundleConfig:

@@ -209,7 +209,7 @@ class BundleConfig(PeftConfig):
     projection: str = "none"
     input_norm: str = "standard"
     scaling: float = 4.0
-    quiet: float = 10.0
+    quiet: float = 20.0
     dropout: float = 0.0
     layers_to_transform: list[int] | int | None = None
     target_modules: list[str] | str | None = None

@@ -112,7 +112,8 @@ def bundle_config(given: dict[str, Any], hidden_size: int) -> BundleConfig:
         )
         one = {"rank": total, "bottleneck": max(round(weights / total), 1), "sub_bases": ["all"], "signals": everything}
         bundles, sub_bases = {"b_shared": one}, {"all": total}
-    return BundleConfig(bundles=bundles, sub_bases=sub_bases, basis_seed=given["seed"], task_type="CAUSAL_LM")
+    fields = {"quiet": given["quiet"], "basis_seed": given["seed"], "task_type": "CAUSAL_LM"}
+    return BundleConfig(bundles=bundles, sub_bases=sub_bases, **fields)
 
 
 def switches(given: dict[str, Any]) -> dict[str, dict[str, float]]:
