@@ -178,8 +178,8 @@ class BundleConfig(PeftConfig):
             between, and its transpose behind; "free" gives the way back weights of its own. W costs parameters that
             hidden units use better (docs/learning.md).
         input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
-        scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio of
-            the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
+        scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio
+            of the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
         quiet: weight of the penalty on what the bundles add to the states that `calibrate` kept; `forward` with labels
             adds it to the loss while training, other losses add `model.quiet_loss()`. 0 turns it off.
         dropout: dropout on the adapter's hidden units while training.

@@ -232,7 +232,8 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 
     losses = sorted({key for entry in history for key in entry if key.startswith("loss/")})
     held = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("held_out/")))
-    panels = {"reward": ["ppo/reward"], "KL to the base, nats a completion": ["ppo/kl_per_completion"], "held-out LM loss": held, "training loss": losses}
+    panels = {"reward": ["ppo/reward"], "KL to the base, nats a completion": ["ppo/kl_per_completion"]}
+    panels |= {"held-out LM loss": held, "training loss": losses}
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, panels.items()):
         for key in keys:

@@ -70,14 +70,14 @@ def page(runs: dict[Key, list[dict[str, Any]]]) -> str:
     def value(key: Key, setting: str, column: str) -> str:
         return cell([run["table"][setting][column] for run in runs[key]])
 
-    shared, alone = ("shared_adapter", "all", 2.5e-4), ("separate", "all", 5e-4)
+    shared, alone, unrouted = ("shared_adapter", "all", 2.5e-4), ("separate", "all", 5e-4), ("unrouted", "all", 5e-4)
     return f"""# rl_separate: what came out
 
-`python recipes/rl_separate_report.py` writes this page from the runs in [`rl_separate/`](rl_separate/), which have their
-settings, versions, promises and whole histories. {first["steps"]} steps with rows of all three kinds each, \
-{first["trainable_parameters"]:,} trainable
-parameters everywhere, {first["device"]}, {versions}, {first["date"][:10]}; mean ± standard deviation over
-{len(runs[MAIN])} seeds. What the columns mean is in [README.md](../README.md).
+`python recipes/rl_separate_report.py` writes this page from the runs in [`rl_separate/`](rl_separate/), which have
+their settings, versions, promises and whole histories. {first["steps"]} steps with rows of all three kinds each,
+{first["trainable_parameters"]:,} trainable parameters everywhere, {first["device"]}, {versions},
+{first["date"][:10]}; mean ± standard deviation over {len(runs[MAIN])} seeds. What the columns mean is in
+[README.md](../README.md).
 
 {(chr(10) * 2).join(table(label, runs[key]) for key, label in LABELS.items())}
 
@@ -86,19 +86,19 @@ parameters everywhere, {first["device"]}, {versions}, {first["date"][:10]}; mean
 ## What it says
 
 - PPO learns: right answers from {value(MAIN, "all off", "exact")} (the base) to {value(MAIN, "all on", "exact")}.
-- **What RL taught can be switched off.** With RL's bundles off the reward is {value(MAIN, "RL off", "reward")}, the base's is
-  {value(MAIN, "all off", "reward")}; exact answers {value(MAIN, "RL off", "exact")}. What is left of preferences:
-  {value(MAIN, "RL off", "preference")} of {value(MAIN, "all on", "preference")}. Without routing nothing can be: there the same
-  switch leaves {value(("unrouted", "all", 5e-4), "RL off", "exact")} exact answers.
-- **It has a price.** Trained while the others were off, the bundles of text do not know them: with all on the LM loss is
-  {value(MAIN, "all on", "plays_loss")}, with RL's off {value(MAIN, "RL off", "plays_loss")}, and one shared adapter has
-  {value(shared, "all on", "plays_loss")}. Trained while all were on it is {value(alone, "all on", "plays_loss")}, as low as the
-  shared adapter's, but then they cannot be switched off: {value(alone, "RL off", "plays_loss")} without RL's.
+- **What RL taught can be switched off.** With RL's bundles off the reward is {value(MAIN, "RL off", "reward")}, the
+  base's is {value(MAIN, "all off", "reward")}; exact answers {value(MAIN, "RL off", "exact")}. What is left of
+  preferences: {value(MAIN, "RL off", "preference")} of {value(MAIN, "all on", "preference")}. Without routing nothing
+  can be: there the same switch leaves {value(unrouted, "RL off", "exact")} exact answers.
+- **It has a price.** Trained while the others were off, the bundles of text do not know them: with all on the LM loss
+  is {value(MAIN, "all on", "plays_loss")}, with RL's off {value(MAIN, "RL off", "plays_loss")}, and one shared adapter
+  has {value(shared, "all on", "plays_loss")}. Trained while all were on it is {value(alone, "all on", "plays_loss")},
+  as low as the shared adapter's, but then RL's cannot be switched off: {value(alone, "RL off", "plays_loss")}.
   That is the choice which the forward table makes.
 - **Separation alone does not make the final model better** than one adapter at its best rate: reward
   {value(MAIN, "all on", "reward")} against {value(shared, "all on", "reward")}, preference accuracy
-  {value(MAIN, "all on", "preference")} against {value(shared, "all on", "preference")} (b_preference has a fifth of the rate
-  here). What it buys is the rows below "all on".
+  {value(MAIN, "all on", "preference")} against {value(shared, "all on", "preference")} (b_preference has a fifth of
+  the rate here). What it buys is the rows below "all on".
 
 ## Learning rates that were tried
 
