@@ -286,20 +286,22 @@ class BundleModel(BaseTuner):
             call.active = None
             with use.lock:
                 use.calls.subtract(held)
-                for adapter in [a for a in use.retired if use.calls[a] == 0]:
-                    self.retire(adapter)
+            # Where another thread is changing the set, it lets go of them, or the next call to end does.
+            if use.retired and use.swapping.acquire(blocking=False):
+                try:
+                    self.delete_retired()
+                finally:
+                    use.swapping.release()
 
-    def retire(self, adapter: str) -> None:
-        """Delete an adapter that is no longer active, as soon as no call in flight runs with it."""
+    def delete_retired(self) -> None:
+        """Delete the adapters that are to go and that no call in flight runs with; for who holds `use.swapping`."""
         use = self._state.use
         with use.lock:
-            if use.calls[adapter] > 0:
-                use.retired.add(adapter)
-                return
-            use.retired.discard(adapter)
-            self.delete_adapter(adapter)
-            known = self._state.bundle_names()
-            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
+            for adapter in [a for a in use.retired if use.calls[a] == 0]:
+                use.retired.discard(adapter)
+                self.delete_adapter(adapter)
+                known = self._state.bundle_names()
+                self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's, with alphas and adapter names for this call.
