@@ -176,8 +176,11 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
     name = next(name for n in itertools.count(use.built) if (name := f"composed_{n}") not in model.peft_config)
     use.built = int(name.rpartition("_")[2]) + 1
     group.config.inference_mode = True
-    vars(group.config)["_given"] = group.layers
-    model.add_adapter(name, group.config)
+    if {m.index for m in model.modules() if isinstance(m, BundleLayer)} >= group.layers.keys():
+        cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
+    else:
+        vars(group.config)["_given"] = group.layers
+        model.add_adapter(name, group.config)
     return name
 
 

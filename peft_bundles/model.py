@@ -123,6 +123,26 @@ class BundleModel(BaseTuner):
         if config.bundles and config.basis_fingerprint is None:
             config.basis_fingerprint = {i: fingerprint(m.bundle_basis[adapter_name]) for i, m in layers.items()}
 
+    def adopt(self, adapter: str, config: BundleConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Add an adapter on blocks that have bundles already, with its tensors by layer; it is not active.
+
+        As PEFT's `add_adapter`, without its walk over every module and parameter of the base model.
+        """
+        layers = {m.index: m for m in self.model.modules() if isinstance(m, BundleLayer)}
+        self.peft_config[adapter] = config
+        try:
+            self._check_new_adapter_config(config)
+            self._injecting = adapter
+            self._prepare_model(self._prepare_adapter_config(config, {}), self.model)
+            vars(config)["_given"] = tensors
+            for number in tensors:
+                layers[number].update_layer(adapter, config.init_weights, inference_mode=True)
+        except Exception:
+            self.delete_adapter(adapter)
+            raise
+        finally:
+            vars(config).pop("_given", None)
+
     def _create_and_replace(
         self,
         peft_config: BundleConfig,
