@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
 from hub_server import HubServer
 
 
@@ -15,3 +16,14 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="peft_bundles-hf-")
 os.environ["HF_HOME"] = _CACHE.name
 os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub, whose user may write, and an empty cache."""
+    HUB.reset()
+    monkeypatch.setenv("HF_TOKEN", "writes")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+    yield HUB
+    HUB.reset()
