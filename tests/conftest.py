@@ -1,0 +1,29 @@
+"""The Hub of the tests is a server on loopback: huggingface_hub reads its address once, when it is imported."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+from hub_server import HubServer
+
+
+HUB = HubServer()
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # a protocol of its own, which the server does not speak
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="peft_bundles-hf-")
+os.environ["HF_HOME"] = _CACHE.name
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub, whose user may write, and an empty cache."""
+    HUB.reset()
+    monkeypatch.setenv("HF_TOKEN", "writes")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+    yield HUB
+    HUB.reset()
