@@ -32,7 +32,7 @@ class OneLineErrors(TyperGroup):
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except _UsageError as error:
-            code = _fail(f"{error.format_message()} See peft-bundles --help.", 2)
+            code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See peft-bundles --help.", 2)
         except typer.Abort:
             code = _fail("interrupted", 130)
         except ImportError as error:
@@ -63,7 +63,7 @@ app = typer.Typer(
 
 
 def _bundles_in(folder: str) -> list[str]:
-    """Names of the bundles of a local adapter folder (or `folder:bundle`), without loading anything; none if it is none."""
+    """Names of the bundles of a local adapter folder (or `folder:bundle`), from its config; none if it is none."""
     head, _, bundle = folder.rpartition(":")
     if bundle and head and Path(head).is_dir():
         return [bundle]
@@ -74,7 +74,8 @@ def _bundles_in(folder: str) -> list[str]:
 
 
 def _complete_bundle(ctx: typer.Context, incomplete: str) -> list[str]:
-    names = [name for source in ctx.params.get("sources") or () for name in _bundles_in(source)]
+    sources = ctx.params.get("sources") or ctx.args  # unfinished, the line is not parsed to its end
+    names = [name for source in sources for name in _bundles_in(source)]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -139,38 +140,26 @@ def _results(path: Path | None) -> Any:
 # ---- models ----
 
 
-def _quietly() -> None:
-    """Before the libraries are imported: what they have to say goes to stderr, a line each, and only if it matters."""
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def _load(sources: list[str], base: str | None, token: str | None = None, rename: bool = False) -> tuple[Any, str]:
     """The base model with the bundles of all sources, in eval mode, and the base model's name."""
-    _quietly()
     import torch
     import transformers
+    from peft_bundles.hub import read_source
 
     import peft_bundles
-    from peft_bundles.hub import read_source
 
     if base is None:
         base = read_source(sources[0], token)[0].config.base_model_name_or_path
         if not base:
             raise ValueError(f"{sources[0]} does not name its base model; give it with --base.")
+    base = str(Path(base).expanduser())
     fix = "give --base the folder or Hub id of the model that the bundles were trained on."
-    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-        raise ValueError(f"the base model's folder {base!r} does not exist; {fix}")
+    if (Path(base) / CONFIG).is_file():
+        raise ValueError(f"the base model {base!r} is an adapter itself; {fix}")
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(Path(base).expanduser()), dtype="auto", token=token
-        )
+        if not Path(base).is_dir() and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+            HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would try for minutes
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", token=token)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {base!r} cannot be loaded ({error}); {fix}") from error
     model = peft_bundles.compose(loaded, sources, rename=rename, token=token)
@@ -181,7 +170,7 @@ def _tokenizer(base: str, token: str | None) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(Path(base).expanduser()), token=token)
+        return transformers.AutoTokenizer.from_pretrained(base, token=token)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {base!r} has no tokenizer ({error}).") from error
 
@@ -229,16 +218,20 @@ def compose(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """One adapter from bundles of several folders or repositories."""
+    """One adapter from bundles of several folders or repositories; of several bases, a subfolder for each."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; name a new one.")
     model, name = _load(sources, base, token, rename)
-    from peft_bundles.alphas import state_of
+    from peft_bundles.checkpoints import write
+    from peft_bundles.compose import composition
+    from peft_bundles.parts import from_model, with_base
 
-    bundles = state_of(model).bundle_names()
-    model.save_pretrained(output)
-    values = {"base": name, "bundles": bundles, "output": str(output)}
-    _show(as_json, values, f"{output}: {', '.join(bundles)}")
+    groups = composition(model).groups
+    folders = [output if len(groups) == 1 else output / group["adapter"] for group in groups]
+    for group, folder in zip(groups, folders):
+        write(with_base(from_model(model, group["adapter"]), model), folder)
+    values = {"base": name, "adapters": [{"folder": str(f), "bundles": g["bundles"]} for f, g in zip(folders, groups)]}
+    _show(as_json, values, "\n".join(f"{f}: {', '.join(g['bundles'])}" for f, g in zip(folders, groups)))
 
 
 @app.command()
@@ -286,7 +279,6 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a bundle and check it."""
-    _quietly()
     import peft_bundles
 
     folder = peft_bundles.pull_bundle(source, output, token=token)
@@ -397,7 +389,6 @@ def card(
     wanted = _results(results)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}; name the folder of a saved adapter.")
-    _quietly()
     import peft_bundles
 
     path = peft_bundles.write_card(folder, results=wanted, figure=None if figure is None else str(figure), data=data)
@@ -405,7 +396,16 @@ def card(
 
 
 def main() -> None:
-    """What the console script runs."""
+    """What the console script runs. Libraries say on stderr what matters, a line each, and show no progress bars."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a kernel that it did not find
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
+    warnings.simplefilter("ignore", FutureWarning)
     app(prog_name="peft-bundles")
 
 

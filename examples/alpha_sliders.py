@@ -14,24 +14,20 @@ from __future__ import annotations
 
 import argparse
 import html
-import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gradio as gr
 import torch
+import transformers
+from _data import encode, load_texts, model_folder
+from matplotlib.figure import Figure
+from peft import PeftModel
 
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-import gradio as gr  # noqa: E402
-import transformers  # noqa: E402
-from _data import encode, load_texts, model_folder  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from peft import PeftModel  # noqa: E402
-
-from peft_bundles.alphas import state_of  # noqa: E402
-from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss  # noqa: E402
+from peft_bundles.alphas import state_of
+from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss
 
 
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -162,10 +158,10 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axes = figure.subplots()
         swept(bundle, others).draw(axes, now=alphas[bundle])
-        axes.set_ylabel("minus loss, change (nats a token)")
+        axes.set_ylabel("minus held-out loss, change in nats")
         return figure
 
-    with gr.Blocks(title="Alpha sliders") as page:
+    with gr.Blocks(title="Alpha sliders", analytics_enabled=False) as page:
         gr.Markdown("## Alpha sliders\nDial what each bundle learnt, and compare with the base model.")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -175,7 +171,7 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                     for name in names
                 ]
                 bundle = gr.Radio(names, value=names[0], label="Sweep of")
-                plot = gr.Plot(label="Held-out text", elem_id="plot")
+                plot = gr.Plot(show_label=False, elem_id="plot")
             with gr.Column(scale=5, min_width=480):
                 prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=2)
                 gr.Examples(PROMPTS, prompt)
