@@ -6,12 +6,18 @@ Importing the package registers the tuner type BUNDLE with PEFT.
 from peft.utils import register_peft_method
 
 from . import registration  # noqa: F401 - first: the config names PeftType.BUNDLE
-from .alphas import alphas, set_alphas
+from .alphas import alphas, set_alphas, set_norm_budget
 from .calibration import calibrate, own_samples
+from .cards import write_card
+from .compose import compose, composition, load_bundle, remove_bundle
 from .config import BundleConfig, BundleSpec, SubBasis
+from .conflicts import conflicts, orthogonality
+from .hub import pull_bundle, push_bundle, save_bundle
 from .layer import BundleLayer
+from .merging import merge_bundles
 from .model import BundleModel
 from .report import BundleReport, report
+from .shared_basis import load_basis, push_basis, save_basis
 from .signals import clip_bundle_grads, finalize_grads, route, routed_backward
 from .taxonomy import PRESETS
 
@@ -29,12 +35,27 @@ __all__ = [
     "alphas",
     "calibrate",
     "clip_bundle_grads",
+    "compose",
+    "composition",
+    "conflicts",
     "finalize_grads",
+    "load_basis",
+    "load_bundle",
+    "merge_bundles",
+    "orthogonality",
     "own_samples",
+    "pull_bundle",
+    "push_basis",
+    "push_bundle",
+    "remove_bundle",
     "report",
     "route",
     "routed_backward",
+    "save_basis",
+    "save_bundle",
     "set_alphas",
+    "set_norm_budget",
+    "write_card",
 ]
 
 register_peft_method(name="bundle", config_cls=BundleConfig, model_cls=BundleModel)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class _Call(threading.local):
         self.alphas: dict[str, AlphaValue] = {}
         self.route: Route | None = None
         self.adapter_names: list[str] | None = None
+        self.active: tuple[str, ...] | None = None  # the adapters it runs with, from its start to its end
         self.prompts: int | None = None  # inside generate: its prompts, each of which may have several beams
         self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
         self.cache: dict[Any, Tensor] = {}
@@ -57,6 +59,20 @@ class _Call(threading.local):
         return _Call, ()  # a copy of the model starts with no call in progress
 
 
+class _InUse:
+    """Which adapters the calls in flight run with, in all threads, and those to be deleted when the last one ends."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # short: held while a call starts or ends, and while the active set changes
+        self.swapping = threading.Lock()  # long: one thread at a time builds the next set
+        self.calls: Counter[str] = Counter()
+        self.retired: set[str] = set()
+        self.built = 0  # adapters made by `compose` so far; their names are never used again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _InUse, ()  # a copy of the model has no call in flight
+
+
 @dataclass
 class BundleState:
     """Shared by all `BundleLayer`s of one model."""
@@ -67,6 +83,8 @@ class BundleState:
     set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
     call: _Call = field(default_factory=_Call)
     version: int = 0  # of set_alphas
+    budget: float | None = None  # `set_norm_budget`
+    use: _InUse = field(default_factory=_InUse)
     seen: set[tuple[str, str]] = field(default_factory=set)  # (adapter, bundle) that a grad-mode forward let learn
     waiting: list[Route] = field(default_factory=list)  # routes whose forwards wait for `routed_backward`
 
@@ -74,6 +92,7 @@ class BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.
         configs = copy.deepcopy(self.configs, memo)
         memo[id(self)] = new = BundleState(configs, dict(self.packings), self.num_layers, dict(self.set_alphas))
+        new.budget, new.use.built = self.budget, self.use.built
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,6 +203,20 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
     state = state_of(model)
     state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
     state.version += 1  # what any thread has cached of them is out of date
+
+
+def set_norm_budget(model: nn.Module, tau: float | None) -> None:
+    """Limit what all bundles together add to a token in a layer to `tau` times the length of its residual state.
+
+    For all later forwards of this model, in every thread; None (as a model starts) takes the limit off. Not saved.
+    Updates within the limit are unchanged to the bit, longer ones keep their direction.
+
+    Raises:
+        ValueError: tau is no positive number.
+    """
+    if tau is not None and not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau={tau!r} must be a positive number (a share of the residual norm, such as 0.2) or None.")
+    state_of(model).budget = tau
 
 
 def layer_alphas(

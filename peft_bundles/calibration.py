@@ -114,7 +114,7 @@ def calibrate(
     layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
     if not config.bundles:
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate.")
-    if not states_only and any(_is_trained(layer, adapter) for layer in layers):
+    if not states_only and any(is_trained(layer, adapter) for layer in layers):
         raise RuntimeError(
             f"adapter {adapter!r} has been trained, its weights belong to the old basis; calibrate a fresh one, or "
             "pass states_only=True to go on training this one."
@@ -186,6 +186,7 @@ def calibrate(
         "outliers": 1 - sum(m.kept for m in moments.values()) / sum(m.seen for m in moments.values()),
     }
     config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
+    config.provenance = None  # of an earlier basis
     return dict(config.calibration)
 
 
@@ -199,7 +200,7 @@ def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, mome
         layer.bundle_basis[adapter] = chosen.to(basis.device)
 
 
-def _is_trained(layer: BundleLayer, adapter: str) -> bool:
+def is_trained(layer: BundleLayer, adapter: str) -> bool:
     """Whether some bundle adds anything: its last map is no longer zero."""
     shapes = layer.packing(adapter).shapes
     last = (

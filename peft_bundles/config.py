@@ -189,8 +189,9 @@ class BundleConfig(PeftConfig):
         init_weights: True starts as the base model exactly. False draws random weights (for tests).
 
     The remaining fields are filled in by the library and travel with the checkpoint: `base_shape` (hidden size and
-    number of decoder layers), `basis_fingerprint` (a number a layer), `calibration` (how `calibrate` was run) and, in
-    files, `weights_digest` (of the bundles' tensors beside the config).
+    number of decoder layers), `basis_fingerprint` (a number a layer), `calibration` (how `calibrate` was run),
+    `provenance` (of bundles that `save_bundle` cut out: the basis and the base model they were trained in, a summary of
+    the training) and, in files, `weights_digest` (of the bundles' tensors beside the config).
 
     Raises:
         ValueError: at construction, naming field, value and fix.
@@ -218,6 +219,7 @@ class BundleConfig(PeftConfig):
     base_shape: list[int] | None = None
     basis_fingerprint: dict[str, float] | None = None
     calibration: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
     weights_digest: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -220,6 +220,17 @@ def bundle_forward(
     return out
 
 
+def within_budget(hidden: Tensor, out: Tensor, tau: float) -> Tensor:
+    """`out` with out - hidden scaled, token by token, to at most `tau` times the length of `hidden`; (B, T, d).
+
+    A token within the limit is returned as it is.
+    """
+    update = (out - hidden).float()
+    size, limit = update.norm(dim=-1, keepdim=True), tau * hidden.float().norm(dim=-1, keepdim=True)
+    scaled = hidden + (update * (limit / size.clamp_min(torch.finfo(torch.float32).tiny))).to(hidden.dtype)
+    return torch.where(size > limit, scaled, out)
+
+
 # For graphs whose gates are rewritten between backward passes: a compiled graph may have multiplied them in already by
 # the end of its forward.
 eager_bundle_forward = torch.compiler.disable(bundle_forward)

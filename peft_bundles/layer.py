@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward
+from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .packing import Packing
 
 
@@ -81,6 +81,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
+        if (given := vars(config).get("_given")) is not None:
+            self._take(adapter, given[self.index])
+            self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            return
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
         def uniform(rows: int, columns: int) -> nn.Parameter:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
@@ -113,6 +117,20 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter].to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _take(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Take over an adapter's tensors ("bundle_up.<bundle>", "bundle_basis", ...), without a copy if possible."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for what in self.adapter_layer_names:
+            table = {}
+            for tail, tensor in tensors.items():
+                kind, _, bundle = tail.partition(".")
+                if kind == what:
+                    own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                    table[bundle] = own if own.device == device else nn.Parameter(own.to(device), requires_grad=False)
+            getattr(self, what)[adapter] = nn.ParameterDict(table)
+        for what in self.other_param_names:
+            getattr(self, what)[adapter] = tensors[what].to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's own; the state that the layers share forgets the adapter too."""
@@ -195,13 +213,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
         if self._disable_adapters:
             return hidden
-        names = self.state.call.adapter_names
+        names, active = self.state.call.adapter_names, self.state.call.active
+        active = self.active_adapters if active is None else active
         out = None
-        for adapter in self.active_adapters if names is None else dict.fromkeys(names):
+        for adapter in active if names is None else dict.fromkeys(names):
             if adapter not in self.bundle_basis or not self.packing(adapter).names:
                 continue
             out = self._apply_bundles(adapter, hidden, out, names)
-        return hidden if out is None else out
+        if out is None or self.state.budget is None:
+            return hidden if out is None else out
+        return within_budget(hidden, out, self.state.budget)
 
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
         packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]

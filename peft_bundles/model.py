@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,47 +16,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import signals as routing
 from .alphas import BundleState, alphas, set_alphas
+from .base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
 from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
+from .checkpoints import weights_digest
 from .config import BundleConfig
 from .layer import MERGE_ERROR, BundleLayer
 from .packing import Packing
 from .report import BundleReport, report
-
-
-CHILD = "bundles"  # the name under which a block holds its BundleLayer
-PEFT_PREFIX = "base_model.model."
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks, in order.
-
-    First the list of `num_hidden_layers` modules that the model says must not be split; then any list of such modules;
-    then the list of `num_hidden_layers` inside `get_decoder()`. The longest list alone would pick a vision tower.
-
-    Raises:
-        ValueError: none found; then `target_modules` has to name them.
-    """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    depth = getattr(text, "num_hidden_layers", None)
-    whole = set(getattr(model, "_no_split_modules", None) or ())
-    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
-    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
-    inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
-    decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
-    for candidates in (
-        {name: m for name, m in unsplit.items() if len(m) == depth},
-        unsplit,
-        {name: m for name, m in decoding.items() if len(m) == depth},
-    ):
-        if candidates:
-            name = max(candidates, key=lambda n: len(candidates[n]))
-            return [f"{name}.{i}" for i in range(len(candidates[name]))]
-    raise ValueError(
-        f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
-        r"r'.*\.layers\.\d+'."
-    )
 
 
 class BundleModel(BaseTuner):
@@ -87,22 +52,11 @@ class BundleModel(BaseTuner):
                 "an adapter without bundles trains the base model itself and cannot share it with other adapters; "
                 "attach it alone."
             )
-        if config.base_shape is not None and config.base_shape != (shape := self._base_shape()):
-            raise ValueError(
-                f"this adapter was made for a base model with (hidden size, layers) {tuple(config.base_shape)}, but "
-                f"{type(self.model).__name__} has {tuple(shape)}; load it onto the base model it was trained on"
-                + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
-            )
+        check_base(config, self.model)
 
     def _bundle_configs(self) -> list[BundleConfig]:
         # Beside ours there may be the configs of adapters that were injected into the base model before.
         return [config for config in self.peft_config.values() if isinstance(config, BundleConfig)]
-
-    def _base_shape(self) -> list[int]:
-        if not hasattr(self.model, "config"):
-            raise ValueError(f"{type(self.model).__name__} has no config; bundles need a transformers model.")
-        config = self.model.config.get_text_config(decoder=True)
-        return [config.hidden_size, config.num_hidden_layers]
 
     def _prepare_adapter_config(self, peft_config: BundleConfig, model_config: dict[str, Any]) -> BundleConfig:
         matcher = copy.copy(peft_config)
@@ -131,7 +85,7 @@ class BundleModel(BaseTuner):
     def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
         layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
         state = layers[0].state if layers else BundleState()
-        shape = self._base_shape()
+        shape = base_shape(self.model)
         state.num_layers = peft_config._depth  # type: ignore[attr-defined]
         adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
@@ -158,8 +112,11 @@ class BundleModel(BaseTuner):
                 f"{key.rsplit(f'.{CHILD}.', 1)[0]}.{self.prefix}": v for key, v in state_dict.items()
             }
         self._injecting = adapter_name  # one config object may serve several adapters
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(BundleConfig, self.peft_config[adapter_name])
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            vars(config).pop("_given", None)  # tensors that `compose` brought; the layers have them now
         layers = {
             str(m.index): m for m in model.modules() if isinstance(m, BundleLayer) and adapter_name in m.bundle_basis
         }
@@ -179,7 +136,7 @@ class BundleModel(BaseTuner):
     ) -> None:
         layer, index = getattr(target, CHILD, None), peft_config._blocks[current_key]  # type: ignore[attr-defined]
         if not isinstance(layer, BundleLayer):
-            layer = BundleLayer(target, index, self._base_shape()[0], self._state)
+            layer = BundleLayer(target, index, base_shape(self.model)[0], self._state)
             setattr(target, CHILD, layer)
         elif layer.index != index:
             raise ValueError(
@@ -228,7 +185,7 @@ class BundleModel(BaseTuner):
             return dict(state_dict)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         entries = {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
-        vars(config)["_digest_to_save"] = _digest(
+        vars(config)["_digest_to_save"] = weights_digest(
             {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
         )
         return entries
@@ -284,7 +241,7 @@ class BundleModel(BaseTuner):
         _check_basis(model, config, adapter_name, present)
         # Only what comes with a file: the digest is spent by the first load, and state dicts set later may be anything.
         wanted, config.weights_digest = config.weights_digest, None
-        if wanted is not None and wanted != _digest(state_dict):
+        if wanted is not None and wanted != weights_digest(state_dict):
             raise ValueError(
                 f"the tensors of adapter {adapter_name!r} are not those that were saved with its config; the file is "
                 'damaged or was changed. If you changed it yourself, remove "weights_digest" from adapter_config.json.'
@@ -306,10 +263,43 @@ class BundleModel(BaseTuner):
         before = call.adapter_names
         call.adapter_names = names if names is not None else before
         try:
-            with alphas(self.model, given) if given is not None else nullcontext():
+            with self._pinned(names or ()), alphas(self.model, given) if given is not None else nullcontext():
                 yield
         finally:
             call.adapter_names = before
+
+    @contextmanager
+    def _pinned(self, others: Sequence[str] = ()) -> Iterator[None]:
+        """Run the block with the adapters that are active now, whatever other threads add or remove meanwhile."""
+        call, use = self._state.call, self._state.use
+        if call.active is not None or torch.compiler.is_compiling():  # the compiler traces the set it finds
+            yield
+            return
+        with use.lock:
+            active = tuple(self.active_adapters)
+            held = {*active, *others}
+            use.calls.update(held)
+        call.active = active
+        try:
+            yield
+        finally:
+            call.active = None
+            with use.lock:
+                use.calls.subtract(held)
+                for adapter in [a for a in use.retired if use.calls[a] == 0]:
+                    self.retire(adapter)
+
+    def retire(self, adapter: str) -> None:
+        """Delete an adapter that is no longer active, as soon as no call in flight runs with it."""
+        use = self._state.use
+        with use.lock:
+            if use.calls[adapter] > 0:
+                use.retired.add(adapter)
+                return
+            use.retired.discard(adapter)
+            self.delete_adapter(adapter)
+            known = self._state.bundle_names()
+            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's, with alphas and adapter names for this call.
@@ -323,7 +313,7 @@ class BundleModel(BaseTuner):
             hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
         before, state.seen = state.seen, set()
         try:
-            with hooks:
+            with self._pinned(), hooks:
                 output = self.model(*args, **kwargs)
             if self.training and state.seen and getattr(output, "loss", None) is not None:
                 # Where the loss is a sum over this micro-batch's tokens by those of the whole step, so is the penalty.
@@ -419,21 +409,6 @@ class BundleModel(BaseTuner):
     def bundle_report(self, adapter: str | None = None, *, angles: bool = False) -> BundleReport:
         """Ranks, supports, overlaps, signals and parameters of an adapter's bundles; print it. See `report.report`."""
         return report(self.model, adapter or self.active_adapters[0], angles=angles)
-
-
-def _digest(entries: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a checkpoint's bundle tensors: bytes, names, layer numbers and dtypes, whatever the module path."""
-    total = hashlib.sha256()
-    parts = []
-    for key, tensor in entries.items():
-        head, child, tail = key.rpartition(f".{CHILD}.")
-        if child:
-            name = f"{'.'.join(part for part in head.split('.') if part.isdigit())}:{tail}:{tensor.dtype}"
-            parts.append((name, tensor))
-    for name, tensor in sorted(parts, key=lambda part: part[0]):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def _adapter_of(key: str) -> str | None:
