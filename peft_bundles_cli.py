@@ -28,9 +28,9 @@ _UsageError: Any = typer.BadParameter.__mro__[2]
 class OneLineErrors(TyperGroup):
     """Whatever goes wrong is one line on stderr and an exit code: 2 for a command that was typed wrong, else 1."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
         except _UsageError as error:
             code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See peft-bundles --help.", 2)
         except typer.Abort:
@@ -144,9 +144,10 @@ def _load(sources: list[str], base: str | None, token: str | None = None, rename
     """The base model with the bundles of all sources, in eval mode, and the base model's name."""
     import torch
     import transformers
-    from peft_bundles.hub import read_source
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
     import peft_bundles
+    from peft_bundles.hub import read_source
 
     if base is None:
         base = read_source(sources[0], token)[0].config.base_model_name_or_path
@@ -160,7 +161,7 @@ def _load(sources: list[str], base: str | None, token: str | None = None, rename
         if not Path(base).is_dir() and not isinstance(try_to_load_from_cache(base, "config.json"), str):
             HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would try for minutes
         loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", token=token)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a Hub that does not answer is an error of whatever HTTP client is under it
         raise ValueError(f"the base model {base!r} cannot be loaded ({error}); {fix}") from error
     model = peft_bundles.compose(loaded, sources, rename=rename, token=token)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
@@ -366,15 +367,15 @@ def sweep(
         result = alpha_sweep(model, bundle, points, negative_loss, tasks, max_rows=max_rows)
     if plot is not None:
         result.plot(plot)
-    found = {**result.to_dict(own), "fixed": alphas}
+    shown = {**result.to_dict(own), "fixed": alphas}
     width = max(len("spearman"), *map(len, tasks))
     lines = ["alpha".ljust(width) + "".join(f"{v:>9g}" for v in points) + "  spearman"]
-    for task, each in found["tasks"].items():
+    for task, each in shown["tasks"].items():
         rho = "-" if each["spearman"] is None else f"{each['spearman']:.2f}"
         lines.append(task.ljust(width) + "".join(f"{v:>9.3f}" for v in each["mean"]) + f"{rho:>10}")
     if own is not None:
-        lines.append(f"selectivity for {own}: {found['selectivity']}")
-    _show(as_json, found, "\n".join(lines))
+        lines.append(f"selectivity for {own}: {shown['selectivity']}")
+    _show(as_json, shown, "\n".join(lines))
 
 
 @app.command()

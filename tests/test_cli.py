@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HUB
 from models import TINY, bundle_config, generated, logits, perturb
 from peft import PeftModel, get_peft_model
 from training import tokenizer
@@ -161,6 +162,28 @@ def test_card(folders, tmp_path):
     assert "invented sums" in text and "sums" in text and "0.5" in text
     assert "is not valid JSON" in refused("card", tmp_path / "b", "--results", folders / "a.txt")
     assert "has no adapter_config.json; name the folder of a saved adapter" in refused("card", tmp_path)
+
+
+def test_push_and_pull(folders, tmp_path):
+    HUB.reset()
+    writer = ["--token", "writes"]
+    rows = [{"task": "sums", "metric": "accuracy", "value": 0.5}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    options = ["--private", "--data", "invented sums", "--results", tmp_path / "results.json"]
+    found = said("push", f"{folders / 'one'}:b_mlp", "me/mlp", *writer, *options)
+    assert found["bundle"] == "b_mlp" and found["url"].endswith("/me/mlp")
+    assert b"invented sums" in HUB.files("me/mlp")["README.md"]
+    assert "401" in refused("pull", "me/mlp", "--token", "wrong")
+    pulled = said("pull", "me/mlp", "--output", tmp_path / "mlp", *writer)
+    assert pulled["bundles"] == ["b_mlp"] and Path(pulled["folder"]) == tmp_path / "mlp"
+    options = ["--prompt", PROMPT, "--max-new-tokens", 5]
+    alone = said("generate", f"{folders / 'one'}:b_mlp", *options)["text"]
+    assert said("generate", tmp_path / "mlp", *options)["text"] == alone
+    assert said("generate", "me/mlp", *options, *writer, "--base", folders / "base")["text"] == alone
+    assert said("pull", "me/mlp", *writer)["bundles"] == ["b_mlp"]  # in the Hub's cache
+    assert "404" in refused("pull", "me/nothing", *writer)
+    assert "403" in refused("push", f"{folders / 'one'}:b_mlp", "me/mlp", "--token", "reads")
+    refused("report", folders / "one", "--base", "me/no_base")
 
 
 # ---- bad input: one line that names the fix, and an exit code ----
