@@ -30,8 +30,8 @@ from peft_bundles.alphas import state_of
 from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss
 
 
-SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-ROWS, LENGTH = 3, 48  # held-out rows of each kind that the sweep is made of, and their tokens: two seconds on a CPU
+SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)
+ROWS, LENGTH = 2, 48  # held-out rows of each kind that the sweep is made of, and their tokens: seconds on a CPU
 FULL = 3.0  # nats at which a token has its full colour
 LIKELIER, LESS_LIKELY = "240, 130, 20", "50, 120, 230"
 PROMPTS = ["The first", "The king said", "Returns a tensor", "My lord, I"]

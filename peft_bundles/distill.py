@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from .alphas import alphas as use_alphas
 from .alphas import parse_alphas, state_of
 from .evaluation.sweeps import Batch, EvalFn
-from .objectives.tokens import masked_mean, wide
 
 
 @dataclass
@@ -137,7 +136,7 @@ def distill_to_lora(
             order = order or torch.randperm(len(dataset), generator=generator).tolist()
             batch = _model_inputs(dataset[order.pop()], device)
             wanted = teacher(batch)
-            loss = masked_mean(kl(wanted, student(**batch, use_cache=False).logits, top_k), _targets(batch))
+            loss = kl(wanted, student(**batch, use_cache=False).logits, top_k)[_targets(batch)].mean()
             if not bool(torch.isfinite(loss)):
                 raise RuntimeError(f"the KL of step {step} is {loss.item()}; use a lower learning_rate.")
             loss.backward()
@@ -167,7 +166,9 @@ def kl(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
     Returns:
         (...), >= 0 up to rounding.
     """
-    logs, mine = wide(teacher).log_softmax(-1), wide(student).log_softmax(-1)
+    logs, mine = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (teacher, student)
+    )
     if top_k is not None and top_k < logs.shape[-1]:
         logs, best = logs.topk(top_k, -1)
         mine = mine.gather(-1, best)
@@ -195,7 +196,7 @@ def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions count, (B, T): the real tokens."""
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 @torch.no_grad()
@@ -209,7 +210,7 @@ def _closeness(
     for each in batches:
         batch = _model_inputs(each, device)
         wanted, found = teacher(batch), student(**batch, use_cache=False).logits
-        real = _targets(batch).bool()
+        real = _targets(batch)
         same = wanted.argmax(-1) == found.argmax(-1)
         total += torch.stack([kl(wanted, found)[real].double().sum(), same[real].sum(), real.sum()]).cpu()
     student.train(training)

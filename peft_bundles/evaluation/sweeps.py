@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..alphas import alphas, parse_alphas, state_of
-from ..objectives.tokens import masked_sum, token_logprobs
 
 
 Batch = Mapping[str, Any]  # what the model takes: tensors (B, ...), and lists of B things that only `eval_fn` reads
@@ -212,9 +212,10 @@ def negative_loss(model: nn.Module, batch: Batch) -> Tensor:
     labels = batch.get("labels")
     weights = (labels != -100) if labels is not None else batch.get("attention_mask", torch.ones_like(ids))
     given = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
-    logs = token_logprobs(model(**given, use_cache=False).logits, ids)
-    counted = weights[:, 1:].to(logs.dtype)
-    return masked_sum(logs, counted) / counted.sum(1).clamp_min(1)
+    logits = model(**given, use_cache=False).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    counted = weights[:, 1:].bool()
+    return -torch.where(counted, losses, 0.0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def text_batch(texts: Sequence[str], tokenizer: Any, *, max_length: int = 64) -> dict[str, Tensor]:
