@@ -140,10 +140,12 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                 raise gr.Error(f"the alpha of {name} is {value!r}; give a number such as 0.5.")
         return dict(zip(names, map(float, values)))
 
-    def write(prompt: str, tokens: int, temperature: float, seed: int, *values: Any) -> Iterator[tuple[str, str]]:
+    def write(
+        prompt: str, tokens: int, temperature: float, seed: int | None, *values: Any
+    ) -> Iterator[tuple[str, str]]:
         if not prompt.strip():
             raise gr.Error("The prompt is empty; give some text to go on with.")
-        how = {"tokens": int(tokens), "temperature": float(temperature), "seed": int(seed)}
+        how = {"tokens": int(tokens), "temperature": float(temperature), "seed": int(seed or 0)}
         for texts in stream(model, tokenizer, prompt, numbers(values), **how):
             yield tuple(coloured(tokenizer, prompt, text) for text in texts)  # type: ignore[misc]
 
@@ -197,6 +199,8 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
         writing = go.click(write, [prompt, tokens, temperature, seed, *sliders], [left, right], api_name="generate")
         stop.click(None, cancels=[writing])
         preset.input(lambda name: settings[name], preset, sliders, api_name="preset")
+        for slider in sliders:  # moved by hand, it is no preset any more
+            slider.input(lambda: None, None, preset, show_progress="hidden", api_visibility="private")
         changes = [page.load, bundle.change, *(slider.change for slider in sliders)]
         gr.on(
             changes,

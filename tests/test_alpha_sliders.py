@@ -94,10 +94,10 @@ def test_sampling_follows_the_distribution(app, model, tokenizer):
     prompt = tokenizer("the", return_tensors="pt")["input_ids"]
     wanted = alone(model, prompt, OFF)[0, -1].div(0.15).softmax(-1)  # cold, so that few tokens have all the mass
     count = torch.zeros_like(wanted)
-    for seed in range(400):
+    for seed in range(200):
         texts = next(app.stream(model, tokenizer, "the", OFF, tokens=1, temperature=0.15, seed=seed))
         count[texts[0][0].id] += 1
-    assert 0.5 * (count / 400 - wanted).abs().sum() < 0.5 * (2 * (wanted * (1 - wanted) / 400).sqrt()).sum() + 0.02
+    assert 0.5 * (count / 200 - wanted).abs().sum() < 0.5 * (2 * (wanted * (1 - wanted) / 200).sqrt()).sum() + 0.02
 
 
 def test_a_text_ends_with_its_end_token(app, model, tokenizer, monkeypatch):
@@ -121,8 +121,7 @@ def test_pieces_join_to_the_text_and_whole_characters(app, tokenizer):
 
 
 def test_colours_say_the_sign_and_the_size(app, tokenizer):
-    (a, b, c, d) = tokenizer("the")["input_ids"] * 4 if len(tokenizer("the")["input_ids"]) == 1 else [5, 6, 7, 8]
-    tokens = [app.Token(a, -3.0, -1.5), app.Token(b, -1.0, -9.0), app.Token(c, -2.0, -2.0), app.Token(d, -3.0, -1.5)]
+    tokens = [app.Token(5, -3.0, -1.5), app.Token(6, -1.0, -9.0), app.Token(7, -2.0, -2.0)]
     page = app.coloured(tokenizer, "<b>", tokens)
     spans = re.findall(r'<span title="([^"]*)"([^>]*)>', page)
     assert "&lt;b&gt;" in page and "<b>" not in page
@@ -275,6 +274,7 @@ def test_in_a_browser(tab, tmp_path):
     for _ in range(10):
         slider.press("ArrowRight")
     expect(number("b_mlp")).to_have_value("0.5")
+    expect(tab.get_by_label("base model")).not_to_be_checked()
     expect(tab.locator("#plot img")).not_to_have_attribute("src", before, timeout=30_000)
     tab.locator("#go").click()
     expect(tab.locator("#dialled span[style*='rgba']").first).to_be_visible(timeout=30_000)
