@@ -196,7 +196,8 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                     f'likelier</span> or <span style="background: rgba({LESS_LIKELY}, 0.75)">less likely</span>, full '
                     f"colour at {FULL:g} nats. Hover for the numbers.</div>"
                 )
-        writing = go.click(write, [prompt, tokens, temperature, seed, *sliders], [left, right], api_name="generate")
+        dialled = [prompt, tokens, temperature, seed, *sliders]  # a click while a text is written: the next one
+        writing = go.click(write, dialled, [left, right], api_name="generate", trigger_mode="always_last")
         stop.click(None, cancels=[writing])
         preset.input(lambda name: settings[name], preset, sliders, api_name="preset")
         for slider in sliders:  # moved by hand, it is no preset any more

@@ -8,6 +8,7 @@ active in one step, and lets go of the old when the last call that runs with it 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,17 +166,21 @@ def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> Non
     with state.use.lock:
         tuner.set_adapter(following, inference_mode=True)
         model.active_adapter = following[0]
-        for adapter in groups.keys() & set(active):
-            tuner.retire(adapter)
+        state.use.retired |= groups.keys() & set(active)
+        tuner.delete_retired()
 
 
 def _attach(model: PeftModel, group: Checkpoint) -> str:
     """Add an adapter that no call sees yet; it takes the tensors as they are. Returns its name."""
     use = _state(model).use
-    name, use.built = f"composed_{use.built}", use.built + 1
+    name = next(name for n in itertools.count(use.built) if (name := f"composed_{n}") not in model.peft_config)
+    use.built = int(name.rpartition("_")[2]) + 1
     group.config.inference_mode = True
-    vars(group.config)["_given"] = group.layers
-    model.add_adapter(name, group.config)
+    if {m.index for m in model.modules() if isinstance(m, BundleLayer)} >= group.layers.keys():
+        cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
+    else:
+        vars(group.config)["_given"] = group.layers
+        model.add_adapter(name, group.config)
     return name
 
 

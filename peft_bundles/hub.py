@@ -220,7 +220,7 @@ def upload(
 ) -> str:
     """Commit a folder to a repository, made if need be, whose adapter is `holds` or none; returns the URL."""
     api = api_for(token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = api.repo_info(repo_id, revision=revision).sha

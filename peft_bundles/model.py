@@ -123,6 +123,26 @@ class BundleModel(BaseTuner):
         if config.bundles and config.basis_fingerprint is None:
             config.basis_fingerprint = {i: fingerprint(m.bundle_basis[adapter_name]) for i, m in layers.items()}
 
+    def adopt(self, adapter: str, config: BundleConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Add an adapter on blocks that have bundles already, with its tensors by layer; it is not active.
+
+        As PEFT's `add_adapter`, without its walk over every module and parameter of the base model.
+        """
+        layers = {m.index: m for m in self.model.modules() if isinstance(m, BundleLayer)}
+        self.peft_config[adapter] = config
+        try:
+            self._check_new_adapter_config(config)
+            self._injecting = adapter
+            self._prepare_model(self._prepare_adapter_config(config, {}), self.model)
+            vars(config)["_given"] = tensors
+            for number in tensors:
+                layers[number].update_layer(adapter, config.init_weights, inference_mode=True)
+        except Exception:
+            self.delete_adapter(adapter)
+            raise
+        finally:
+            vars(config).pop("_given", None)
+
     def _create_and_replace(
         self,
         peft_config: BundleConfig,
@@ -286,20 +306,22 @@ class BundleModel(BaseTuner):
             call.active = None
             with use.lock:
                 use.calls.subtract(held)
-                for adapter in [a for a in use.retired if use.calls[a] == 0]:
-                    self.retire(adapter)
+            # Where another thread is changing the set, it lets go of them, or the next call to end does.
+            if use.retired and use.swapping.acquire(blocking=False):
+                try:
+                    self.delete_retired()
+                finally:
+                    use.swapping.release()
 
-    def retire(self, adapter: str) -> None:
-        """Delete an adapter that is no longer active, as soon as no call in flight runs with it."""
+    def delete_retired(self) -> None:
+        """Delete the adapters that are to go and that no call in flight runs with; for who holds `use.swapping`."""
         use = self._state.use
         with use.lock:
-            if use.calls[adapter] > 0:
-                use.retired.add(adapter)
-                return
-            use.retired.discard(adapter)
-            self.delete_adapter(adapter)
-            known = self._state.bundle_names()
-            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
+            for adapter in [a for a in use.retired if use.calls[a] == 0]:
+                use.retired.discard(adapter)
+                self.delete_adapter(adapter)
+                known = self._state.bundle_names()
+                self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's, with alphas and adapter names for this call.

@@ -120,11 +120,12 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
         save_basis=True,
         provenance={**provenance, "basis": basis, "summaries": {name: summaries.get(bundle, {})}},
     )
-    where, width = torch.cat([*columns.values(), torch.arange(0)]), basis_rank(cut, d)
+    width = basis_rank(cut, d)
     layers = {}
     for number, layer in checkpoint.layers.items():
         U = layer["bundle_basis"]
-        tensors = {**{what: layer[what] for what in SHARED}, "bundle_basis": _padded([U[:, where.to(U.device)]], width)}
+        tensors = {what: layer[what] for what in SHARED}
+        tensors["bundle_basis"] = _padded(U, [_take(U, c) for c in columns.values()], width)
         for tail, tensor in layer.items():
             what, _, owner = tail.partition(".")
             if owner == bundle:
@@ -185,7 +186,9 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
         for m, base, own in zip(members, bases, columns):
             for name, place in own.items():
                 i = donors[name]
-                if not torch.equal(base[:, place], bases[i][:, columns[i][name][: len(place)]]):
+                if m is not members[i] and not torch.equal(
+                    _take(base, place), _take(bases[i], columns[i][name][: len(place)])
+                ):
                     raise ValueError(
                         f"{m.source} and {members[i].source} both name the basis {basis['digest'][:12]}, but layer "
                         f"{number} has other columns of {name!r} in the one than in the other; one file was changed."
@@ -200,7 +203,8 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
         if whole is not None and basis_rank(whole.config, d) == width:
             tensors["bundle_basis"] = whole.layers[number]["bundle_basis"]
         else:
-            tensors["bundle_basis"] = _padded([bases[i][:, columns[i][name]] for name, i in donors.items()], width)
+            pieces = [_take(bases[i], columns[i][name]) for name, i in donors.items()]
+            tensors["bundle_basis"] = _padded(bases[0], pieces, width)
         layers[number] = tensors
     return _fingerprinted(Checkpoint(config, layers, first.heads, " and ".join(m.source for m in members)))
 
@@ -219,9 +223,14 @@ def _resolved(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _padded(parts: list[Tensor], width: int) -> Tensor:
+def _take(basis: Tensor, columns: Tensor) -> Tensor:
+    """Columns of U that follow each other, as those of a sub-basis do: a view."""
+    return basis[:, int(columns[0]) : int(columns[-1]) + 1] if len(columns) else basis[:, :0]
+
+
+def _padded(like: Tensor, parts: list[Tensor], width: int) -> Tensor:
     """Columns side by side; spare ones, which no bundle uses, are zero."""
-    joined = torch.cat(parts, 1)
+    joined = torch.cat([like[:, :0], *parts], 1)
     return torch.nn.functional.pad(joined, (0, width - joined.shape[1])).contiguous()
 
 

@@ -191,7 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.server_state.repos:
             self._answer(409, {"error": "You already created this model repo", **url})
             return
-        repo = self.server_state.repos[name] = Repo(bool(values.get("private")))
+        repo = self.server_state.repos[name] = Repo(
+            values.get("visibility") == "private" or values.get("private") is True
+        )
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self._answer(200, url)
 

@@ -1,0 +1,112 @@
+"""What a bundle weighs on disk, and how long a model that generates is held up when one is swapped. One JSON record.
+
+    python benchmarks/hot_swap.py --output benchmarks/results/hot_swap.json
+
+SmolLM2-135M (as examples/quickstart.py gets it), a preset of six bundles with random weights, composed from six files.
+`load_bundle(..., replace=True)` is timed as a whole (reading, checking, building, switching) and its switch alone, in
+an idle model and while another thread generates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from _data import model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_bundles
+from peft_bundles import BundleConfig
+
+
+def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:
+    """Medians over `times` replacements, in milliseconds."""
+    tuner, whole, switch = model.base_model, [], []
+    original = tuner.set_adapter
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        original(*args, **kwargs)
+        switch.append(time.perf_counter() - start)
+
+    tuner.set_adapter = timed
+    for i in range(times):
+        start = time.perf_counter()
+        peft_bundles.load_bundle(model, folders[i % len(folders)], "b_rl_policy", replace=True)
+        whole.append(time.perf_counter() - start)
+    del tuner.set_adapter
+    return {"whole_ms": 1e3 * statistics.median(whole), "switch_ms": 1e3 * statistics.median(switch)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--times", type=int, default=9)
+    options = parser.parse_args()
+    source = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    base = AutoModelForCausalLM.from_pretrained(source)
+    model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate", task_type="CAUSAL_LM", init_weights=False))
+    names = list(model.peft_config["default"].bundles)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as root:
+        start = time.perf_counter()
+        for name in names:
+            peft_bundles.save_bundle(model, name, Path(root) / name)
+        result["save_s_a_bundle"] = (time.perf_counter() - start) / len(names)
+        model.save_pretrained(Path(root) / "whole")
+        size = {n: (Path(root) / n / "adapter_model.safetensors").stat().st_size for n in [*names, "whole"]}
+        result["megabytes"] = {n: round(s / 1e6, 2) for n, s in size.items()}
+        for parameter in (p for n, p in model.named_parameters() if ".b_rl_policy" in n):
+            parameter.data.mul_(0.5)
+        peft_bundles.save_bundle(model, "b_rl_policy", Path(root) / "second")
+        start = time.perf_counter()
+        composed = peft_bundles.compose(model.unload(), [Path(root) / name for name in names])
+        result["compose_s"] = time.perf_counter() - start
+        composed.set_alphas(dict.fromkeys(names, 0.01))  # weights are random
+        folders = [Path(root) / "second", Path(root) / "b_rl_policy"]
+        result["idle"] = swaps(composed, folders, options.times)
+        inputs, stop, tokens = tokenizer("The sea", return_tensors="pt"), threading.Event(), []
+
+        def generate() -> None:
+            while not stop.is_set():
+                tokens.append(composed.generate(**inputs, max_new_tokens=8, do_sample=False).shape[1])
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        result["while_another_thread_generates"] = swaps(composed, folders, options.times)
+        stop.set()
+        thread.join()
+        result["generations_meanwhile"] = len(tokens)
+    record = {
+        "what": __doc__.splitlines()[0] if __doc__ else "",
+        "command": "python benchmarks/hot_swap.py",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": f"CPU, {os.cpu_count()} cores (shared), {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
+        **result,
+    }
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
