@@ -20,11 +20,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import peft_bundles
-from peft_bundles.evaluation import alpha_sweep, negative_loss
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import peft_bundles_cli
+from peft_bundles.evaluation import alpha_sweep, negative_loss
 
 
 PROMPT = "the cats sit"
