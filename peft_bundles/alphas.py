@@ -100,7 +100,8 @@ class BundleState:
 
     def bundle_names(self) -> list[str]:
         """Names of the bundles of all adapters, each once."""
-        return list(dict.fromkeys(name for config in self.configs.values() for name in config.bundles or ()))
+        # A list first: another thread may add an adapter meanwhile.
+        return list(dict.fromkeys(name for config in list(self.configs.values()) for name in config.bundles or ()))
 
 
 def state_of(model: nn.Module) -> BundleState:

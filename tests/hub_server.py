@@ -172,12 +172,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- the API ----
 
-    def whoami(self) -> None:
-        if right := self._right():
-            self._answer(200, {"name": "me", "type": "user", "auth": {"accessToken": {"role": right}}})
-        elif right is None:
-            self._error(401, "Invalid credentials in Authorization header")
-
     def create(self) -> None:
         right = self._right()
         if right == "":
@@ -359,7 +353,6 @@ def _remote_oid(path: str, files: dict[str, bytes]) -> str | None:
 
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
-    (("GET",), r"/api/whoami-v2", _Handler.whoami),
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
     (("POST",), rf"/api/models/{_REPO}/branch/(?P<branch>.+)", _Handler.branch),

@@ -9,6 +9,7 @@ import struct
 import threading
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from conftest import HUB
@@ -452,14 +453,14 @@ FAILING_UPLOADS = [
 def test_an_upload_that_fails_changes_nothing(request_, how, hub):
     model = attached()
     peft_bundles.push_bundle(model, "b_mlp", "me/ml")
-    before, weights = hub.files("me/ml"), {n: p.clone() for n, p in model.named_parameters()}
+    before = hub.files("me/ml")
     perturb(model, seed=3)
     changed = only(model, "b_mlp")
     hub.fail(request_, how, times=100)
     with pytest.raises((HfHubHTTPError, RuntimeError)):
         peft_bundles.push_bundle(model, "b_mlp", "me/ml")
     assert hub.files("me/ml") == before
-    assert torch.equal(only(model, "b_mlp"), changed) and len(weights) == len(dict(model.named_parameters()))
+    assert torch.equal(only(model, "b_mlp"), changed)
     hub.failures.clear()
     peft_bundles.push_bundle(model, "b_mlp", "me/ml")  # and then it goes through
     assert torch.allclose(logits(loaded(peft_bundles.pull_bundle("me/ml")), batch()), changed, atol=1e-5)
@@ -490,9 +491,8 @@ def test_a_download_that_fails_leaves_the_earlier_copy_and_model(request_, how, 
         lambda: peft_bundles.load_bundle(composed, f"me/ml@{revision}", replace=True),
         lambda: peft_bundles.compose(TINY["llama"](), [f"me/ml@{revision}"]),
     ):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises((OSError, httpx2.TransportError)):  # HfHubHTTPError is an OSError
             action()
-        assert not isinstance(caught.value, AssertionError)
     assert content(copy) == before
     assert torch.equal(logits(composed, batch()), old)
     hub.failures.clear()
