@@ -2,7 +2,7 @@
 
     python benchmarks/distill.py
 
-Takes the adapter of `examples/quickstart.py` (and runs the demo first if there is none), distils the settings below into a
+Takes the adapter of `examples/quickstart.py` (runs the demo first if there is none), distils the settings below into a
 LoRA each, on the training halves of the demo's three kinds of text, and measures on the held-out halves. Writes
 `benchmarks/results/distill.json`. The committed record is from one thread of two cores shared with nine other jobs.
 """
