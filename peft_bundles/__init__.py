@@ -12,6 +12,8 @@ from .cards import write_card
 from .compose import compose, composition, load_bundle, remove_bundle
 from .config import BundleConfig, BundleSpec, SubBasis
 from .conflicts import conflicts, orthogonality
+from .distill import distill_to_lora
+from .evaluation import alpha_sweep
 from .hub import pull_bundle, push_bundle, save_bundle
 from .layer import BundleLayer
 from .merging import merge_bundles
@@ -32,12 +34,14 @@ __all__ = [
     "BundleReport",
     "BundleSpec",
     "SubBasis",
+    "alpha_sweep",
     "alphas",
     "calibrate",
     "clip_bundle_grads",
     "compose",
     "composition",
     "conflicts",
+    "distill_to_lora",
     "finalize_grads",
     "load_basis",
     "load_bundle",

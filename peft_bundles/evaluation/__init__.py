@@ -1,0 +1,6 @@
+"""What a trained adapter does: sweeps of alpha."""
+
+from .sweeps import AlphaSweep, alpha_sweep, negative_loss, text_batch
+
+
+__all__ = ["AlphaSweep", "alpha_sweep", "negative_loss", "text_batch"]

@@ -1,0 +1,414 @@
+"""The command `peft-bundles`: look at bundles, combine, share, dial and sweep them from a shell.
+
+A module beside the package and not in it: importing peft_bundles takes torch, transformers and PEFT along, ten seconds
+on a slow machine (docs/decisions.md), and help and tab completion must not wait for that. Each command imports what it
+needs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+CONFIG = "adapter_config.json"
+# BadParameter < UsageError < ClickException, which typer gives no name of its own: wrong options, unknown commands.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+
+class OneLineErrors(TyperGroup):
+    """Whatever goes wrong is one line on stderr and an exit code: 2 for a command that was typed wrong, else 1."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except _UsageError as error:
+            code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See peft-bundles --help.", 2)
+        except typer.Abort:
+            code = _fail("interrupted", 130)
+        except ImportError as error:
+            code = _fail(f"{error}; install the rest with: pip install 'peft-bundles[analysis]'", 1)
+        except (ValueError, RuntimeError, OSError) as error:
+            code = _fail(str(error), 1)
+        except Exception as error:  # a defect of ours; still no traceback
+            code = _fail(f"{type(error).__name__}: {error}", 1)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+def _fail(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Named low-rank bundles: look at them, combine, share, dial and sweep them.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+# ---- what options mean ----
+
+
+def _bundles_in(folder: str) -> list[str]:
+    """Names of the bundles of a local adapter folder (or `folder:bundle`), from its config; none if it is none."""
+    head, _, bundle = folder.rpartition(":")
+    if bundle and head and Path(head).is_dir():
+        return [bundle]
+    try:
+        return [spec["name"] for spec in json.loads((Path(folder) / CONFIG).read_text())["bundles"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _complete_bundle(ctx: typer.Context, incomplete: str) -> list[str]:
+    sources = ctx.params.get("sources") or ctx.args  # unfinished, the line is not parsed to its end
+    names = [name for source in sources for name in _bundles_in(source)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_alpha(ctx: typer.Context, incomplete: str) -> list[str]:
+    return [f"{name}=" for name in _complete_bundle(ctx, incomplete.partition("=")[0])]
+
+
+Sources = Annotated[
+    list[str], typer.Argument(help="Adapters: folder, folder:bundle, repo, repo:bundle or repo@revision:bundle.")
+]
+Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model; else the one the adapter names.")]
+Alphas = Annotated[
+    list[str] | None,
+    typer.Option("--alpha", metavar="BUNDLE=NUMBER", help="Gate of a bundle.", autocompletion=_complete_alpha),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Rename = Annotated[bool, typer.Option(help="Rename bundles whose names clash.")]
+Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token of the Hub, for private repositories.")]
+Results = Annotated[Path | None, typer.Option(help="JSON file with a list of results for the card.")]
+Figure = Annotated[Path | None, typer.Option(help="Picture for the card.")]
+Data = Annotated[str | None, typer.Option(help="What the card says of the training data.")]
+
+
+def _numbers(alphas: list[str] | None) -> dict[str, float]:
+    """["b_logic=0.5"] -> {"b_logic": 0.5}."""
+    found = {}
+    for text in alphas or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise typer.BadParameter(f"--alpha {text!r} must be BUNDLE=NUMBER, such as b_logic=0.5.")
+        found[name] = _number(f"--alpha {text}", value)
+    return found
+
+
+def _number(what: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"{what}: {value!r} is no finite number; give one such as 0.5.")
+    return number
+
+
+def _known(model: Any, names: Any) -> None:
+    from peft_bundles.alphas import state_of
+
+    known = state_of(model).bundle_names()
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no bundle {unknown[0]!r}; the bundles are {', '.join(known)}.")
+
+
+def _results(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--results {path} is not valid JSON ({error}).") from error
+
+
+# ---- models ----
+
+
+def _load(sources: list[str], base: str | None, token: str | None = None, rename: bool = False) -> tuple[Any, str]:
+    """The base model with the bundles of all sources, in eval mode, and the base model's name."""
+    import torch
+    import transformers
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    import peft_bundles
+    from peft_bundles.hub import read_source
+
+    if base is None:
+        base = read_source(sources[0], token)[0].config.base_model_name_or_path
+        if not base:
+            raise ValueError(f"{sources[0]} does not name its base model; give it with --base.")
+    base = str(Path(base).expanduser())
+    fix = "give --base the folder or Hub id of the model that the bundles were trained on."
+    if (Path(base) / CONFIG).is_file():
+        raise ValueError(f"the base model {base!r} is an adapter itself; {fix}")
+    try:
+        if not Path(base).is_dir() and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+            HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would try for minutes
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", token=token)
+    except Exception as error:  # a Hub that does not answer is an error of whatever HTTP client is under it
+        raise ValueError(f"the base model {base!r} cannot be loaded ({error}); {fix}") from error
+    model = peft_bundles.compose(loaded, sources, rename=rename, token=token)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
+
+
+def _tokenizer(base: str, token: str | None) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(base, token=token)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base model {base!r} has no tokenizer ({error}).") from error
+
+
+def _show(as_json: bool, values: dict[str, Any], text: str) -> None:
+    print(json.dumps(values, indent=2) if as_json else text)
+
+
+# ---- commands ----
+
+
+@app.command()
+def report(
+    sources: Sources,
+    base: Base = None,
+    angles: Annotated[bool, typer.Option(help="Also measure principal angles between bundles.")] = False,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ranks, supports, overlaps, signals and parameters of an adapter's bundles."""
+    model, name = _load(sources, base, token, rename)
+    from peft_bundles import report as describe
+    from peft_bundles.alphas import state_of
+
+    found = {adapter: describe(model, adapter, angles=angles) for adapter in state_of(model).configs}
+    values = {
+        adapter: {
+            "bundles": each.rows,
+            "overlap": each.overlap.tolist(),
+            "angles": None if each.angles is None else each.angles.nan_to_num(-1).tolist(),
+            "header": each.header,
+        }
+        for adapter, each in found.items()
+    }
+    _show(as_json, {"base": name, "adapters": values}, "\n\n".join(map(str, found.values())))
+
+
+@app.command()
+def compose(
+    sources: Sources,
+    output: Annotated[Path, typer.Option(help="Folder to save the adapter to.")],
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """One adapter from bundles of several folders or repositories; of several bases, a subfolder for each."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; name a new one.")
+    model, name = _load(sources, base, token, rename)
+    from peft_bundles.checkpoints import write
+    from peft_bundles.compose import composition
+    from peft_bundles.parts import from_model, with_base
+
+    groups = composition(model).groups
+    folders = [output if len(groups) == 1 else output / group["adapter"] for group in groups]
+    for group, folder in zip(groups, folders):
+        write(with_base(from_model(model, group["adapter"]), model), folder)
+    values = {"base": name, "adapters": [{"folder": str(f), "bundles": g["bundles"]} for f, g in zip(folders, groups)]}
+    _show(as_json, values, "\n".join(f"{f}: {', '.join(g['bundles'])}" for f, g in zip(folders, groups)))
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="Adapter with the bundle: folder, or folder:bundle of several.")],
+    repo: Annotated[str, typer.Argument(help="Repository of the Hub, made if there is none.")],
+    base: Base = None,
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    results: Results = None,
+    figure: Figure = None,
+    data: Data = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Push one bundle, with its card, to the Hub."""
+    wanted = _results(results)
+    model, _ = _load([source], base, token)
+    import peft_bundles
+    from peft_bundles.alphas import state_of
+
+    bundles = state_of(model).bundle_names()
+    if len(bundles) != 1:
+        raise ValueError(f"{source} has the bundles {', '.join(bundles)}; push one of them, as {source}:{bundles[0]}.")
+    picture = None if figure is None else str(figure)
+    url = peft_bundles.push_bundle(
+        model,
+        bundles[0],
+        repo,
+        private=private,
+        token=token,
+        revision=revision,
+        results=wanted,
+        figure=picture,
+        data=data,
+    )
+    _show(as_json, {"bundle": bundles[0], "url": url}, url)
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="repo, repo:bundle or repo@revision:bundle.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to put it in; else it stays in the Hub's cache.")] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a bundle and check it."""
+    import peft_bundles
+
+    folder = peft_bundles.pull_bundle(source, output, token=token)
+    _show(as_json, {"source": source, "folder": str(folder), "bundles": _bundles_in(str(folder))}, str(folder))
+
+
+@app.command()
+def generate(
+    sources: Sources,
+    prompt: Annotated[str, typer.Option(help="Text to go on with.")],
+    alpha: Alphas = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with the bundles dialled: generate FOLDER --prompt TEXT --alpha b_logic=0.5."""
+    alphas = _numbers(alpha)
+    model, name = _load(sources, base, token, rename)
+    _known(model, alphas)
+    tokenizer = _tokenizer(name, token)
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].shape[1]:
+        raise ValueError("--prompt has no token; give some text.")
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        ids = model.generate(**inputs, alphas=alphas, max_new_tokens=max_new_tokens, pad_token_id=pad, **how)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    values = {"prompt": prompt, "alphas": alphas, "text": text, "tokens": len(new)}
+    _show(as_json, values, tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+@app.command()
+def sweep(
+    sources: Sources,
+    bundle: Annotated[str, typer.Option(help="Whose alpha to turn.", autocompletion=_complete_bundle)],
+    text: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="A text file to score, under a name.")],
+    values: Annotated[str, typer.Option(help="Alphas, with commas.")] = "0,0.25,0.5,0.75,1,1.5",
+    own: Annotated[str | None, typer.Option(help="The bundle's own task: also print the selectivity.")] = None,
+    alpha: Alphas = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each file, from its start.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows of a pass, alphas together.")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn one bundle's alpha and see which texts' loss follows (the score is minus the loss, nats a token)."""
+    alphas = _numbers(alpha)
+    points = [_number("--values", value) for value in values.split(",")]
+    files = dict(item.partition("=")[::2] for item in text)
+    for task, path in files.items():
+        if not (task and path):
+            raise typer.BadParameter(f"--text {task or path!r} must be TASK=FILE, such as plays=hamlet.txt.")
+        if not Path(path).is_file():
+            raise ValueError(f"--text {task}={path}: there is no such file.")
+    if own is not None and (own not in files or len(files) < 2 or 0.0 not in points):
+        raise typer.BadParameter(f"--own {own!r} must be one of two or more --text, with 0 among --values.")
+    model, name = _load(sources, base, token, rename)
+    _known(model, [bundle, *alphas])
+    tokenizer = _tokenizer(name, token)
+    import torch
+
+    from peft_bundles.evaluation import alpha_sweep, negative_loss
+
+    tasks = {}
+    for task, path in files.items():
+        ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        if not (found := min(rows, len(ids) // tokens)):
+            raise ValueError(
+                f"--text {task}={path} has {len(ids)} tokens, fewer than a row of {tokens}; lower --tokens."
+            )
+        tasks[task] = {"input_ids": torch.tensor(ids[: found * tokens]).view(found, tokens)}
+    with model.alphas(alphas):
+        result = alpha_sweep(model, bundle, points, negative_loss, tasks, max_rows=max_rows)
+    if plot is not None:
+        result.plot(plot)
+    shown = {**result.to_dict(own), "fixed": alphas}
+    width = max(len("spearman"), *map(len, tasks))
+    lines = ["alpha".ljust(width) + "".join(f"{v:>9g}" for v in points) + "  spearman"]
+    for task, each in shown["tasks"].items():
+        rho = "-" if each["spearman"] is None else f"{each['spearman']:.2f}"
+        lines.append(task.ljust(width) + "".join(f"{v:>9.3f}" for v in each["mean"]) + f"{rho:>10}")
+    if own is not None:
+        lines.append(f"selectivity for {own}: {shown['selectivity']}")
+    _show(as_json, shown, "\n".join(lines))
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    results: Results = None,
+    figure: Figure = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model card of an adapter folder."""
+    wanted = _results(results)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; name the folder of a saved adapter.")
+    import peft_bundles
+
+    path = peft_bundles.write_card(folder, results=wanted, figure=None if figure is None else str(figure), data=data)
+    _show(as_json, {"card": str(path)}, str(path))
+
+
+def main() -> None:
+    """What the console script runs. Libraries say on stderr what matters, a line each, and show no progress bars."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a kernel that it did not find
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
+    warnings.simplefilter("ignore", FutureWarning)
+    app(prog_name="peft-bundles")
+
+
+if __name__ == "__main__":
+    main()

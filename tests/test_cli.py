@@ -1,0 +1,321 @@
+"""The command `peft-bundles` on tiny models in folders, without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HUB
+from models import TINY, bundle_config, generated, logits, perturb
+from peft import PeftModel, get_peft_model
+from training import tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import peft_bundles
+import peft_bundles_cli
+from peft_bundles.evaluation import alpha_sweep, negative_loss
+
+
+PROMPT = "the cats sit"
+BUNDLES = ["b_mlp", "b_linear", "b_diag"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """base: a tiny Llama with a tokenizer; one: an adapter of three bundles; two: of one, in another basis."""
+    root = tmp_path_factory.mktemp("cli")
+    TINY["llama"]().save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    for name, fields in (
+        ("one", {}),
+        ("two", {"bundles": {"b_mlp": {"rank": 5, "sub_bases": ["right"], "signals": {"lm": 1.0}}}, "basis_seed": 1}),
+    ):
+        base = AutoModelForCausalLM.from_pretrained(root / "base")
+        perturb(get_peft_model(base, bundle_config(**fields)), scale=0.8).save_pretrained(root / name)
+    (root / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    (root / "b.txt").write_text("1 + 1 = 2; 2 + 2 = 4; 3 + 3 = 6; " * 20)
+    return root
+
+
+def run(*args: object, code: int = 0):
+    result = CliRunner().invoke(peft_bundles_cli.app, [str(a) for a in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def said(*args: object) -> dict:
+    """What a command says with --json: one object and nothing else on stdout."""
+    return json.loads(run(*args, "--json").stdout)
+
+
+def refused(*args: object, code: int = 1) -> str:
+    """The one line on stderr of a command that fails; nothing on stdout."""
+    result = run(*args, code=code)
+    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.output
+    return result.stderr
+
+
+def loaded(folders: Path, name: str = "one") -> PeftModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders / "base"), folders / name).eval()
+
+
+def test_report(folders):
+    found = said("report", folders / "one", "--angles")
+    (adapter,) = found["adapters"].values()
+    assert [row["bundle"] for row in adapter["bundles"]] == BUNDLES and found["base"] == str(folders / "base")
+    wanted = loaded(folders).bundle_report(angles=True)
+    assert [row["parameters"] for row in adapter["bundles"]] == [row["parameters"] for row in wanted.rows]
+    assert torch.allclose(torch.tensor(adapter["overlap"]), wanted.overlap.float(), atol=1e-6)
+    table = run("report", folders / "one").stdout
+    assert all(name in table for name in BUNDLES) and "share of common support" in table
+    assert [
+        row["bundle"] for row in next(iter(said("report", f"{folders / 'one'}:b_diag")["adapters"].values()))["bundles"]
+    ] == ["b_diag"]
+
+
+def test_generate_dials(folders):
+    ids = tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
+    model = loaded(folders)
+    texts = []
+    for values in ({}, {"b_mlp": 0.0, "b_linear": 0.5}, dict.fromkeys(BUNDLES, 0.0)):
+        options = [word for name, value in values.items() for word in ("--alpha", f"{name}={value}")]
+        found = said("generate", folders / "one", "--prompt", PROMPT, "--max-new-tokens", 5, *options)
+        wanted = model.generate(ids, alphas=values, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert found["text"] == tokenizer().decode(wanted, skip_special_tokens=True) and found["alphas"] == values
+        texts.append(found["text"])
+    assert len(set(texts)) > 1
+    hot = [
+        said("generate", folders / "one", "--prompt", PROMPT, "--temperature", 5, "--seed", s)["text"]
+        for s in (0, 0, 1)
+    ]
+    assert hot[0] == hot[1] != hot[2]
+    assert run("generate", folders / "one", "--prompt", PROMPT, "--max-new-tokens", 1).stdout.startswith("t")
+
+
+def test_compose(folders, tmp_path):
+    both = [f"{folders / 'one'}:b_linear", f"{folders / 'one'}:b_mlp"]
+    found = said("compose", *both, "--output", tmp_path / "new")
+    assert found["adapters"] == [{"folder": str(tmp_path / "new"), "bundles": ["b_linear", "b_mlp"]}]
+    ids = torch.arange(4, 20).view(2, 8)
+    made = logits(_load(folders, tmp_path / "new"), ids)
+    torch.testing.assert_close(made, logits(loaded(folders), ids, alphas={"b_diag": 0.0}), rtol=1e-5, atol=1e-5)
+
+    # Bundles of one name and two bases: renamed when told to, and a folder for each basis.
+    assert "both have a bundle 'b_mlp'" in refused(
+        "compose", folders / "one", folders / "two", "--output", tmp_path / "x"
+    )
+    found = said("compose", folders / "one", folders / "two", "--rename", "--output", tmp_path / "mixed")
+    assert [a["bundles"] for a in found["adapters"]] == [BUNDLES, ["b_mlp_2"]]
+    parts = [a["folder"] for a in found["adapters"]]
+    direct = peft_bundles.compose(_base(folders), [str(folders / "one"), str(folders / "two")], rename=True)
+    again = peft_bundles.compose(_base(folders), parts)
+    assert torch.equal(logits(again, ids), logits(direct, ids))
+    assert "exists and is not an empty folder" in refused("compose", folders / "one", "--output", tmp_path / "new")
+
+
+def _base(folders: Path):
+    return AutoModelForCausalLM.from_pretrained(folders / "base").eval()
+
+
+def _load(folders: Path, adapter: Path) -> PeftModel:
+    return PeftModel.from_pretrained(_base(folders), adapter).eval()
+
+
+def test_sweep(folders, tmp_path):
+    options = ["--bundle", "b_mlp", "--text", f"a={folders / 'a.txt'}", "--text", f"b={folders / 'b.txt'}"]
+    options += ["--values", "0,0.5,1", "--alpha", "b_diag=0", "--rows", 4, "--tokens", 16]
+    found = said("sweep", folders / "one", *options, "--own", "a", "--plot", tmp_path / "sweep.png")
+    model = loaded(folders)
+    tasks = {}
+    for task in "ab":
+        ids = tokenizer()((folders / f"{task}.txt").read_text())["input_ids"]
+        tasks[task] = {"input_ids": torch.tensor(ids[: 4 * 16]).view(4, 16)}
+    with model.alphas(b_diag=0.0):
+        wanted = alpha_sweep(model, "b_mlp", [0, 0.5, 1], negative_loss, tasks).to_dict("a")
+    assert found["tasks"].keys() == {"a", "b"} and found["fixed"] == {"b_diag": 0.0}
+    for task in "ab":
+        assert found["tasks"][task]["mean"] == pytest.approx(wanted["tasks"][task]["mean"], abs=2e-5)
+    assert found["selectivity"] == pytest.approx(wanted["selectivity"], abs=1e-3)
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    table = run("sweep", folders / "one", *options, "--own", "a").stdout.splitlines()
+    assert table[0].split() == ["alpha", "0", "0.5", "1", "spearman"] and len(table) == 4
+
+
+def test_card(folders, tmp_path):
+    model = loaded(folders)
+    peft_bundles.save_bundle(model, "b_mlp", tmp_path / "b")
+    rows = [{"task": "sums", "metric": "accuracy", "value": 0.5}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    found = said("card", tmp_path / "b", "--results", tmp_path / "results.json", "--data", "invented sums")
+    text = Path(found["card"]).read_text()
+    assert "invented sums" in text and "sums" in text and "0.5" in text
+    assert "is not valid JSON" in refused("card", tmp_path / "b", "--results", folders / "a.txt")
+    assert "has no adapter_config.json; name the folder of a saved adapter" in refused("card", tmp_path)
+
+
+def test_push_and_pull(folders, tmp_path):
+    HUB.reset()
+    writer = ["--token", "writes"]
+    rows = [{"task": "sums", "metric": "accuracy", "value": 0.5}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    options = ["--private", "--data", "invented sums", "--results", tmp_path / "results.json"]
+    found = said("push", f"{folders / 'one'}:b_mlp", "me/mlp", *writer, *options)
+    assert found["bundle"] == "b_mlp" and found["url"].endswith("/me/mlp")
+    assert b"invented sums" in HUB.files("me/mlp")["README.md"]
+    assert "401" in refused("pull", "me/mlp", "--token", "wrong")
+    pulled = said("pull", "me/mlp", "--output", tmp_path / "mlp", *writer)
+    assert pulled["bundles"] == ["b_mlp"] and Path(pulled["folder"]) == tmp_path / "mlp"
+    options = ["--prompt", PROMPT, "--max-new-tokens", 5]
+    alone = said("generate", f"{folders / 'one'}:b_mlp", *options)["text"]
+    assert said("generate", tmp_path / "mlp", *options)["text"] == alone
+    assert said("generate", "me/mlp", *options, *writer, "--base", folders / "base")["text"] == alone
+    assert said("pull", "me/mlp", *writer)["bundles"] == ["b_mlp"]  # in the Hub's cache
+    assert "404" in refused("pull", "me/nothing", *writer)
+    assert "403" in refused("push", f"{folders / 'one'}:b_mlp", "me/mlp", "--token", "reads")
+    refused("report", folders / "one", "--base", "me/no_base")
+
+
+# ---- bad input: one line that names the fix, and an exit code ----
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nosuch"], 2, "No such command 'nosuch'"),
+        ([], 2, "Missing command"),
+        (["generate", "{one}"], 2, "Missing option '--prompt'"),
+        (
+            ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=high"],
+            2,
+            "'high' is no finite number; give one such as",
+        ),
+        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
+        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"], 2, "must be BUNDLE=NUMBER, such as b_logic=0.5"),
+        (
+            ["generate", "{one}", "--prompt", "a", "--alpha", "b_x=1"],
+            1,
+            "there is no bundle 'b_x'; the bundles are b_mlp, b_linear, b_diag",
+        ),
+        (["generate", "{one}", "--prompt", ""], 1, "--prompt has no token; give some text"),
+        (["generate", "{one}", "--prompt", "a", "--max-new-tokens", "0"], 2, "'--max-new-tokens'"),
+        (["report", "{root}/nowhere"], 1, "nowhere' is no folder that exists and no repository"),
+        (["report", "{root}"], 1, "has no adapter_config.json"),
+        (["report", "{one}:b_x"], 1, "has no bundle 'b_x'"),
+        (["report", "{one}", "--base", "{root}/nowhere"], 1, "nowhere' cannot be loaded (Repo id must"),
+        (["report", "{one}", "--base", "{one}"], 1, "is an adapter itself; give --base the folder or Hub id"),
+        (["push", "{one}", "me/x"], 1, "has the bundles b_mlp, b_linear, b_diag; push one of them, as"),
+        (
+            ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a=nowhere.txt"],
+            1,
+            "--text a=nowhere.txt: there is no such file",
+        ),
+        (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a.txt"], 2, "must be TASK=FILE, such as"),
+        (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
+        (
+            ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--values", "0,high"],
+            2,
+            "'high' is no finite",
+        ),
+        (
+            ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--own", "a"],
+            2,
+            "must be one of two or more",
+        ),
+        (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--tokens", "9999"], 1, "lower --tokens"),
+    ],
+)
+def test_bad_input(folders, args, code, message):
+    filled = [a.replace("{one}", str(folders / "one")).replace("{root}", str(folders)) for a in args]
+    assert message in refused(*filled, code=code)
+
+
+def test_a_lora_is_no_bundle(folders, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "is an adapter of type 'LORA' and no bundle" in refused("report", tmp_path)
+
+
+# ---- as a program ----
+
+
+def program(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(Path(peft_bundles_cli.__file__)), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **env},
+    )
+
+
+def test_the_installed_command_is_this_module():
+    (script,) = entry_points(group="console_scripts", name="peft-bundles")
+    assert script.value == "peft_bundles_cli:main" and script.load() is peft_bundles_cli.main
+
+
+def test_a_process_prints_json_and_nothing_else(folders):
+    made = program(
+        "generate", folders / "one", "--prompt", PROMPT, "--max-new-tokens", 5, "--alpha", "b_mlp=0", "--json"
+    )
+    assert made.returncode == 0 and made.stderr == ""
+    ids = tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
+    wanted = generated(loaded(folders), ids, alphas={"b_mlp": 0.0}, min_new_tokens=0)[0, ids.shape[1] :]
+    assert json.loads(made.stdout)["text"] == tokenizer().decode(wanted, skip_special_tokens=True)
+
+
+def test_a_process_fails_on_one_line(folders):
+    """An unknown base, where no Hub answers: no traceback, no retries for minutes."""
+    start = time.perf_counter()
+    made = program("report", folders / "one", "--base", "nobody/nothing", HF_ENDPOINT="http://127.0.0.1:9")
+    assert made.returncode == 1 and made.stdout == "" and made.stderr.count("\n") == 1
+    assert made.stderr.startswith("error: the base model 'nobody/nothing' cannot be loaded (")
+    assert made.stderr.rstrip().endswith(
+        "give --base the folder or Hub id of the model that the bundles were trained on."
+    )
+    assert time.perf_counter() - start < 120
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, peft_bundles_cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    path = os.pathsep.join([str(Path(peft_bundles_cli.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}).returncode == 0
+    made = program("--help")
+    assert made.returncode == 0
+    for name in ("report", "compose", "push", "pull", "generate", "sweep", "card", "--install-completion"):
+        assert name in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("peft-bundles co", ["compose"]),
+        ("peft-bundles generate {one} --alpha b_", ["b_mlp=", "b_linear=", "b_diag="]),
+        ("peft-bundles generate {one}:b_diag {two} --alpha b_", ["b_diag=", "b_mlp="]),
+        ("peft-bundles sweep {one} --bundle b_l", ["b_linear"]),
+        ("peft-bundles generate /nowhere --alpha b_", []),
+    ],
+)
+def test_tab_completion(folders, typed, wanted):
+    """As bash asks for it: words so far and the index of the last in the environment, answers on lines."""
+    words = typed.replace("{one}", str(folders / "one")).replace("{two}", str(folders / "two"))
+    path = os.pathsep.join([str(Path(peft_bundles_cli.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    made = subprocess.run(
+        [sys.executable, "-c", "import peft_bundles_cli; peft_bundles_cli.main()"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "_PEFT_BUNDLES_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        },
+    )
+    assert made.stdout.split() == wanted
