@@ -146,8 +146,9 @@ def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
 
 
 def group_key(checkpoint: Checkpoint) -> tuple[Any, ...]:
-    """What two checkpoints must have in common to fit into one adapter: the basis, the projection and the layers."""
-    return basis_of(checkpoint)["digest"], checkpoint.config.projection, tuple(sorted(checkpoint.layers))
+    """What two checkpoints must have in common to fit into one adapter: basis, projection, scaling and layers."""
+    config = checkpoint.config
+    return basis_of(checkpoint)["digest"], config.projection, config.scaling, tuple(sorted(checkpoint.layers))
 
 
 def join(members: Sequence[Checkpoint]) -> Checkpoint:

@@ -80,6 +80,16 @@ def test_bundles_of_several_bases_are_grouped_and_told_of(saved):
         assert torch.equal(logits(model, batch()), logits(reference("llama"), batch()))
 
 
+def test_bundles_of_another_scaling_are_grouped_apart(saved, tmp_path):
+    """One adapter has one factor: in the other's, a bundle would be louder or softer than it was trained."""
+    softer = perturb(attached(scaling=1.0), seed=4)
+    peft_bundles.save_bundle(softer, "b_linear", tmp_path / "softer")
+    model = composed(saved, "b_mlp", tmp_path / "softer")
+    assert [g["bundles"] for g in peft_bundles.composition(model).groups] == [["b_mlp"], ["b_linear"]]
+    with model.alphas(b_mlp=0.0):
+        assert close(logits(model, batch()), alone(softer, "b_linear"))
+
+
 @some
 def test_other_architectures(name, tmp_path):
     model = attached(name)
