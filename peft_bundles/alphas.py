@@ -109,7 +109,7 @@ def check_checkpointing(model: nn.Module) -> None:
     """
     if torch.is_grad_enabled() and any(isinstance(module, CheckpointWrapper) for module in model.modules()):
         raise RuntimeError(
-            "blocks are wrapped by torch's checkpoint_wrapper (FSDP's activation_checkpointing in accelerate); it would "
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP); it would "
             "run their bundles again in backward without this call's alphas and route. Leave it out and call "
             "model.gradient_checkpointing_enable(), which checkpoints inside of a block's hooks."
         )
