@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 
 if TYPE_CHECKING:
@@ -120,6 +121,20 @@ def state_of(model: nn.Module) -> BundleState:
     )
 
 
+def check_checkpointing(model: nn.Module) -> None:
+    """Refuse what would run a block's hook once more in backward, when this call's alphas and route are gone.
+
+    Raises:
+        RuntimeError: gradients are on, and blocks are wrapped for activation checkpointing from outside.
+    """
+    if torch.is_grad_enabled() and any(isinstance(module, CheckpointWrapper) for module in model.modules()):
+        raise RuntimeError(
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP); it would "
+            "run their bundles again in backward without this call's alphas and route. Leave it out and call "
+            "model.gradient_checkpointing_enable(), which checkpoints inside of a block's hooks."
+        )
+
+
 def parse_alphas(
     values: Mapping[str, Any] | Tensor | Sequence[Any], state: BundleState, per: str = "row"
 ) -> dict[str, AlphaValue]:
@@ -188,6 +203,7 @@ def alphas(
     Args: see `parse_alphas`; bundles may also be given as keywords, `alphas(model, b_rl_policy=0.0)`.
     """
     state = state_of(model)
+    check_checkpointing(model)
     given = parse_alphas(values, state, per) if values is not None else {}
     given.update(parse_alphas(by_name, state, per))
     call = state.call

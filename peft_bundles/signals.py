@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .alphas import BundleState, state_of
+from .alphas import BundleState, check_checkpointing, state_of
 from .config import BundleConfig
 from .functional import walk
 from .layer import BundleLayer
@@ -150,8 +150,10 @@ def route(
 
     Raises:
         ValueError: a signal that no bundle takes part in; rows that do not fit the batch.
+        RuntimeError: activation checkpointing from outside of the blocks (`alphas.check_checkpointing`).
     """
     state = state_of(model)
+    check_checkpointing(model)
     layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
     new = Route(
         state.configs,

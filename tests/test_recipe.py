@@ -1,7 +1,9 @@
 """recipes/rl_separate.py on a tiny model with a tokenizer of characters, without a network."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,6 +112,32 @@ def test_a_resumed_run_is_the_run(run, whole):
 def _losses(results: dict) -> list[dict]:
     kept = [{k: v for k, v in e.items() if k.startswith(("loss/", "held_out/", "ppo/"))} for e in results["history"]]
     return [entry for entry in kept if entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["ddp_2", "fsdp_2"])
+def test_two_processes_run_it_to_the_end(run, processes):
+    """As a user starts it, with accelerate's launcher; on CPUs through gloo."""
+    small = yaml.safe_load((run.folder / "small.yaml").read_text())
+    small["smoke"]["training"] |= {"ddp_backend": "gloo", "save_steps": 2}
+    (run.folder / f"{processes}.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+    plays = run.folder / "cache" / "plays"
+    plays.mkdir(parents=True, exist_ok=True)
+    for number in range(10):
+        (plays / f"{number}.txt").write_text(verse(number))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+    command += [f"--config_file={RECIPES / 'accelerate' / f'{processes}.yaml'}", str(RECIPES / "rl_separate.py")]
+    command += [f"--config={run.folder / f'{processes}.yaml'}", f"--model={run.folder / 'model'}", "--smoke"]
+    command += [f"--output={run.folder / processes}", "--steps=2"]
+    env = {**os.environ, "PEFT_BUNDLES_CACHE": str(run.folder / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((run.folder / processes / "results.json").read_text())
+    assert results["processes"] == 2 and results["steps"] == 2
+    assert list(results["table"]) == ["all on", "RL off", "preference off", "all off"]
+    assert {p.name for p in (run.folder / processes / "checkpoint-2").glob("objectives-*")} == {
+        f"objectives-{rank}.safetensors" for rank in (0, 1)
+    }
 
 
 def test_rewards(recipe):

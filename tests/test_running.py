@@ -27,6 +27,7 @@ from models import (
     weights,
 )
 from peft import PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import peft_bundles
 
@@ -220,6 +221,18 @@ def test_gradient_checkpointing_under_a_route():
         for n, gradient in plain.items():
             assert (gradient is None) == (other[n] is None), n
             assert gradient is None or torch.allclose(gradient, other[n], rtol=1e-4, atol=1e-6), n
+
+
+def test_checkpointing_from_outside_of_the_blocks_is_refused_where_it_would_lose_the_call():
+    model = attached().train()
+    inner = model.get_base_model().model
+    inner.layers[0] = checkpoint_wrapper(inner.layers[0])
+    for call in (lambda: model.route("lm"), lambda: model.alphas(b_mlp=0.5)):
+        with pytest.raises(RuntimeError, match=r"checkpoint_wrapper .* would run their bundles again in backward"):
+            with call():
+                pass
+    with torch.no_grad(), model.alphas(b_mlp=0.5):  # no backward, nothing to lose
+        model(batch())
 
 
 def test_gradient_checkpointing_under_alphas():

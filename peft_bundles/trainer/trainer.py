@@ -134,8 +134,11 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled:
-            raise ValueError("BundleTrainer does not run under DeepSpeed; use DDP, or FSDP2 to shard the frozen trunk.")
+        if self.is_deepspeed_enabled or args.deepspeed is not None:  # on CPUs accelerate would pass over it
+            raise ValueError(
+                "BundleTrainer does not run under DeepSpeed, which steps bundles that got no gradient as if it were 0, "
+                "and momentum moves them; use DDP, or FSDP2 to shard the frozen trunk (recipes/accelerate/fsdp_2.yaml)."
+            )
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             as_whole(self.accelerator)

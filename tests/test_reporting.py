@@ -1,0 +1,50 @@
+"""What a run reports outside of its own log: TensorBoard, trackio (without a network), TRL's rich progress bar."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import arguments, losses_of, model, pairs, texts, tokenizer
+from trl import RichProgressCallback
+
+from peft_bundles.objectives import LM, Preference
+from peft_bundles.trainer import BundleTrainer
+
+
+def run_of(folder: Path, callbacks=None, **fields) -> BundleTrainer:
+    objectives = [LM(texts(), eval_dataset=texts(3)), Preference(pairs())]
+    args = arguments(folder, eval_strategy="steps", eval_steps=3, **fields)
+    run = BundleTrainer(model(), args, objectives, tokenizer(), callbacks)
+    run.train()
+    return run
+
+
+def test_tensorboard_has_every_loss_and_what_bundles_did(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    run = run_of(tmp_path, report_to="tensorboard")
+    found = EventAccumulator(str(tmp_path / "runs")).Reload()
+    for name in ("loss/lm", "loss/preference", "grad_norm/b_lm", "update_norm/b_preference", "alpha/b_kl"):
+        logged = [entry[name] for entry in run.state.log_history if name in entry]
+        assert [e.value for e in found.Scalars(f"train/{name}")] == pytest.approx(logged) and len(logged) == 3
+    assert [e.step for e in found.Scalars("eval/loss/lm")] == [3]
+
+
+def test_trackio_keeps_them_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import trackio
+
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    run = run_of(tmp_path, report_to="trackio", project="bundles", trackio_static_space_id=False)
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = "".join(str(row) for row in database.execute("select * from metrics"))
+    for name in ("train/loss/preference", "train/grad_norm/b_lm"):
+        assert name in rows
+    assert len(losses_of(run)) == 3
+
+
+def test_rich_progress_of_trl(tmp_path, capsys):
+    run = run_of(tmp_path, [RichProgressCallback()])
+    assert "100%" in capsys.readouterr().out and run.state.global_step == 3
