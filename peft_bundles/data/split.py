@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 
@@ -48,21 +48,27 @@ def texts_of(row: Row) -> str:
     return str(row.get("text") or row.get("question") or row.get("prompt") or "")
 
 
-def check_leaks(train: Iterable[Row], test: Iterable[Row]) -> None:
-    """Raise ValueError if a test row stands in the training rows: the same text, or for long text a shared line.
+def leaked(train: Iterable[Row], test: Iterable[Row]) -> list[bool]:
+    """For each test row, whether it stands in the training rows: the same text, or for running text a shared line.
 
     The comparison ignores case and runs of blanks, so a copy with other line breaks is still found.
     """
     whole: set[str] = set()
     lines: set[str] = set()
     for row in train:
-        text = texts_of(row)
-        whole.add(_plain(text))
-        lines.update(_plain(line) for line in long_lines(text))
-    for row in test:
-        text = texts_of(row)
-        if _plain(text) in whole or any(_plain(line) in lines for line in long_lines(text) if "text" in row):
-            raise ValueError(f"a test row stands in the training rows: {text!r:.120}; split anew, or drop it.")
+        whole.add(_plain(texts_of(row)))
+        lines.update(_plain(line) for line in long_lines(texts_of(row)))
+    return [
+        _plain(texts_of(row)) in whole or ("text" in row and any(_plain(x) in lines for x in long_lines(row["text"])))
+        for row in test
+    ]
+
+
+def check_leaks(train: Iterable[Row], test: Sequence[Row]) -> None:
+    """Raise ValueError if a test row stands in the training rows, as `leaked` says."""
+    for row, found in zip(test, leaked(train, test)):
+        if found:
+            raise ValueError(f"a test row stands in the training rows: {texts_of(row)!r:.120}; split anew, or drop it.")
 
 
 def _plain(text: str) -> str:
