@@ -35,14 +35,11 @@ FIELDS = {  # topic -> field labels of gcide
     "medical": "Med|Surg|Physiol|Pharm|Anat",
 }
 ML_PACKAGES = {  # installed packages -> folders with their modules
-    "sklearn": (
-        "",
-        *(f"{p}/" for p in ["cluster", "decomposition", "ensemble", "linear_model", "manifold", "metrics"]),
-    ),
-    "transformers": ("", "generation/", "utils/"),
-    "peft": ("", "tuners/", "utils/"),
-    "trl": ("", "trainer/"),
-    "torch": ("nn/modules/", "optim/"),
+    "sklearn": ("", "cluster", "decomposition", "ensemble", "linear_model", "manifold", "metrics"),
+    "transformers": ("", "generation", "utils"),
+    "peft": ("", "tuners", "utils"),
+    "trl": ("", "trainer"),
+    "torch": ("nn/modules", "optim"),
 }
 STANDARD_LIBRARY = ("", "asyncio", "collections", "concurrent/futures", "email", "http", "importlib", "json", "logging")
 OTHERS = {  # topic -> WordNet: its own files of nouns, or the subjects that synsets are marked with
