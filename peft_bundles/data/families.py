@@ -40,7 +40,8 @@ class Source:
     read: Callable[[int, int | None, Path | None], tuple[list[Row], list[Row]]]
 
 
-BY_DOCUMENT = "every fifth document held out as a whole, pieces of 400 characters, none that shares a line"
+PIECE = 700  # characters: 128 tokens or more
+BY_DOCUMENT = "every fifth document held out as a whole, pieces of 700 characters, none that shares a line"
 WORDING = "test: the same facts asked in other words; a fact cannot be inferred from others"
 KNOWN = "a fifth of the items held out; a control of what the base model knows"
 QUESTIONS = "test questions made from seeds 10^6 further on, none twice"
@@ -68,13 +69,20 @@ def load(
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'.")
     source = SOURCES[name]
-    parts = source.read(seed, rows, None if folder is None else Path(folder))
-    check_leaks(*parts)
-    found = parts[split == "test"]
+    made = source.task == "logic" and folder is None  # only what is made depends on how much is asked for
+    found = _parts(name, seed, rows if made else None, None if folder is None else Path(folder))[split == "test"]
     if rows is not None and len(found) < rows:
         raise ValueError(f"source {name!r} has {len(found)} {split} rows, not {rows}; ask for fewer.")
     tags = {"task": source.task, "topic": source.topic, "source": name}
     return [{**row, **tags} for row in found[:rows]]
+
+
+@functools.lru_cache(maxsize=8)
+def _parts(name: str, seed: int, rows: int | None, folder: Path | None) -> tuple[list[Row], list[Row]]:
+    """What a source gives, checked, and kept: training and test rows are mostly read one after the other."""
+    parts = SOURCES[name].read(seed, rows, folder)
+    check_leaks(*parts)
+    return parts
 
 
 # ---- readers ----
@@ -84,7 +92,7 @@ def _text(documents: Callable[[], Any]) -> Callable[..., tuple[list[Row], list[R
     def read(seed: int, rows: int | None, folder: Path | None) -> tuple[list[Row], list[Row]]:
         found = documents()
         found = found if isinstance(found, dict) else {f"{i:06}": item for i, item in enumerate(found)}
-        train, test = ([{"text": piece} for piece in part] for part in split_by_document(found, seed))
+        train, test = ([{"text": piece} for piece in part] for part in split_by_document(found, seed, PIECE))
         return train, [row for row, known in zip(test, leaked(train, test)) if not known]
 
     return read

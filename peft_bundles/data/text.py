@@ -9,6 +9,7 @@ import html
 import importlib.util
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -59,10 +60,22 @@ def docstrings_under(root: Path, parts: Sequence[str]) -> dict[str, str]:
     """The same of the modules in these folders of `root`; "" is `root` itself."""
     found = {}
     for path in (p for part in parts for p in (root / part).glob("*.py")):
-        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        nodes = _statements(ast.parse(path.read_text(encoding="utf-8")))
         texts = [ast.get_docstring(n) for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.Module))]
         found[str(path.relative_to(root))] = "\n\n".join(filter(None, texts))
     return found
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The statements of a module in the order of `ast.walk`, which would look into every expression too."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            inner = getattr(node, name, None)
+            if isinstance(inner, list):
+                waiting.extend(x for x in inner if isinstance(x, (ast.stmt, ast.ExceptHandler, ast.match_case)))
 
 
 def gensim_file(pattern: str) -> bytes:
