@@ -13,16 +13,16 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def last_number(text: str) -> Fraction | None:
-    """The number after the last "####", else the last number of the text, exactly; None if it has none.
+    """The first number after the last "####", else the last number of the text, exactly; None if it has none.
 
     Thousands may have commas ("1,200"), and a fraction is a number ("3/4"): GSM8K's answers are written so.
     """
-    tail = text.rpartition("####")[2] if "####" in text else text
-    found = NUMBER.findall(tail)
+    marked = "####" in text
+    found = NUMBER.findall(text.rpartition("####")[2] if marked else text)
     if not found:
         return None
     try:
-        return Fraction(found[-1].replace("$", "").replace(",", ""))
+        return Fraction(found[0 if marked else -1].replace("$", "").replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
 
