@@ -139,6 +139,8 @@ def cell(base: Any, mask: str, seed: int, steps: int, train: Any, test: Any, gen
 class Characters:
     """`ids_of` as `calibrate` calls a tokenizer."""
 
+    pad_token_id = eos_token_id = 0
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": ids_of(text)[:LENGTH]}
 

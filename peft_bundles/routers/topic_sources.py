@@ -163,7 +163,7 @@ class Embedding:
 
 
 class Clusters:
-    """K-means; tau is the mean of the topics of the groups that a text is near.
+    """K-means; tau is the mean of the topics of the groups that a text is near, mostly one: two topics are rarely seen.
 
     Attributes:
         names: of the groups, their three most typical words.
