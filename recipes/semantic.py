@@ -321,10 +321,11 @@ def show(record: dict[str, Any]) -> None:
     matrix, cell = record["matrix"], record["cell"]
     topics = [topic for topic in matrix if topic != "other"]
     title = ", ".join(f"{k}={v}" for k, v in cell.items()) or "default"
-    drawn = Table("held-out loss", "base", "none", *topics, "all", title=f"{title}, seed {record['seed']}")
+    names = [topic[:6] for topic in topics]  # it has to fit 80 columns
+    drawn = Table("loss", "base", "none", *names, "all", padding=(0, 0), title=f"{title}, seed {record['seed']}")
     for topic, row in matrix.items():
         differences = [f"{row[c] - row['none']:+.3f}" for c in (*topics, "all")]
-        drawn.add_row(topic, f"{row['base']:.3f}", f"{row['none']:.3f}", *differences)
+        drawn.add_row(topic[:6], f"{row['base']:.3f}", f"{row['none']:.3f}", *differences)
     print(drawn)
 
 
