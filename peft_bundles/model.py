@@ -402,9 +402,9 @@ class BundleModel(BaseTuner):
         """Gates for all later forwards; see `alphas.set_alphas`."""
         set_alphas(self.model, values, per=per)
 
-    def route(self, signals: Any, *, block_diagonal: bool = False) -> AbstractContextManager[None]:
+    def route(self, signals: Any, *, weights: Any = None, block_diagonal: bool = False) -> AbstractContextManager[None]:
         """Route the gradients of the block's forwards; see `signals.route`."""
-        return routing.route(self.model, signals, block_diagonal=block_diagonal)
+        return routing.route(self.model, signals, weights=weights, block_diagonal=block_diagonal)
 
     def routed_backward(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> None:
         """Backward of several losses into their own bundles; see `signals.routed_backward`."""

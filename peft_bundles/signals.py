@@ -47,8 +47,12 @@ class Route:
         configs: Mapping[str, BundleConfig],
         signals: Signals | Sequence[Signals | Segments],
         packings: Mapping[tuple[str, torch.device], tuple[Packing, torch.dtype]],
+        weights: Mapping[str, Tensor | Sequence[float]] | None = None,
     ) -> None:
         self._configs = dict(configs)
+        self._weights = _row_weights(configs, weights or {})
+        if self._weights and isinstance(signals, (str, tuple)):
+            signals = [signals] * len(next(iter(self._weights.values())))
         self.uniform = isinstance(signals, (str, tuple))
         given: Sequence[Any] = [signals] if self.uniform else signals
         self.packed = any(isinstance(row, list) for row in given)
@@ -62,10 +66,18 @@ class Route:
         check_signals(configs, self.signals)
         if len(lengths := {sum(n for _, n in row) for row in self.rows}) > 1:
             raise ValueError(f"packed rows have {sorted(lengths)} tokens; the segments of every row must add up alike.")
+        if wrong := {name: len(w) for name, w in self._weights.items() if len(w) != len(self.rows)}:
+            raise ValueError(f"weights have {wrong} values, but there are {len(self.rows)} rows; give one a row.")
         self._columns = {s: routing_column(configs, s) for s in self.signals}
         self.deferred = any(len({self._columns[s] for s in signals}) > 1 for row in self.rows for signals, _ in row)
         self._live = {
-            adapter: {name for s in self.signals for name, w in config.column(s).items() if w > 0}
+            adapter: {
+                name
+                for i, row in enumerate(self.rows)
+                for s in dict.fromkeys(s for segment, _ in row for s in segment)
+                for name, w in config.column(s).items()
+                if w > 0 and (name not in self._weights or self._weights[name][i] > 0)
+            }
             for adapter, config in configs.items()
         }
         # Made here and not in the forward: a compiled graph only looks them up.
@@ -98,7 +110,10 @@ class Route:
             return [columns[0][n] if all(c[n] == columns[0][n] for c in columns) else float("nan") for n in names]
 
         rows = [[weights(signals) for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
-        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]), len(names))
+        table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]), len(names))
+        for name in (n for n in names if n in self._weights):
+            table[..., names.index(name)] *= torch.tensor(self._weights[name], dtype=torch.float64)[:, None]
+        return table
 
     def gate(self, adapter: str, hidden: Tensor) -> Tensor | None:
         """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
@@ -132,6 +147,22 @@ def check_signals(configs: Mapping[str, BundleConfig], signals: Sequence[str]) -
         raise ValueError(f"no bundle takes part in signal(s) {unknown}; the config's signals are {known}.")
 
 
+def _row_weights(
+    configs: Mapping[str, BundleConfig], weights: Mapping[str, Tensor | Sequence[float]]
+) -> dict[str, list[float]]:
+    """The rows' own weights as lists; raises ValueError for an unknown bundle or a weight outside [0, 1]."""
+    known = list(dict.fromkeys(name for config in configs.values() for name in config.bundles or ()))
+    found = {}
+    for name, values in weights.items():
+        if name not in known:
+            raise ValueError(f"weights name the bundle {name!r}; known are {known}.")
+        row = torch.as_tensor(values, dtype=torch.float64)
+        if row.dim() != 1 or not len(row) or not bool(((row >= 0) & (row <= 1)).all()):
+            raise ValueError(f"weights[{name!r}]={values!r} must be one number in [0, 1] a row of the batch.")
+        found[name] = row.tolist()
+    return found
+
+
 def routing_column(configs: Mapping[str, BundleConfig], signal: str) -> tuple[float, ...]:
     """A signal's weight for every bundle of every adapter: signals with equal columns need only one backward."""
     return tuple(w for config in configs.values() for w in config.column(signal).values())
@@ -139,17 +170,24 @@ def routing_column(configs: Mapping[str, BundleConfig], signal: str) -> tuple[fl
 
 @contextmanager
 def route(
-    model: nn.Module, signals: Signals | Sequence[Signals | Segments], *, block_diagonal: bool = False
+    model: nn.Module,
+    signals: Signals | Sequence[Signals | Segments],
+    *,
+    weights: Mapping[str, Tensor | Sequence[float]] | None = None,
+    block_diagonal: bool = False,
 ) -> Iterator[None]:
     """Route the gradients of the block's forwards. Rows are those of the batch; forward values do not change.
 
     Args:
         signals: one signal for all rows; or a list with one entry a row: a signal, a tuple of signals whose losses will
             be computed on that row (then call `routed_backward`), or a packed row's segments `[(signal, tokens)]`.
+        weights: bundle -> one number in [0, 1] a row, a factor on what the signal's table says of that bundle (topics:
+            `routers.topics`); bundles not named have 1. One that is 0 in all rows gets no gradient, not a zero.
         block_diagonal: say that packed segments do not attend to each other. Only then is a gate per segment exact.
 
     Raises:
-        ValueError: a signal that no bundle takes part in; rows that do not fit the batch.
+        ValueError: a signal that no bundle takes part in; rows that do not fit the batch; weights of no bundle, or
+            outside [0, 1].
         RuntimeError: activation checkpointing from outside of the blocks (`alphas.check_checkpointing`).
     """
     state = state_of(model)
@@ -163,6 +201,7 @@ def route(
             for layer in layers
             for adapter, basis in layer.bundle_basis.items()
         },
+        weights,
     )
     if new.packed and not block_diagonal:
         warnings.warn(

@@ -9,6 +9,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_bundles.data.split import long_lines
+
 
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
 WORDS = LINE.split()
@@ -58,7 +60,7 @@ def test_train_and_held_out_share_no_document_and_no_line(modules):
         assert all(line not in verse(4) and line not in verse(9) for line in piece.splitlines())
     for piece in held_out:
         assert any(piece in documents[name] for name in ("play 4", "play 9"))
-    lines = [{line for piece in part for line in data.long_lines(piece)} for part in (train, held_out)]
+    lines = [{line for piece in part for line in long_lines(piece)} for part in (train, held_out)]
     assert lines[0].isdisjoint(lines[1])
     assert data.split_by_document(documents, seed=0) == (train, held_out)
     assert data.split_by_document(documents, seed=1) != (train, held_out)

@@ -1,4 +1,4 @@
-"""What a trained adapter does: sweeps of alpha."""
+"""Measuring: answers, probabilities, code, text, and sweeps of alpha."""
 
 from .sweeps import AlphaSweep, alpha_sweep, negative_loss, text_batch
 

