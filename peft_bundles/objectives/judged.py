@@ -50,8 +50,8 @@ class Judged(Objective):
 
     def answers(self, dataset: Dataset, column: str, carried: list[Any]) -> list[tuple[dict[str, Any], Any]]:
         """Ids and completion mask of prompt + a column, each with what is carried along; too long ones left out."""
-        rows = dataset.select_columns(["prompt", column]).add_column("row", list(range(len(dataset))))
-        rows = text_rows(rows.rename_column(column, "completion"), self.tokenizer, None)
+        pairs = {"prompt": dataset["prompt"][:], "completion": dataset[column][:], "row": list(range(len(dataset)))}
+        rows = text_rows(Dataset.from_dict(pairs), self.tokenizer, None)
         limit = self.max_length or max(len(ids) for ids in rows["input_ids"])
         return [
             ({"ids": row["input_ids"], "mask": row["completion_mask"]}, carried[row["row"]])
