@@ -88,7 +88,7 @@ def fit(head: torch.nn.Module, loss: Callable[[Any], Tensor], parts: list[Any], 
             optimizer.step()
 
 
-def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: int = 1000) -> dict[str, float]:
+def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: int = 500) -> dict[str, float]:
     """A measure of row numbers, with its 95% interval over resampled groups."""
     rng, by = np.random.default_rng(0), [np.flatnonzero(groups == g) for g in np.unique(groups)]
     values = []
@@ -260,7 +260,7 @@ def consistency(bench: Bench) -> None:
         return o.compare(part[0][read], part[2]["contradicts"][read])[0]["consistency"]
 
     for name, length in (("pairs", 1), ("sequences", 4)):
-        train, test = (breaks(people(bench.size(n), length, seed=n), seed=n) for n in (192, 128))
+        train, test = (breaks(people(bench.size(n), length, seed=n), seed=n) for n in (128, 80))
         bench.run(f"consistency, {name}", Consistency, train, test, None, loss, measure)
 
 
