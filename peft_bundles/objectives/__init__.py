@@ -2,10 +2,32 @@
 
 from .anchor import Anchor
 from .base import Objective, Outputs, Share
+from .calibration import Calibration
+from .confusion import Confusion
+from .consistency import Consistency
+from .contrastive import Contrastive, document_pairs
 from .forward import Forward
 from .lm import LM
+from .meta_correctness import MetaCorrectness
 from .preference import Preference
 from .rollout import PPO
+from .temporal import Temporal
 
 
-__all__ = ["LM", "PPO", "Anchor", "Forward", "Objective", "Outputs", "Preference", "Share"]
+__all__ = [
+    "LM",
+    "PPO",
+    "Anchor",
+    "Calibration",
+    "Confusion",
+    "Consistency",
+    "Contrastive",
+    "Forward",
+    "MetaCorrectness",
+    "Objective",
+    "Outputs",
+    "Preference",
+    "Share",
+    "Temporal",
+    "document_pairs",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from . import ppo
 from .base import Batch, Objective, Outputs, Share, draw, seed_of
 from .data import prompt_ids, require
 from .forward import Forward, seeded
+from .heads import SubspaceHead, subspace
+from .intrinsic import Curiosity, advantage_error
 from .rewards import name_of, score
 from .tokens import masked_mean, masked_sum, token_entropy, token_logprobs, wide
 
@@ -25,15 +28,16 @@ ADVANTAGES = ("gae", "grpo", "rloo")
 # Per completion (n, ...) tensors of a rollout; those of tokens are (n, T) or, aligned with token t >= 1, (n, T - 1).
 _BY_TOKEN = ("input_ids", "attention_mask", "completion_mask")
 _BY_NEXT = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+_CURIOUS = "next_states"  # (n, T - 1, r), with curiosity only
 
 
 class PPO(Objective):
     """Proximal policy optimisation (Schulman et al. 2017), or with group-relative advantages GRPO and RLOO.
 
-    Signals: "policy"; "value" with "gae"; "entropy" and "kl" where their coefficients are not 0 (KL only if it is a
-    loss). A row of the batch plan is a completion. A rollout has `rows * accumulation * minibatches` completions a
-    process and is used for `epochs * minibatches` steps; log-probabilities of the old policy and of the reference, and
-    values, are computed once, when it is made.
+    Signals: "policy"; "value" with "gae"; "entropy", "kl" (only if it is a loss), "advantage" and "curiosity" where
+    their coefficients are not 0. A row of the batch plan is a completion. A rollout has `rows * accumulation *
+    minibatches` completions a process and is used for `epochs * minibatches` steps; log-probabilities of the old policy
+    and of the reference, and values, are computed once, when it is made.
 
     Args:
         dataset: rows with a `prompt`, text or conversation; other columns go to the reward functions.
@@ -52,6 +56,9 @@ class PPO(Objective):
         kl_estimator: "k1", "k2" or "k3" (`ppo.kl_estimate`); "k1" only in the reward: as a loss it has no gradient.
         kl_target, kl_horizon: lead the coefficient to this KL a completion, in nats (`ppo.KLController`).
         epochs, minibatches: passes over a rollout, and steps a pass.
+        advantage_coef: factor of the error of a head that regresses a token's advantage (`intrinsic.py`).
+        curiosity_coef: factor of the error of a head that predicts the next state; curiosity_reward: what a token gets
+            per unit of that error, as an intrinsic reward.
         missing_eos_penalty: taken off the reward of a completion without end token.
 
     Raises:
@@ -86,6 +93,9 @@ class PPO(Objective):
         kl_horizon: int = 10_000,
         epochs: int = 4,
         minibatches: int = 1,
+        advantage_coef: float = 0.0,
+        curiosity_coef: float = 0.0,
+        curiosity_reward: float = 0.0,
         missing_eos_penalty: float | None = None,
     ) -> None:
         self.functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
@@ -115,12 +125,26 @@ class PPO(Objective):
         ):
             if number < 1:
                 raise ValueError(f"{me}: {field}={number!r} must be at least 1.")
+        for field, factor in (
+            ("advantage_coef", advantage_coef),
+            ("curiosity_coef", curiosity_coef),
+            ("curiosity_reward", curiosity_reward),
+        ):
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"{me}: {field}={factor!r} must be a number >= 0.")
+        if curiosity_reward and not curiosity_coef:
+            raise ValueError(
+                f"{me}: curiosity_reward={curiosity_reward!r} is paid for the error of a head that nothing trains; set "
+                "curiosity_coef, e.g. 1.0."
+            )
         if not temperature > 0:
             raise ValueError(f"{me}: temperature={temperature!r} must be positive.")
         emitted = ["policy"]
         emitted += ["value"] if advantages == "gae" else []
         emitted += ["entropy"] if entropy_coef else []
         emitted += ["kl"] if kl_coef and kl_in == "loss" else []
+        emitted += ["advantage"] if advantage_coef else []
+        emitted += ["curiosity"] if curiosity_coef else []
         super().__init__(name, emitted, dataset, eval_dataset)
         self.penalties = tuple(s for s in ("entropy", "kl") if s in emitted)
         self.advantages, self.num_generations, self.generation = advantages, num_generations, dict(generation or {})
@@ -130,7 +154,11 @@ class PPO(Objective):
         self.kl = ppo.KLController(kl_coef, kl_target, kl_horizon)
         self.kl_in, self.kl_estimator = kl_in, kl_estimator
         self.epochs, self.minibatches, self.missing_eos_penalty = epochs, minibatches, missing_eos_penalty
+        self.advantage_coef, self.curiosity_coef = advantage_coef, curiosity_coef
+        self.curiosity_reward = curiosity_reward
         self.value_head: nn.Linear | None = None
+        self.advantage_head: SubspaceHead | None = None
+        self.curiosity: Curiosity | None = None
         self._rollout: dict[str, Tensor] | None = None
         self._index = -1
 
@@ -154,6 +182,11 @@ class PPO(Objective):
             self.value_head = nn.Linear(width, 1)
             nn.init.zeros_(self.value_head.weight)  # values start at 0 instead of at noise
             nn.init.zeros_(self.value_head.bias)
+        if "advantage" in self.signals:
+            self.advantage_head = SubspaceHead(subspace(model, "advantage"), 1, self.name)
+        if "curiosity" in self.signals:
+            weight = model.get_output_embeddings().weight  # type: ignore[operator]
+            self.curiosity = Curiosity(subspace(model, "curiosity"), weight, self.name)
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
         require(self.name, dataset, ("prompt",))
@@ -166,7 +199,10 @@ class PPO(Objective):
         return rows
 
     def head(self) -> nn.Module | None:
-        return self.value_head
+        if self.advantage_head is None and self.curiosity is None:
+            return self.value_head
+        heads = {"value": self.value_head, "advantage": self.advantage_head, "curiosity": self.curiosity}
+        return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
 
     def steps(self, share: Share) -> int:
         completions = len(self.rows) * self.num_generations
@@ -232,19 +268,25 @@ class PPO(Objective):
         rewards = rewards.to(forward.device)
 
         parts: dict[str, list[Tensor]] = {"old_logprobs": [], "ref_logprobs": [], "old_values": []}
+        parts |= {_CURIOUS: [], "intrinsic": []} if self.curiosity is not None else {}
         for start in range(0, len(rows), chunk):
             part = {k: found[k][start : start + chunk] for k in _BY_TOKEN}
             now = forward.current(self.name, part)
             parts["old_logprobs"].append(token_logprobs(now.logits, part["input_ids"], self.temperature))
             parts["old_values"].append(self._values(now))
-            reference = forward.reference(part).logits
-            parts["ref_logprobs"].append(token_logprobs(reference, part["input_ids"], self.temperature))
+            reference = forward.reference(part)
+            parts["ref_logprobs"].append(token_logprobs(reference.logits, part["input_ids"], self.temperature))
+            if self.curiosity is not None:
+                parts[_CURIOUS].append(self.curiosity.target(reference.hidden))
+                parts["intrinsic"].append(self.curiosity(now.hidden, part["input_ids"], parts[_CURIOUS][-1]))
         found |= {name: torch.cat(tensors) for name, tensors in parts.items()}
 
         mask = found["completion_mask"][:, 1:].float()
         kl = ppo.kl_estimate(found["old_logprobs"], found["ref_logprobs"], self.kl_estimator)
         kl = torch.where(mask > 0, kl, 0.0)
-        self._advantages(found, rewards, kl, mask, reduce)
+        by_token = -self.kl.coefficient * kl if self.kl_in == "reward" else torch.zeros_like(kl)
+        intrinsic = mask * found.pop("intrinsic", torch.zeros_like(mask))
+        self._advantages(found, rewards, by_token + self.curiosity_reward * intrinsic, mask, reduce)
         exact = ppo.kl_estimate(found["old_logprobs"], found["ref_logprobs"], "k3")
         metrics = {
             "reward": rewards.mean(),
@@ -254,6 +296,8 @@ class PPO(Objective):
             "ended": ended.float().mean().to(mask.device),
             **{f"reward/{name_of(f)}": table[:, i].nanmean().to(mask.device) for i, f in enumerate(self.functions)},
         }
+        if self.curiosity is not None:
+            metrics["intrinsic_reward"] = self.curiosity_reward * intrinsic.sum(1).mean()
         if self.value_head is not None:
             metrics["explained_variance"] = ppo.explained_variance(found["old_values"], found["returns"], mask)
         if reduce and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -299,17 +343,18 @@ class PPO(Objective):
         columns = {k: [row[k] for row in rows] for k in rows[0] if k not in ("prompt", "prompt_ids", "completion")}
         return score(self.name, self.functions, [row["prompt"] for row in rows], texts, completion_ids, columns)
 
-    def _advantages(self, found: dict[str, Tensor], rewards: Tensor, kl: Tensor, mask: Tensor, reduce: bool) -> None:
-        """Add `advantages` and `returns`, (n, T - 1)."""
-        kl_reward = -self.kl.coefficient * kl if self.kl_in == "reward" else torch.zeros_like(kl)
+    def _advantages(
+        self, found: dict[str, Tensor], rewards: Tensor, by_token: Tensor, mask: Tensor, reduce: bool
+    ) -> None:
+        """Add `advantages` and `returns`, (n, T - 1), of rewards (n,) and those of every token (n, T - 1)."""
         if self.advantages != "gae":
             found["advantages"] = mask * ppo.group_advantages(
-                rewards + kl_reward.sum(1), self.num_generations, self.advantages
+                rewards + by_token.sum(1), self.num_generations, self.advantages
             ).unsqueeze(1)
             found["returns"] = torch.zeros_like(mask)
             return
         last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)
-        by_token = kl_reward + rewards[:, None] * last
+        by_token = by_token + rewards[:, None] * last
         advantages, found["returns"] = ppo.gae(by_token, found["old_values"], mask, self.gamma, self.lam)
         found["advantages"] = ppo.whiten(advantages, mask, reduce=reduce) if self.whiten else advantages
 
@@ -343,6 +388,13 @@ class PPO(Objective):
         if "kl" in self.signals:
             kl = ppo.kl_estimate(logprobs, batch["ref_logprobs"], self.kl_estimator)
             losses["kl"] = self.kl.coefficient * masked_mean(kl, mask)
+        if self.advantage_head is not None:
+            error, said = advantage_error(self.advantage_head, outputs.hidden, batch["advantages"])
+            losses["advantage"] = self.advantage_coef * masked_mean(error, mask)
+            metrics["advantage_explained"] = ppo.explained_variance(said, batch["advantages"], mask)
+        if self.curiosity is not None:
+            error = self.curiosity(outputs.hidden, ids, batch[_CURIOUS])
+            losses["curiosity"] = self.curiosity_coef * masked_mean(error, mask)
         seen = logprobs.detach()
         metrics |= {
             "entropy": entropy.detach(),
@@ -368,6 +420,6 @@ def _rows(rollout: Mapping[str, Tensor], rows: Tensor) -> Batch:
     """Some rows of a rollout, without the columns that none of them uses; `metric.` scalars as they are."""
     length = int(rollout["attention_mask"][rows.to(rollout["attention_mask"].device)].sum(1).max())
     batch: Batch = {k: v for k, v in rollout.items() if k.startswith("metric.")}
-    for name in (*_BY_TOKEN, *_BY_NEXT):
-        batch[name] = rollout[name].to(rows.device)[rows, : length - (name in _BY_NEXT)]
+    for name in (*_BY_TOKEN, *_BY_NEXT, *({_CURIOUS} & rollout.keys())):
+        batch[name] = rollout[name].to(rows.device)[rows, : length - (name not in _BY_TOKEN)]
     return batch

@@ -1,0 +1,131 @@
+"""Meta-correctness: is this reasoning right?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+
+from .base import Batch, Outputs
+from .data import require
+from .heads import at, labels, texts
+from .judged import Judged, accuracy, sequences
+from .tokens import masked_sum, token_logprobs
+
+
+SINGLE, PAIR = ("prompt", "completion", "correct"), ("prompt", "chosen", "rejected")
+
+
+class MetaCorrectness(Judged):
+    """BCE(s, correct), for pairs also -log sigmoid(s_right - s_wrong), and the loss of an explanation as text.
+
+    s is read by a linear head in the owners' subspace (`heads.py`) from the last token of the reasoning. The two sides
+    of a pair are read apart and compared as by Bradley and Terry (1952), so what is said cannot depend on which of
+    them came first. An explanation follows the reasoning in the same row: causal attention keeps it from the head, and
+    its tokens add `explanation_weight` times their mean -log p.
+
+    Failure mode: right and wrong reasonings that differ in length, style or source are told apart by that. Take both
+    from the same source, and look at `accuracy` on answers of a source that was not trained on. An explanation made by
+    a template teaches the template.
+
+    Args:
+        dataset: `prompt`, `completion`, `correct` and, if there are some, `explanation`; or pairs `prompt`, `chosen`
+            (right), `rejected` (wrong), and `chosen_explanation`, `rejected_explanation`. Explanations are text; an
+            empty one is none.
+        signal: name of the signal, and of the objective.
+        explanation_weight: of the explanation's loss.
+        eval_dataset, max_length: as of `Confusion`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        signal: str = "meta_correctness",
+        explanation_weight: float = 0.5,
+        eval_dataset: Any = None,
+        max_length: int | None = 1024,
+    ) -> None:
+        super().__init__(dataset, signal, eval_dataset, max_length)
+        if not 0 <= explanation_weight < math.inf:
+            raise ValueError(f"objective {signal!r}: explanation_weight={explanation_weight!r} must be a number >= 0.")
+        self.explanation_weight = explanation_weight
+
+    def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
+        found = require(self.name, dataset, PAIR, SINGLE)
+        texts(self.name, dataset, *(column for column in found if column != "correct"))
+        if found == SINGLE:
+            marks = labels(self.name, dataset["correct"], "correct")
+            explained = self._explanations(dataset, "explanation")
+            rows = self.answers(dataset, "completion", list(zip(marks, explained)))
+            return [{"sides": [self._explained(row, why)], "correct": [mark]} for row, (mark, why) in rows]
+        for number, (a, b) in enumerate(zip(dataset["chosen"], dataset["rejected"])):
+            if a == b:
+                raise ValueError(f"objective {self.name!r}: row {number}: chosen and rejected are the same; drop it.")
+        sides = []
+        for column in ("chosen", "rejected"):
+            carried = list(enumerate(self._explanations(dataset, f"{column}_explanation")))
+            rows = self.answers(dataset, column, carried)
+            sides.append({number: self._explained(row, why) for row, (number, why) in rows})
+        kept = [number for number in sides[0] if number in sides[1]]
+        return [{"sides": [side[number] for side in sides], "correct": [1.0, 0.0]} for number in kept]
+
+    def _explanations(self, dataset: Dataset, column: str) -> list[str]:
+        if column not in dataset.column_names:
+            return [""] * len(dataset)
+        return [value or "" for value in dataset[column]]
+
+    def _explained(self, row: dict[str, Any], explanation: str) -> dict[str, Any]:
+        """The row with the tokens of its explanation, as far as max_length lets them, in `told`."""
+        extra: list[int] = []
+        if explanation.strip():
+            extra = self.tokenizer(text=explanation, add_special_tokens=False)["input_ids"]
+            extra = [*extra, self.tokenizer.eos_token_id]
+        if self.max_length is not None:
+            extra = extra[: self.max_length - len(row["ids"])]
+        return {
+            "ids": [*row["ids"], *extra],
+            "mask": [*row["mask"], *[0] * len(extra)],
+            "told": [*[0] * len(row["ids"]), *[1] * len(extra)],
+        }
+
+    def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
+        """The sequences of a batch are all first sides, then all second ones."""
+        sides = [row["sides"][i] for i in range(len(rows[0]["sides"])) for row in rows]
+        batch = sequences(sides, self.tokenizer)
+        told = torch.zeros_like(batch["input_ids"])
+        for i, side in enumerate(sides):
+            told[i, : len(side["told"])] = torch.tensor(side["told"])
+        correct = [row["correct"][i] for i in range(len(rows[0]["correct"])) for row in rows]
+        return {**batch, "told": told, "correct": torch.tensor(correct), "sides": len(rows[0]["sides"])}
+
+    def items(self, batch: Batch) -> Tensor:
+        return super().items(batch) / batch["sides"]
+
+    def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        loss, metrics = self.compare(outputs.hidden, batch)
+        mask = batch["told"][:, 1:]
+        if self.explanation_weight and mask.any():
+            logprobs = masked_sum(token_logprobs(outputs.logits, batch["input_ids"]), mask)
+            told = -(logprobs / mask.sum(1).clamp_min(1)).mean()
+            loss = loss + self.explanation_weight * told.to(loss.dtype)
+            metrics["explanation_loss"] = told.detach()
+        else:
+            metrics["explanation_loss"] = torch.zeros_like(loss)
+        return {self.signals[0]: loss}, metrics
+
+    def compare(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the judgement and metrics from final states (B, T, d)."""
+        scores = self.read(at(hidden, batch["last"]))[:, 0]
+        loss = F.binary_cross_entropy_with_logits(scores, batch["correct"].to(scores.dtype))
+        metrics = {"accuracy": accuracy(scores.detach(), batch["correct"])}
+        if batch["sides"] == 2:
+            right, wrong = scores.chunk(2)
+            loss = loss - F.logsigmoid(right - wrong).mean()
+            metrics["pair_accuracy"] = (right > wrong).float().mean()
+        return loss, metrics
