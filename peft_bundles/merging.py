@@ -90,8 +90,8 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
         theirs = bundle_shapes(other.config, other.hidden_size)[name]
         if group_key(other) != group_key(first):
             raise ValueError(
-                f"{other.source} and {first.source} were trained in different bases, or with another projection or scaling; they "
-                "cannot merge."
+                f"{other.source} and {first.source} were trained in different bases, or with another projection or "
+                "scaling; they cannot merge."
             )
         if list(other.config.sub_bases or ()) != list(first.config.sub_bases or ()) or not torch.equal(
             theirs.support, shape.support
