@@ -163,7 +163,7 @@ def test_loading_weights_into_a_calibrated_adapter_keeps_its_states(tmp_path):
 
 
 def train(model, ids, steps=120):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -207,6 +207,7 @@ def test_the_default_disturbs_less_than_what_it_replaced():
         train(model, ids)
         with torch.no_grad():
             found[name] = model(input_ids=ids, labels=ids).loss.item(), disturbance(model, base_logits, text)
-    assert found["default"][0] < 0.5
+    start = torch.nn.functional.cross_entropy(base(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found["default"][0] < 0.25 * start.item()
     assert found["default"][1] < 0.5 * found["loud"][1]
     assert found["default"][1] < 0.5 * found["projected"][1]
