@@ -21,23 +21,32 @@ _ORDER = ("mlp", "full", "linear", "diag", "identity")
 
 
 class _Scatter(torch.autograd.Function):
-    """Write many weights into a flat tensor, at `index`; gradients go to those flagged in `learn`, None to the rest.
+    """Write many weights into a flat tensor of zeros, at `index`, and ones at `ones`; in the dtype of `like`.
+
+    Gradients go to the weights flagged in `learn`, None to the rest.
 
     One node for all of them: a node or two per weight is what many small bundles would spend their time on.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, index: Tensor, learn: list[bool], *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, like: Tensor, size: int, ones: Tensor | None, index: Tensor, learn: list[bool], *parts: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(index)
         ctx.learn, ctx.shapes, ctx.dtype = learn, [p.shape for p in parts], parts[0].dtype
-        return out.scatter(0, index, torch.cat([p.reshape(-1) for p in parts]).to(out.dtype))
+        return _flat(like, size, ones).scatter_(0, index, torch.cat([p.reshape(-1) for p in parts]).to(like.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         flat = grad.gather(0, index).to(ctx.dtype).split([shape.numel() for shape in ctx.shapes])
         parts = (g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
-        return None, None, None, *parts
+        return None, None, None, None, None, *parts
+
+
+def _flat(like: Tensor, size: int, ones: Tensor | None) -> Tensor:
+    out = like.new_zeros(size)
+    return out if ones is None or not len(ones) else out.index_fill_(0, ones, 1.0)
 
 
 class Packing:
@@ -138,18 +147,19 @@ class Packing:
         def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
             names = [name for name in self.projected if name in table]
             learn = [live is None or name in live for name in names]
-            eye = index.get(f"{where}_eye")
-            out = basis.new_zeros(rows * columns)
-            out = out if eye is None or not len(eye) else out.index_fill(0, eye, 1.0)
-            out = _Scatter.apply(out, index[where], learn, *(table[n] for n in names)) if names else out
-            return out.view(rows, columns)
+            to, ones = (basis, rows * columns), index.get(f"{where}_eye")
+            if not names:
+                return _flat(*to, ones).view(rows, columns)
+            return _Scatter.apply(*to, ones, index[where], learn, *(table[n] for n in names)).view(rows, columns)
 
         def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
             value = table[name].to(basis.dtype)
             return value if live is None or name in live else value.detach()
 
-        size = basis.shape[0]
-        D, E = basis.new_zeros(size, self.padding), basis.new_zeros(self.padding, size)
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            # beta=0: the first argument is not read. The factor is part of the product, and not one more kernel.
+            return left @ right if scaling == 1.0 else torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
+
         if self.projected:
             reads = blocks(down, "down", self.total_hidden, self.width)
             writes = blocks(up, "up", self.total_hidden, self.width)
@@ -157,9 +167,11 @@ class Packing:
                 W = blocks(weight, "weight", self.width, self.basis_rank)
                 reads = reads @ W
                 writes = writes @ (blocks(weight_out, "weight", self.width, self.basis_rank) if weight_out else W)
-            D, E = basis @ reads.T, writes @ basis.T
+            D, E = basis @ reads.T, product(writes, basis.T)
+        else:
+            D, E = basis.new_zeros(basis.shape[0], self.padding), basis.new_zeros(self.padding, basis.shape[0])
         if self.full:
             m = self.before_full
             D = torch.cat([D[:, :m], *(alone(down, name).T for name in self.full), D[:, m:]], 1)
-            E = torch.cat([E[:m], *(alone(up, name).T for name in self.full), E[m:]])
-        return D if inverse_scale is None else D * inverse_scale[:, None], E if scaling == 1.0 else E * scaling
+            E = torch.cat([E[:m], *(scaling * alone(up, name).T for name in self.full), E[m:]])
+        return D if inverse_scale is None else D * inverse_scale[:, None], E

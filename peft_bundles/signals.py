@@ -247,10 +247,11 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     state = state_of(model)
     check_signals(state.configs, list(losses))
     routes: dict[str, list[Route]] = {}
+    leaves: dict[str, list[Tensor]] = {}
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:
             raise ValueError(f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)}.")
-        routes[signal] = _routes_of(state, signal, loss)
+        leaves[signal], routes[signal] = _reach(state, signal, loss)
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
     used = list(dict.fromkeys(r for found in routes.values() for r in found))
 
@@ -260,18 +261,18 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
             total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
             for r in used:
                 r.choose(set(signals))
-            _one_pass(
-                state, total, signals, bool(routes[signals[0]]), owner_of, retain_graph or number < len(passes) - 1
-            )
+            reached = list({id(leaf): leaf for s in signals for leaf in leaves[s]}.values())
+            gated, keep = bool(routes[signals[0]]), retain_graph or number < len(passes) - 1
+            _one_pass(state, total, reached, signals, gated, owner_of, keep)
     finally:
         for r in used:
             r.choose(None)
     state.waiting = [r for r in state.waiting if r not in used]
 
 
-def _routes_of(state: BundleState, signal: str, loss: Tensor) -> list[Route]:
-    """The routes of the forwards that a loss comes from; none if they ran outside any."""
-    _, found, compiled = walk(loss)
+def _reach(state: BundleState, signal: str, loss: Tensor) -> tuple[list[Tensor], list[Route]]:
+    """The leaves of a loss's graph, and the routes of the forwards it comes from; none if they ran outside any."""
+    leaves, found, compiled = walk(loss)
     routes = [r for r in found if r is not None]
     if routes and None in found:
         raise ValueError(f"losses[{signal!r}] mixes forwards inside and outside route(); use one loss for each.")
@@ -282,7 +283,7 @@ def _routes_of(state: BundleState, signal: str, loss: Tensor) -> list[Route]:
             f"losses[{signal!r}] comes from a compiled forward, whose graph does not tell how it was routed, and the "
             "signal has attenuated owners. Run the forward under route() with a tuple of signals, or use .backward()."
         )
-    return routes
+    return leaves, routes
 
 
 def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[list[str]]:
@@ -303,6 +304,7 @@ def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[
 def _one_pass(
     state: BundleState,
     total: Tensor,
+    leaves: list[Tensor],
     signals: list[str],
     gated: bool,
     owner_of: Mapping[int, tuple[str, str]],
@@ -317,7 +319,7 @@ def _one_pass(
                 if w > 0:
                     owners[s].add((adapter, name))
                     weights[adapter, name] = w
-    leaves = [p for p in walk(total)[0] if id(p) not in owner_of or owner_of[id(p)] in weights]
+    leaves = [p for p in leaves if id(p) not in owner_of or owner_of[id(p)] in weights]
     gradients = torch.autograd.grad(total, leaves, retain_graph=retain_graph, allow_unused=True) if leaves else ()
     reached = {owner_of[id(p)] for p, g in zip(leaves, gradients) if g is not None and id(p) in owner_of}
     if missed := [s for s in signals if owners[s] and not owners[s] & reached]:

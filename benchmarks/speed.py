@@ -1,0 +1,399 @@
+"""What bundles cost beside LoRA: time and memory, all in one process, runs interleaved. One JSON record a device.
+
+    python benchmarks/speed.py --output benchmarks/results/speed_h200.json --seconds 6 --total 240
+    python benchmarks/speed.py --output benchmarks/results/speed_cpu.json --shapes 135m --sections train --batch 8x32
+
+Jobs are (shape, section) pairs, those of the goals first. Each is written to the file when it is done; a job that is
+there already with all its cells is skipped (`--again` measures it once more), one that fails is recorded as an error.
+`benchmarks/speed_report.py` makes docs/speed.md of the files.
+
+Bundles have LoRA r16's trainable parameters, however many they are (`speed_models.py`), and a made-up calibration: the
+quiet penalty is in every training step unless a cell says no.
+GPU: bf16 (training under autocast, adapters float32; inference with adapters in bf16). CPU: float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from speed_models import CUDA, DEVICE, DTYPE, SHAPES, SIGNALS, adapted, base_model, built, bundles
+from transformers import DynamicCache, StaticCache
+
+import peft_bundles
+
+
+BUNDLES_BY_NUMBER = ("bundles_1", "bundles_6", "bundles_15", "bundles_64")
+TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quiet0", "bundles_1", "bundles_6")
+TRAIN += ("bundles_64", "lora_r64", "lora_4x4", "xlora")
+PROMPT, STEPS = 128, 16  # decode: tokens in the cache, and steps a timing
+ALPHA = 0.5
+
+
+@dataclass
+class Cell:
+    """`run` is timed and divided by `steps`; `reset` runs before it, untimed."""
+
+    run: Callable[[], Any]
+    steps: int = 1
+    reset: Callable[[], Any] = lambda: None
+
+
+def sync() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def precision() -> Any:
+    return torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext()
+
+
+def tokens(shape: str, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, SHAPES[shape][-1], (rows, length), device=DEVICE)
+
+
+# ---- sections: (shape, options) -> cells to be timed together ----
+
+
+def training(shape: str, name: str, batch: tuple[int, int]) -> tuple[Cell, int]:
+    routed = name.endswith("_routed")
+    model = built(shape, name.removesuffix("_routed"))
+    (model if name == "base" else model.get_base_model()).enable_input_require_grads()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True) if trainable else None
+    ids, route = tokens(shape, *batch), [SIGNALS[i * len(SIGNALS) // batch[0]] for i in range(batch[0])]
+
+    def step() -> None:
+        with precision(), model.route(route) if routed else nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if name.startswith("bundles"):
+            model.finalize_grads()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Cell(step), sum(p.numel() for p in trainable)
+
+
+def train(shape: str, options: Any) -> Any:
+    for name in options.cells:
+        yield name, lambda name=name: training(shape, name, options.batch)
+
+
+def same_rows(shape: str, options: Any) -> Any:
+    """F, F + B, and one forward with four losses of its own on the same rows; no optimizer."""
+    model = adapted(shape, "bundles_15")
+    model.get_base_model().enable_input_require_grads()
+    ids = tokens(shape, *options.batch)
+    weights = torch.rand(len(SIGNALS), ids.numel(), device=DEVICE)
+
+    def run(losses: int) -> None:
+        with precision(), model.route(SIGNALS) if losses > 1 else nullcontext():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            logps = -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+            found = {s: (logps * w).mean() for s, w in zip(SIGNALS, weights)}
+        if losses == 1:
+            found["lm"].backward()
+        elif losses > 1:
+            model.routed_backward(found)
+        if losses:
+            model.finalize_grads()
+        else:
+            model.base_model._state.seen.clear()
+        model.zero_grad()
+
+    for name, count in (("forward", 0), ("one_loss", 1), ("four_losses", len(SIGNALS))):
+        yield name, lambda count=count: (Cell(lambda: run(count)), 0)
+
+
+def forward(shape: str, options: Any) -> Any:
+    ids = tokens(shape, *options.batch)
+    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", *BUNDLES_BY_NUMBER):
+
+        def make(name: str = name) -> tuple[Cell, int]:
+            model = adapted(shape, name, inference=True)
+            return Cell(torch.no_grad()(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))), 0
+
+        yield name, make
+
+
+def decode(shape: str, options: Any) -> Any:
+    """One-token steps after a prompt, eager, with a growing cache that is cut before every timing."""
+    for rows in (1, 8, 64):
+        for name in ("base", "lora_r16", "bundles_15", "bundles_15_one_alpha", "bundles_15_row_alphas"):
+            if "alpha" not in name or rows == 64:
+                yield f"{name}/{rows}", lambda name=name, rows=rows: decoding(shape, name, rows)
+
+
+@torch.no_grad()
+def decoding(shape: str, name: str, rows: int) -> tuple[Cell, int]:
+    model = adapted(shape, "bundles_15" if "bundles" in name else name, inference=True)
+    alphas: Any = ALPHA + torch.linspace(-0.4, 0.4, rows, device=DEVICE)[:, None].expand(rows, 15)
+    alphas = alphas if name.endswith("row_alphas") else dict.fromkeys((f"b_{k}" for k in range(15)), ALPHA)
+    given = (lambda: model.alphas(alphas)) if "alpha" in name else nullcontext
+    next_token, cache = tokens(shape, rows, 1), DynamicCache(config=model.config)
+    model(input_ids=tokens(shape, rows, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    folds = model.folded() if "bundles" in name else nullcontext()
+    STACK.enter_context(folds)  # until the section ends, as during `generate`
+
+    @torch.no_grad()
+    def run() -> None:
+        with given():
+            for _ in range(STEPS):
+                model(input_ids=next_token, past_key_values=cache, use_cache=True)
+
+    def reset() -> None:
+        if new := cache.get_seq_length() - PROMPT:
+            cache.crop(-new)
+
+    return Cell(run, STEPS, reset), 0
+
+
+def graphs(shape: str, options: Any) -> Any:
+    """One-token steps at batch 1 with a static cache: eager, and replayed as one CUDA graph."""
+    for name in ("base", "lora_r16", "bundles_15"):
+        for how in ("static", "cuda_graph") if CUDA else ("static",):
+            yield f"{name}/{how}", lambda name=name, how=how: graph(shape, name, how)
+
+
+@torch.no_grad()
+def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
+    model = adapted(shape, name, inference=True)
+    next_token, cache = tokens(shape, 1, 1), StaticCache(config=model.config, max_cache_len=2 * PROMPT)
+    model(input_ids=tokens(shape, 1, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    STACK.enter_context(model.folded() if "bundles" in name else nullcontext())
+
+    def reset() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT)
+
+    @torch.no_grad()
+    def step() -> None:
+        model(input_ids=next_token, past_key_values=cache, use_cache=True)
+
+    once = step
+    if how == "cuda_graph":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            step()
+        once = recorded.replay
+
+    def run() -> None:
+        for _ in range(STEPS):
+            once()
+
+    return Cell(run, STEPS, reset), 0
+
+
+def generate(shape: str, options: Any) -> Any:
+    """A new token of `generate`, prompt and folding included."""
+    for rows in (1, 8):
+        for name in ("base", "lora_r16", "bundles_15"):
+
+            def make(name: str = name, rows: int = rows) -> tuple[Cell, int]:
+                model, ids = adapted(shape, name, inference=True), tokens(shape, rows, PROMPT)
+                fixed = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+                mask = torch.ones_like(ids)
+                return Cell(lambda: model.generate(input_ids=ids, attention_mask=mask, **fixed), STEPS), 0
+
+            yield f"{name}/{rows}", make
+
+
+def swap(shape: str, options: Any) -> Any:
+    """From one attached adapter to another (per switch), and one more from its file and away again."""
+    for name in ("lora_r16", "bundles_15"):
+
+        def model_of(name: str = name) -> Any:
+            model = adapted(shape, name, inference=True)
+            if "other" not in model.peft_config:
+                other = bundles(15, shape) if "bundles" in name else copy.deepcopy(model.peft_config["default"])
+                model.add_adapter("other", other)
+            return model
+
+        def switching(model_of: Any = model_of) -> tuple[Cell, int]:
+            model = model_of()
+            return Cell(lambda: (model.set_adapter("other"), model.set_adapter("default")), 2), 0
+
+        def loading(model_of: Any = model_of) -> tuple[Cell, int]:
+            model, folder = model_of(), tempfile.mkdtemp()
+            model.save_pretrained(folder, selected_adapters=["other"])
+            run = lambda: model.load_adapter(folder + "/other", "loaded")  # noqa: E731
+            return Cell(run, 1, lambda: "loaded" in model.peft_config and model.delete_adapter("loaded")), 0
+
+        yield f"{name}/set_adapter", switching
+        yield f"{name}/load_adapter", loading
+
+
+def profile(shape: str, options: Any) -> dict[str, Any]:
+    """One decoder block, forward and backward of a training batch, and one token: kernel by kernel."""
+    cells = [(name, what) for name in ("base", "lora_r16", "bundles_15") for what in ("train", "token")]
+    return {"profile": {f"{name}/{what}": kernels(shape, name, what, options.batch) for name, what in cells}}
+
+
+def kernels(shape: str, name: str, what: str, batch: tuple[int, int]) -> dict[str, Any]:
+    """Kernels of one run (on a CPU: operators), the slowest first; microseconds and calls a run."""
+    training, model = what == "train", adapted(shape, name, inference=what == "token")
+    inner = model if name == "base" else model.get_base_model()
+    rows, length = batch if training else (1, 1)
+    hidden = torch.randn(rows, length, SHAPES[shape][0], device=DEVICE, dtype=DTYPE, requires_grad=training)
+    angles = inner.model.rotary_emb(hidden, torch.arange(length, device=DEVICE)[None])
+
+    def run() -> None:
+        with precision() if training else torch.no_grad():
+            out = inner.model.layers[0](hidden, position_embeddings=angles)
+        if training:
+            out.backward(torch.ones_like(out))
+
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
+    with model.folded() if name.startswith("bundles") and not training else nullcontext():
+        for _ in range(3):
+            run()
+        sync()
+        with torch.profiler.profile(activities=activities) as seen:
+            for _ in range(5):
+                run()
+            sync()
+    model.zero_grad()
+    found = []
+    for event in seen.key_averages():
+        us = event.self_device_time_total if CUDA else event.self_cpu_time_total
+        if us and (not CUDA or "CUDA" in str(event.device_type)):
+            found.append({"name": event.key[:120], "calls": event.count / 5, "us": round(us / 5, 2)})
+    found.sort(key=lambda kernel: -kernel["us"])
+    total = {"us": round(sum(k["us"] for k in found), 2), "calls": sum(k["calls"] for k in found)}
+    return {**total, "kernels": found[:25]}
+
+
+SECTIONS: dict[str, Callable[..., Any]] = {
+    s.__name__: s for s in (train, same_rows, decode, graphs, forward, generate, swap, profile)
+}
+FIRST = [("1.2b", "train"), ("1.2b", "same_rows"), ("135m", "train"), ("1.2b", "decode"), ("1.2b", "graphs")]
+STACK = ExitStack()  # what a section keeps open
+
+
+# ---- running and writing ----
+
+
+def measure(make: Any, seconds: float) -> dict[str, Any]:
+    """Milliseconds of every cell in every round; rounds alternate in direction, so that drift hits all alike."""
+    cells, found = {}, {}
+    for name, build in make:
+        try:
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_allocated()
+            cell, trainable = build()
+            for _ in range(2):
+                cell.reset()
+                cell.run()
+            found[name] = {"ms": [], "trainable": trainable}
+            if CUDA:  # of this cell alone; the base model's weights come on top
+                torch.cuda.reset_peak_memory_stats()
+                cell.reset()
+                cell.run()
+                sync()
+                found[name]["peak_over_base_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            cells[name] = cell
+        except Exception:
+            found[name] = {"error": traceback.format_exc(limit=-4)}
+            print(f"{name}: {found[name]['error']}", flush=True)
+    end, rounds = time.perf_counter() + seconds, 0
+    while cells and (rounds < 3 or time.perf_counter() < end):
+        for name, cell in list(cells.items())[:: 1 if rounds % 2 else -1]:
+            cell.reset()
+            sync()
+            start = time.perf_counter()
+            cell.run()
+            sync()
+            found[name]["ms"].append(round((time.perf_counter() - start) / cell.steps * 1e3, 4))
+        rounds += 1
+    return found
+
+
+def environment(options: Any) -> dict[str, Any]:
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
+        "load": None if CUDA else round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shapes", default="1.2b,135m,360m,3b")
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument(
+        "--cells", default=",".join(TRAIN), help="of the section train; the first is the base of ratios"
+    )
+    parser.add_argument("--batch", default="8x1024", help="rows x tokens of training and forward")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing a job, after warm-up; at least 3 rounds")
+    parser.add_argument("--total", type=float, default=float("inf"), help="start no job after so many seconds")
+    parser.add_argument("--again", action="store_true", help="measure jobs that the file has already")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    options.batch = tuple(int(n) for n in options.batch.split("x"))
+    shapes, sections = options.shapes.split(","), options.sections.split(",")
+    cells = options.cells = options.cells.split(",")
+    if unknown := [n for n in (*shapes, *sections, *cells) if n not in {*SHAPES, *SECTIONS, *TRAIN}]:
+        sys.exit(f"unknown {unknown}; shapes {list(SHAPES)}, sections {list(SECTIONS)}, cells {list(TRAIN)}")
+    jobs = [(shape, section) for section in sections for shape in shapes]
+    jobs = [*(j for j in FIRST if j in jobs), *(j for j in jobs if j not in FIRST)]
+    record = json.loads(options.output.read_text()) if options.output.exists() else {"runs": [], "results": {}}
+    record["runs"].append(environment(options))
+    for shape, section in jobs:
+        have = record["results"].setdefault(shape, {}).get(section, {})
+        measured = [c for c, found in have.get("cells", {}).items() if "error" not in found]
+        done = have and "error" not in have and (section != "train" or set(cells) <= set(measured))
+        if (done and not options.again) or time.perf_counter() - began > options.total:
+            print(f"{shape} {section}: {'there already' if done else 'no time left'}", flush=True)
+            continue
+        start = time.perf_counter()
+        try:
+            weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
+            made = SECTIONS[section](shape, options)
+            found = made if isinstance(made, dict) else {"cells": measure(made, options.seconds)}
+            found |= {"batch": options.batch, "base_weights_gib": weights}
+        except Exception:
+            found = {"error": traceback.format_exc(limit=-4)}
+            print(found["error"], flush=True)
+        finally:
+            STACK.close()
+        record["results"][shape][section] = {**found, "run": len(record["runs"]) - 1}
+        temporary = options.output.with_suffix(".part")  # a run that is cut off leaves the earlier file
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(options.output)
+        print(f"{shape} {section}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

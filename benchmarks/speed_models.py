@@ -1,0 +1,124 @@
+"""The models that benchmarks/speed.py times: Llama shapes of random weights, with LoRA, X-LoRA or bundles.
+
+Cells of a shape share the base model's weights. Bundles share one support of 0.75 d columns, and their hidden units add
+up to LoRA r16's trainable parameters, however many bundles there are. Their calibration is made up: random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from functools import cache
+from typing import Any
+
+import torch
+from peft import LoraConfig, XLoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_bundles import BundleConfig, BundleLayer
+
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+# hidden size, feed-forward, layers, heads, key-value heads, vocabulary
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 256),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "360m": (960, 2560, 32, 15, 5, 49152),
+    "1.2b": (2048, 8192, 16, 32, 8, 128256),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+}
+SIGNALS = ("lm", "preference", "policy", "value")
+
+
+def lora_parameters(rank: int, shape: str) -> int:
+    """Trainable parameters a layer of LoRA on all linears."""
+    d, ff, _, heads, kv, _ = SHAPES[shape]
+    side = d // heads * kv
+    return rank * (2 * (d + d) + 2 * (d + side) + 3 * (d + ff))
+
+
+def bundles(count: int, shape: str, quiet: float = 10.0) -> BundleConfig:
+    support = SHAPES[shape][0] * 3 // 4
+    hidden = max(lora_parameters(16, shape) // (2 * support), count)
+    sizes = [hidden // count + (k < hidden % count) for k in range(count)]
+    owned = [SIGNALS[k::count] if count < len(SIGNALS) else (SIGNALS[k % len(SIGNALS)],) for k in range(count)]
+    return BundleConfig(
+        task_type="CAUSAL_LM",
+        sub_bases={"main": support},
+        quiet=quiet,
+        bundles={
+            f"b_{k}": {"rank": support, "bottleneck": b, "sub_bases": ["main"], "signals": dict.fromkeys(s, 1.0)}
+            for k, (b, s) in enumerate(zip(sizes, owned))
+        },
+    )
+
+
+@cache
+def base_model(shape: str) -> LlamaForCausalLM:
+    d, ff, layers, heads, kv, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=d,
+        intermediate_size=ff,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM._from_config(config, dtype=DTYPE).requires_grad_(False)
+
+
+def xlora(shape: str, lora: LoraConfig) -> XLoraConfig:
+    folder = tempfile.mkdtemp()  # X-LoRA reads its experts from files
+    get_peft_model(copied(shape), lora).save_pretrained(folder)
+    experts = {str(k): folder for k in range(4)}
+    hidden = SHAPES[shape][0]
+    return XLoraConfig(task_type="CAUSAL_LM", hidden_size=hidden, adapters=experts, use_trainable_adapters=True)
+
+
+def copied(shape: str) -> Any:
+    """The base model as modules of its own around the same weights."""
+    base = base_model(shape)
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def calibrated(model: Any) -> Any:
+    """As `calibrate` leaves a model, with made-up numbers."""
+    model.peft_config["default"].calibration = {"tokens": 0, "source": "made up", "outliers": 0.0}
+    for layer in model.modules():
+        if isinstance(layer, BundleLayer):
+            layer.bundle_mean["default"].normal_(0, 0.1)
+            layer.bundle_states["default"] = torch.randn(4096, layer.hidden_size, device=DEVICE).bfloat16()
+    return model
+
+
+def built(shape: str, name: str, inference: bool = False) -> Any:
+    """The model of a cell; its adapter is float32, in inference of the base model's dtype."""
+    model = copied(shape)
+    kind, _, size = name.partition("_")
+    autocast = not inference
+    if kind == "lora":
+        count, rank = (int(n) for n in size.split("x")) if "x" in size else (1, int(size[1:]))
+        config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config, autocast_adapter_dtype=autocast)
+        for k in range(1, count):
+            model.add_adapter(f"a{k}", copy.deepcopy(config), autocast_adapter_dtype=autocast)
+        if count > 1:
+            model.base_model.set_adapter(["default", *(f"a{k}" for k in range(1, count))])
+    elif kind == "xlora":
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model.config.use_cache = False  # X-LoRA asks for it: its scalings come from a forward of their own
+        model = get_peft_model(model, xlora(shape, lora))
+    elif kind == "bundles":
+        count, _, quiet = size.partition("_quiet")
+        model = get_peft_model(model, bundles(int(count), shape, float(quiet or 10.0)), autocast_adapter_dtype=autocast)
+        calibrated(model)
+    return model.eval() if inference else model.train()
+
+
+adapted = cache(built)  # for sections that can share a model
