@@ -322,6 +322,7 @@ class BundleModel(BaseTuner):
         if alphas is not None or adapter_names is not None:
             hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
         before, state.seen = state.seen, set()
+        state.call.joined = {} if self.training else None
         try:
             with hooks:
                 output = self.model(*args, **kwargs)
@@ -332,6 +333,7 @@ class BundleModel(BaseTuner):
                 output.loss = output.loss + share * self.quiet_loss()
         finally:
             state.seen |= before
+            state.call.joined = None
         return output
 
     def quiet_loss(self) -> Tensor:
