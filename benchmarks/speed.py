@@ -299,9 +299,10 @@ STACK = ExitStack()  # what a section keeps open
 # ---- running and writing ----
 
 
-def measure(make: Any, seconds: float) -> dict[str, Any]:
+def measure(make: Any, options: Any) -> dict[str, Any]:
     """Milliseconds of every cell in every round; rounds alternate in direction, so that drift hits all alike."""
     cells, found = {}, {}
+    clock = time.process_time if options.process_time else time.perf_counter
     for name, build in make:
         try:
             gc.collect()
@@ -323,15 +324,15 @@ def measure(make: Any, seconds: float) -> dict[str, Any]:
         except Exception:
             found[name] = {"error": traceback.format_exc(limit=-4)}
             print(f"{name}: {found[name]['error']}", flush=True)
-    end, rounds = time.perf_counter() + seconds, 0
+    end, rounds = time.perf_counter() + options.seconds, 0
     while cells and (rounds < 3 or time.perf_counter() < end):
         for name, cell in list(cells.items())[:: 1 if rounds % 2 else -1]:
             cell.reset()
             sync()
-            start = time.perf_counter()
+            start = clock()
             cell.run()
             sync()
-            found[name]["ms"].append(round((time.perf_counter() - start) / cell.steps * 1e3, 4))
+            found[name]["ms"].append(round((clock() - start) / cell.steps * 1e3, 4))
         rounds += 1
     return found
 
@@ -358,6 +359,7 @@ def main() -> None:
     parser.add_argument("--batch", default="8x1024", help="rows x tokens of training and forward")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing a job, after warm-up; at least 3 rounds")
     parser.add_argument("--total", type=float, default=float("inf"), help="start no job after so many seconds")
+    parser.add_argument("--process-time", action="store_true", help="on a shared CPU, with one thread: not of the wall")
     parser.add_argument("--again", action="store_true", help="measure jobs that the file has already")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -381,7 +383,7 @@ def main() -> None:
         try:
             weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
             made = SECTIONS[section](shape, options)
-            found = made if isinstance(made, dict) else {"cells": measure(made, options.seconds)}
+            found = made if isinstance(made, dict) else {"cells": measure(made, options)}
             found |= {"batch": options.batch, "base_weights_gib": weights}
         except Exception:
             found = {"error": traceback.format_exc(limit=-4)}

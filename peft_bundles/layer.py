@@ -288,6 +288,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 scale.reciprocal() if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
+                call.joined if torch.is_grad_enabled() else None,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
                 owner = packing.index(E.device)["owner"]

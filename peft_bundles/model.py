@@ -334,6 +334,7 @@ class BundleModel(BaseTuner):
         if alphas is not None or adapter_names is not None:
             hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
         before, state.seen = state.seen, set()
+        state.call.joined = {} if self.training else None
         try:
             with self._pinned(), hooks:
                 output = self.model(*args, **kwargs)
@@ -344,6 +345,7 @@ class BundleModel(BaseTuner):
                 output.loss = output.loss + share * self.quiet_loss()
         finally:
             state.seen |= before
+            state.call.joined = None
         return output
 
     def quiet_loss(self) -> Tensor:

@@ -20,28 +20,21 @@ from .basis import BundleShape, align
 _ORDER = ("mlp", "full", "linear", "diag", "identity")
 
 
-class _Scatter(torch.autograd.Function):
-    """Write many weights into a flat tensor of zeros, at `index`, and ones at `ones`; in the dtype of `like`.
-
-    Gradients go to the weights flagged in `learn`, None to the rest.
+class _Join(torch.autograd.Function):
+    """Many weights as one flat tensor; gradients go to those flagged in `learn`, None to the rest.
 
     One node for all of them: a node or two per weight is what many small bundles would spend their time on.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, like: Tensor, size: int, ones: Tensor | None, index: Tensor, learn: list[bool], *parts: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.learn, ctx.shapes, ctx.dtype = learn, [p.shape for p in parts], parts[0].dtype
-        return _flat(like, size, ones).scatter_(0, index, torch.cat([p.reshape(-1) for p in parts]).to(like.dtype))
+    def forward(ctx: Any, learn: list[bool], *parts: Tensor) -> Tensor:
+        ctx.learn, ctx.shapes = learn, [p.shape for p in parts]
+        return torch.cat([p.reshape(-1) for p in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
-        flat = grad.gather(0, index).to(ctx.dtype).split([shape.numel() for shape in ctx.shapes])
-        parts = (g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
-        return None, None, None, None, None, *parts
+        flat = grad.split([shape.numel() for shape in ctx.shapes])
+        return None, *(g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
 
 
 def _flat(like: Tensor, size: int, ones: Tensor | None) -> Tensor:
@@ -136,8 +129,12 @@ class Packing:
         inverse_scale: Tensor | None,
         scaling: float = 1.0,
         live: Collection[str] | None = None,
+        joined: dict[Any, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """D (d, H) and E (H, d) in the dtype of `basis`, differentiable in the weights of `live` bundles (None: all).
+
+        `joined` is for several folds of the same weights in one graph: they share what it keeps, so that each weight
+        gets one gradient and not one from every fold to be added up.
 
         A bundle that is not live gets no gradient at all, so that autograd leaves its `.grad` None: AdamW moves a
         parameter whose gradient is merely zero.
@@ -147,10 +144,13 @@ class Packing:
         def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
             names = [name for name in self.projected if name in table]
             learn = [live is None or name in live for name in names]
-            to, ones = (basis, rows * columns), index.get(f"{where}_eye")
-            if not names:
-                return _flat(*to, ones).view(rows, columns)
-            return _Scatter.apply(*to, ones, index[where], learn, *(table[n] for n in names)).view(rows, columns)
+            out = _flat(basis, rows * columns, index.get(f"{where}_eye"))
+            if names:
+                joins, key = {} if joined is None else joined, (id(table), *learn)
+                if key not in joins:
+                    joins[key] = _Join.apply(learn, *(table[n] for n in names))
+                out = out.scatter_(0, index[where], joins[key].to(basis.dtype))
+            return out.view(rows, columns)
 
         def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
             value = table[name].to(basis.dtype)
@@ -158,7 +158,9 @@ class Packing:
 
         def product(left: Tensor, right: Tensor) -> Tensor:
             # beta=0: the first argument is not read. The factor is part of the product, and not one more kernel.
-            return left @ right if scaling == 1.0 else torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
+            if scaling == 1.0:
+                return left @ right
+            return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
 
         if self.projected:
             reads = blocks(down, "down", self.total_hidden, self.width)

@@ -164,3 +164,30 @@ def test_bundles_that_are_not_live_get_no_gradient():
     for table in tables.values():
         for name, weight in table.items():
             assert (weight.grad is not None) == (name == "b_1_linear")
+
+
+def test_the_constant_factor_is_on_what_is_written_only():
+    packing, tables, _, basis = make(("mlp", "linear", "diag", "full"), "none")
+    D1, E1 = packing.fold(*tables.values(), basis, None)
+    D3, E3 = packing.fold(*tables.values(), basis, None, 3.0)
+    assert torch.equal(D3, D1)
+    torch.testing.assert_close(E3, 3.0 * E1, rtol=1e-12, atol=1e-12)
+    up = list(tables["up"].values())
+    for once, thrice in zip(torch.autograd.grad(E1.sum(), up), torch.autograd.grad(E3.sum(), up)):
+        torch.testing.assert_close(thrice, 3.0 * once, rtol=1e-12, atol=1e-12)
+
+
+def test_folds_that_share_their_weights_give_the_gradients_of_both():
+    packing, tables, _, basis = make(("mlp", "linear", "diag"), "tied")
+    leaves = [t for table in tables.values() for t in table.values()]
+    shared: dict = {}
+
+    def loss(joined) -> Tensor:
+        first = packing.fold(*tables.values(), basis, None, joined=joined)
+        second = packing.fold(*tables.values(), 2 * basis, None, joined=joined)
+        return sum(m.square().sum() for m in (*first, *second))
+
+    apart, together = torch.autograd.grad(loss(None), leaves), torch.autograd.grad(loss(shared), leaves)
+    assert len(shared) == 3  # weight, down and up: one for both folds
+    for a, b in zip(apart, together):
+        torch.testing.assert_close(a, b)

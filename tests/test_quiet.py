@@ -75,6 +75,17 @@ def test_forward_adds_it_to_the_loss_while_training_only():
         assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)  # nothing learns
 
 
+def test_a_forward_and_its_penalty_reach_each_weight_by_one_path():
+    model, ids = calibrated().train(), batch()
+    stack, nodes = [model(ids, labels=ids).loss.grad_fn], set()
+    while stack:
+        if (node := stack.pop()) is not None and node not in nodes:
+            nodes.add(node)
+            stack.extend(child for child, _ in node.next_functions)
+    joins = sum("_Join" in type(node).__name__ for node in nodes)
+    assert joins == 2 * len(layers(model))  # down and up
+
+
 def test_micro_batches_of_a_step_add_it_once_between_them():
     """Transformers' Trainer hands every micro-batch the number of tokens of the whole step."""
     model, ids = calibrated().train(), batch(4, 9)
