@@ -1,11 +1,9 @@
-"""A first look on a GPU: is the operation right there, and what does a training step cost? One JSON record.
+"""Is the operation right on a GPU? One JSON record. (What it costs: `benchmarks/speed.py`.)
 
     python benchmarks/gpu_check.py --output benchmarks/results/gpu_check.json
 
-Right: the stacked form against the float64 reference in float32 and bf16, alpha 0 against the base bit for bit, routed
-gradients against each loss's own, the compiled layer against eager. Cost: the median training step (bf16 autocast,
-frozen base, AdamW on the adapter) of a Llama of 1.2 B random parameters, batch 8 x 1024, alone (gradient to the
-embeddings), with PEFT LoRA r16 on all linears, and with bundles, runs interleaved.
+The stacked form against the float64 reference in float32 and bf16, alpha 0 against the base bit for bit, routed
+gradients against each loss's own, the compiled layer against eager.
 """
 
 from __future__ import annotations
@@ -13,17 +11,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_bundles
@@ -32,15 +27,6 @@ from peft_bundles.functional import bundle_reference
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
-LARGE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
 
 
 def llama(shape: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -115,79 +101,9 @@ def correctness() -> dict[str, Any]:
     return found
 
 
-def training_step(adapter: Any, route: Any = None) -> tuple[Callable[[], None], dict[str, Any]]:
-    model: Any = llama(LARGE, torch.bfloat16)
-    if adapter is None:
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-        trainable: list[Any] = []
-    else:
-        model = get_peft_model(model, adapter)
-        model.enable_input_require_grads()
-        trainable = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
-    ids = torch.randint(0, 128000, (8, 1024), device="cuda")
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            if route is None:
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            else:
-                with model.route(route):
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        if route is not None:
-            model.finalize_grads()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step, {"trainable": sum(p.numel() for p in trainable)}
-
-
-def timings(repeats: int) -> dict[str, Any]:
-    mixed = ["lm", "lm", "logic", "logic", "policy", "policy", "calibration", "confusion"]
-    cells = {
-        "base": (None, None),
-        "lora_r16_all_linear": (LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"), None),
-        "bundles_1": (BundleConfig(preset="single_adapter", task_type="CAUSAL_LM"), None),
-        "bundles_15": (BundleConfig(preset="full_modular", task_type="CAUSAL_LM"), None),
-        "bundles_15_routed": (BundleConfig(preset="full_modular", task_type="CAUSAL_LM"), mixed),
-    }
-    steps, found = {}, {}
-    for name, (adapter, route) in cells.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        steps[name], found[name] = training_step(adapter, route)
-        for _ in range(3):
-            steps[name]()
-        torch.cuda.synchronize()
-        found[name]["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    times: dict[str, list[float]] = {name: [] for name in cells}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(3):
-                step()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / 3 * 1e3)
-    for name, measured in times.items():
-        ratios = [t / b for t, b in zip(measured, times["base"])]
-        found[name] |= {
-            "step_ms_median": statistics.median(measured),
-            "step_ms_min_max": [min(measured), max(measured)],
-            "ratio_to_base_median": statistics.median(ratios),
-            "ratio_to_base_min_max": [min(ratios), max(ratios)],
-        }
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     record = {
         "command": " ".join(["python", *sys.argv]),
@@ -195,7 +111,6 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
         "correctness": correctness(),
-        "training_step": timings(args.repeats),
     }
     args.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

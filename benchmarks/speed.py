@@ -41,7 +41,6 @@ from transformers import DynamicCache, StaticCache
 import peft_bundles
 
 
-BUNDLES_BY_NUMBER = ("bundles_1", "bundles_6", "bundles_15", "bundles_64")
 TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quiet0", "bundles_1", "bundles_6")
 TRAIN += ("bundles_64", "lora_r64", "lora_4x4", "xlora")
 PROMPT, STEPS = 128, 16  # decode: tokens in the cache, and steps a timing
@@ -127,7 +126,7 @@ def same_rows(shape: str, options: Any) -> Any:
 
 def forward(shape: str, options: Any) -> Any:
     ids = tokens(shape, *options.batch)
-    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", *BUNDLES_BY_NUMBER):
+    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", "bundles_1", "bundles_15", "bundles_64"):
 
         def make(name: str = name) -> tuple[Cell, int]:
             model = adapted(shape, name, inference=True)

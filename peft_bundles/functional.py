@@ -17,6 +17,7 @@ so a token pays for two thin matrix products whatever the number of bundles, the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -216,8 +217,9 @@ def bundle_forward(
     Returns:
         (B, T, d), in the dtype of `hidden`.
     """
-    dtype = compute_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):  # the casts are our own, the same forward and backward
+    dtype, device = compute_dtype(hidden), hidden.device.type
+    # The casts are our own, the same forward and backward. (Entering autocast costs as much as a kernel or two.)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         out = _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)
     if not torch.compiler.is_compiling() and isinstance(out.grad_fn, _Bundles._backward_cls):  # type: ignore[attr-defined]
         cast(Any, out.grad_fn).route = route

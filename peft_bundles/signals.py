@@ -222,8 +222,13 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
     for layer in model.modules():
         if isinstance(layer, BundleLayer):
             for adapter in layer.bundle_adapters():
+                # Dicts first: looking a weight up in its module costs more than the rest, and finalize_grads does it.
+                kinds = [
+                    dict(getattr(layer, what)[adapter].named_parameters(remove_duplicate=False))
+                    for what in layer.adapter_layer_names
+                ]
                 for name in layer.packing(adapter).names:
-                    table.setdefault((adapter, name), []).extend(layer.bundle_parameters(adapter, name))
+                    table.setdefault((adapter, name), []).extend(kind[name] for kind in kinds if name in kind)
     return table
 
 
