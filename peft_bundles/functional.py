@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ class BundleWeights:
     weight_out: Any = None
     down: Any = None
     up: Any = None
+    scaling: float = field(default=1.0, kw_only=True)
 
 
 def bundle_reference(
@@ -45,7 +46,6 @@ def bundle_reference(
     mean: Tensor,
     scale: Tensor,
     alphas: Tensor,
-    scaling: float = 1.0,
 ) -> Tensor:
     """Design.md section 2, one bundle after another: what the stacked form is tested against.
 
@@ -53,7 +53,6 @@ def bundle_reference(
         hidden: h, (B, T, d).
         basis: U, (d, R). mean, scale: mu and sigma, (d,).
         alphas: gates, broadcast against (B, T, M).
-        scaling: factor of what all bundles add.
 
     Returns:
         y, (B, T, d).
@@ -63,7 +62,7 @@ def bundle_reference(
     alphas = alphas.expand(*hidden.shape[:-1], len(bundles))
     out = hidden
     for k, b in enumerate(bundles):
-        gate = scaling * alphas[..., k, None]
+        gate = b.scaling * alphas[..., k, None]
         if b.kind == "full":
             out = out + gate * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
             continue

@@ -159,6 +159,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 shape.kind,
                 shape.support.to(self.bundle_basis[adapter].device),
                 *(getattr(self, what)[adapter].get(name) for what in self.adapter_layer_names),
+                scaling=self.state.configs[adapter].scaling,
             )
             for name, shape in self.packing(adapter).shapes.items()
         ]

@@ -149,8 +149,7 @@ def test_values_and_gradients_are_those_of_the_written_equations(name):
             hidden = output[0] if isinstance(output, tuple) else output
             bundles, basis = layer.bundle_weights("default"), layer.bundle_basis["default"]
             mean, scale = layer.bundle_mean["default"], layer.bundle_scale["default"]
-            scaling = layer.state.configs["default"].scaling
-            hidden = bundle_reference(hidden, bundles, basis, mean, scale, torch.ones(len(bundles)), scaling)
+            hidden = bundle_reference(hidden, bundles, basis, mean, scale, torch.ones(len(bundles)))
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         layer.get_base_layer().register_forward_hook(hook)

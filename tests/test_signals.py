@@ -95,8 +95,7 @@ def plain_gradients(model, signal: str, rows=slice(None)) -> dict:
         alphas = hidden.new_ones(len(layer.packing("default").names))
         mean, scale = layer.bundle_mean["default"].to(hidden.dtype), layer.bundle_scale["default"].to(hidden.dtype)
         basis = layer.bundle_basis["default"].to(hidden.dtype)
-        scaling = layer.state.configs["default"].scaling
-        return bundle_reference(hidden, layer.bundle_weights("default"), basis, mean, scale, alphas, scaling)
+        return bundle_reference(hidden, layer.bundle_weights("default"), basis, mean, scale, alphas)
 
     stacked, BundleLayer.forward = BundleLayer.forward, forward
     try:
