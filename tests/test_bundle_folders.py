@@ -234,7 +234,7 @@ def test_bad_folders_are_refused(what, good, tmp_path, hub):
 
 
 NO_SOURCES = [
-    "../../etc",
+    "../../no-such-folder",
     "no/such/folder",
     "/no",
     "a/b:../c",

@@ -108,7 +108,9 @@ def test_epochs_and_minibatches_use_every_row_of_one_rollout_equally(tmp_path):
         batches = objective.batches(run.forward, step, share)
         assert len(batches) == 2 and all(len(b["input_ids"]) == 2 for b in batches)
         rollouts.append(id(objective._rollout))
-        seen.append([round(float(row.sum()), 4) for b in batches for row in b["old_logprobs"]])
+        seen.append(
+            [tuple(ids[mask > 0].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"])]
+        )
     assert len(set(rollouts[:6])) == 1 and rollouts[6] != rollouts[0]
     first, second = ([row for step in part for row in step] for part in (seen[:3], seen[3:6]))
     assert first != second and sorted(first) == sorted(second) and len(set(first)) == 12

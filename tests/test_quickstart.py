@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_bundles.data.split import long_lines
+from peft_bundles.data.split import long_lines, pieces
 
 
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
@@ -39,8 +39,8 @@ def tiny(modules, tmp_path):
     _, data = modules
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    pieces = [piece for train, _ in data.load_texts(0).values() for piece in train[:200]]
-    tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"]))
+    kept = [piece for train, _ in data.load_texts(0).values() for piece in train[:200]]
+    tokenizer.train_from_iterator(kept, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"]))
     folder = tmp_path / "model"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
@@ -73,9 +73,8 @@ def test_installed_texts_are_enough_for_the_default_run(modules):
     assert len(texts["manual"][0]) > 500 and len(texts["manual"][1]) > 20
 
 
-def test_pieces_are_whole_lines_of_the_text(modules):
-    _, data = modules
-    found = list(data.pieces(verse(1), 400))
+def test_pieces_are_whole_lines_of_the_text():
+    found = list(pieces(verse(1), 400))
     assert all(piece in verse(1) and len(piece) >= 400 for piece in found)
     assert len("".join(found)) > 0.95 * len(verse(1)) - 400
 
