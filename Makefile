@@ -2,7 +2,8 @@
 # that borrows torch and the rest from the one make runs in. TRL moves fast; this sees it before users do.
 PYTHON ?= python3
 TRL ?= 1.12.0 1.14.0 newest
-TESTS = tests/test_trainer.py tests/test_ppo.py tests/test_resume.py tests/test_trunk_and_clamp.py tests/test_bad_input.py
+TESTS = tests/test_trainer.py tests/test_ppo.py tests/test_resume.py tests/test_trunk_and_clamp.py tests/test_bad_input.py \
+	tests/test_meta_signals.py tests/test_sharding.py
 
 .PHONY: compat
 compat:
