@@ -345,6 +345,7 @@ help most on chat, other text elsewhere; more text does not help, {row("bundles:
 
 - Full grids of rates for `dora_r16`, `rslora_r16`, `osf_r16`, `ia3`; more seeds for rows with one.
 - Routed bundles with the owners' forward table: each row sees only the bundles that own its signal.
+- Calibration on more than 120,000 tokens (500,000 were asked for), and a schedule of the output's scale.
 - Diverged, and not repeated at a lower rate unless the tables above have it: \
 {", ".join(f"`{key[0]}` {key[1]:g}" for key in RUN["diverged"])}.
 - Out of GPU memory (repeated below unless a later run made up for it): {broken}.
