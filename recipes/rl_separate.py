@@ -20,7 +20,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 import trl
 import yaml
@@ -34,10 +33,12 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import _data
 import _tasks
+from rl_separate_report import COLUMNS
 
 import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.config import resolve_rank
+from peft_bundles.evaluation.text import text_loss
 from peft_bundles.objectives import LM, PPO, Outputs, Preference
 from peft_bundles.objectives.data import prompt_ids
 from peft_bundles.objectives.preference import sequence_logprobs
@@ -48,14 +49,6 @@ from peft_bundles.trainer.tables import promises
 VARIANTS, FORWARDS = ("separate", "shared_adapter", "unrouted"), ("owners", "all")
 RL = {"policy", "value", "entropy", "kl"}
 CHUNK = 32  # rows of a forward when measuring
-COLUMNS = {
-    "reward": "reward",
-    "exact": "exact",
-    "preference": "prefers",
-    "chosen_likelier": "likelier",
-    "plays_loss": "LM loss",
-    "manual_loss": "other text",
-}
 
 
 # ---- settings ----
@@ -133,22 +126,11 @@ def switches(given: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def text_loss(model: nn.Module, ids: Tensor) -> float:
-    """Mean next-token loss of rows of equal length."""
-    losses = []
-    for rows in ids.split(CHUNK):
-        rows = rows.to(model.device)
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), rows[:, 1:], reduction="none"))
-    return float(torch.cat(losses).mean())
-
-
-@torch.no_grad()
 def pair_logprobs(model: nn.Module, objective: Preference) -> Tensor:
     """log p of the chosen and the rejected completion of each held-out pair, (N, 2)."""
-    found = []
-    for start in range(0, len(objective.eval_rows), CHUNK):
-        batch = objective.collate([objective.eval_rows[i] for i in range(start, len(objective.eval_rows))][:CHUNK])
+    found, count = [], len(objective.eval_rows)
+    for start in range(0, count, CHUNK):
+        batch = objective.collate([objective.eval_rows[i] for i in range(start, min(start + CHUNK, count))])
         batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         found.append(sequence_logprobs(Outputs(logits, logits), batch).view(2, -1).T)

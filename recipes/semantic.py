@@ -24,7 +24,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
 from peft import PeftModel, get_peft_model
@@ -40,6 +39,7 @@ import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.config import resolve_rank
 from peft_bundles.data import load
+from peft_bundles.evaluation.text import text_loss
 from peft_bundles.routers.topics import TopicRouting
 from peft_bundles.signals import bundle_parameters
 from peft_bundles.taxonomy import TOPICS
@@ -52,7 +52,6 @@ FIXED = (  # what makes two cells the same
 )
 SWEPT = ("overlap", "size", "rank", "topics", "signal_rank")
 NEIGHBOURS = ("ml", "programming")  # the two topics that are near each other
-CHUNK = 32  # rows of a forward when measuring
 
 
 # ---- settings ----
@@ -269,17 +268,6 @@ def run_cell(given: dict[str, Any], base: Any, tokenizer: Any, texts: dict[str, 
     }
     model.unload()
     return record
-
-
-@torch.no_grad()
-def text_loss(model: Any, ids: Tensor) -> float:
-    """Mean next-token loss of rows of equal length."""
-    losses = []
-    for rows in ids.split(CHUNK):
-        rows = rows.to(model.device)
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), rows[:, 1:], reduction="none"))
-    return float(torch.cat(losses).mean())
 
 
 @torch.no_grad()
