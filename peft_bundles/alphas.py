@@ -86,6 +86,7 @@ class BundleState:
     call: _Call = field(default_factory=_Call)
     version: int = 0  # of set_alphas
     budget: float | None = None  # `set_norm_budget`
+    compiled: bool = False  # some inference was (prepared.py)
     use: _InUse = field(default_factory=_InUse)
     seen: set[tuple[str, str]] = field(default_factory=set)  # (adapter, bundle) that a grad-mode forward let learn
     waiting: list[Route] = field(default_factory=list)  # routes whose forwards wait for `routed_backward`

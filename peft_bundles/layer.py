@@ -21,6 +21,7 @@ from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .packing import Packing
+from .prepared import Slot, apply
 
 
 DRAW = 512  # of the states kept by calibration, so many are looked at a step
@@ -56,7 +57,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
         super().__init__()
         self._block = (block,)  # a tuple, so that the parent is not registered as a child
-        self.index, self.hidden_size, self.state = index, hidden_size, state
+        self.index, self.hidden_size, self.state, self.slot = index, hidden_size, state, Slot()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         for name in self.other_param_names:
@@ -214,6 +215,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
         if self._disable_adapters:
             return hidden
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            if self.slot.ready is not None:
+                return apply(self.slot.ready, hidden)
+            self.state.compiled = True  # the next call prepares
         names, active = self.state.call.adapter_names, self.state.call.active
         active = self.active_adapters if active is None else active
         out = None

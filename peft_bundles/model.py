@@ -22,6 +22,7 @@ from .checkpoints import weights_digest
 from .config import BundleConfig
 from .layer import MERGE_ERROR, BundleLayer
 from .packing import Packing
+from .prepared import prepare
 from .report import BundleReport, report
 
 
@@ -117,9 +118,8 @@ class BundleModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             vars(config).pop("_given", None)  # tensors that `compose` brought; the layers have them now
-        layers = {
-            str(m.index): m for m in model.modules() if isinstance(m, BundleLayer) and adapter_name in m.bundle_basis
-        }
+        self._layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
+        layers = {str(m.index): m for m in self._layers if adapter_name in m.bundle_basis}
         if config.bundles and config.basis_fingerprint is None:
             config.basis_fingerprint = {i: fingerprint(m.bundle_basis[adapter_name]) for i, m in layers.items()}
 
@@ -283,7 +283,8 @@ class BundleModel(BaseTuner):
         before = call.adapter_names
         call.adapter_names = names if names is not None else before
         try:
-            with self._pinned(names or ()), alphas(self.model, given) if given is not None else nullcontext():
+            own = alphas(self.model, given) if given is not None else nullcontext()
+            with self._pinned(names or ()), own, self._prepared():
                 yield
         finally:
             call.adapter_names = before
@@ -292,7 +293,10 @@ class BundleModel(BaseTuner):
     def _pinned(self, others: Sequence[str] = ()) -> Iterator[None]:
         """Run the block with the adapters that are active now, whatever other threads add or remove meanwhile."""
         call, use = self._state.call, self._state.use
-        if call.active is not None or torch.compiler.is_compiling():  # the compiler traces the set it finds
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            self._state.compiled = True
+            torch._dynamo.graph_break()  # what follows is not for the compiler
+        if call.active is not None or torch.compiler.is_compiling():  # training: it traces the set it finds
             yield
             return
         with use.lock:
@@ -312,6 +316,32 @@ class BundleModel(BaseTuner):
                     self.delete_retired()
                 finally:
                     use.swapping.release()
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Run the block with what a compiled forward reads, if there is one and no gradient is wanted; see prepared.py."""
+        call, layers = self._state.call, self._layers
+        before = [layer.slot.ready for layer in layers]
+        done = any(before) and before[0].generating == (call.prompts is not None)
+        if done or call.active is None or torch.is_grad_enabled() or not self._compiled():
+            yield
+            return
+        first = next(p for p in self.model.parameters() if p.is_floating_point())
+        device = first.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
+        try:
+            for layer in layers:
+                layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
+            yield
+        finally:
+            for layer, ready in zip(layers, before):
+                layer.slot.ready = ready
+
+    def _compiled(self) -> bool:
+        """Whether inference with this model is compiled, as far as one can see before it runs."""
+        parts = [self.model, getattr(self.model, "base_model", None), *(layer.get_base_layer() for layer in self._layers)]
+        self._state.compiled |= any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+        return self._state.compiled
 
     def delete_retired(self) -> None:
         """Delete the adapters that are to go and that no call in flight runs with; for who holds `use.swapping`."""
@@ -336,7 +366,7 @@ class BundleModel(BaseTuner):
         before, state.seen = state.seen, set()
         state.call.joined = {} if self.training else None
         try:
-            with self._pinned(), hooks:
+            with self._pinned(), hooks, self._prepared():
                 output = self.model(*args, **kwargs)
             if self.training and state.seen and getattr(output, "loss", None) is not None:
                 # Where the loss is a sum over this micro-batch's tokens by those of the whole step, so is the penalty.

@@ -1,0 +1,104 @@
+"""What a compiled forward reads of the bundles: tensors made before it starts, and nothing that would be compiled in.
+
+A compiler keeps what it finds while it traces: names of bundles, numbers, shapes. Inference that is compiled therefore
+gets D, E, mu and the gates of every layer as tensors, made eagerly when the call starts (once a `generate`), whose number
+of hidden units is marked as variable. Another set of bundles, another size of one or another number for an alpha is then
+other tensors, and no other program. What does compile again, once: another number of bases, the first alphas by row, the
+first norm budget, all bundles off.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alphas import layer_alphas
+from .functional import _add_product, compute_dtype, within_budget
+
+
+if TYPE_CHECKING:
+    from .layer import BundleLayer
+
+
+class Group(NamedTuple):
+    """One adapter in one layer; H its hidden units."""
+
+    D: Tensor  # (d, H)
+    E: Tensor  # (H, d), with the alphas that are numbers
+    mean: Tensor | None  # (d,)
+    linear: Tensor | None  # (H,), True where a unit has no activation; None: none of them
+    alpha: Tensor | None  # (B|1, T|1, H); None is 1
+
+
+class Prepared(NamedTuple):
+    groups: tuple[Group, ...]
+    budget: Tensor | None  # ()
+    generating: bool  # then a batch may be the prompts' beams, and its tokens one at a time
+
+
+class Slot(threading.local):
+    """One layer's `Prepared` for the call that this thread runs."""
+
+    ready: Prepared | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, ()  # a copy of the model starts with no call in progress
+
+
+def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | None, dtype: torch.dtype) -> Prepared:
+    """One layer's tensors for a call with these adapters, or with `rows` naming one for each row of the batch."""
+    state, groups = layer.state, []
+    for adapter in adapters if rows is None else dict.fromkeys(rows):
+        if adapter not in layer.bundle_basis or not layer.packing(adapter).names:
+            continue
+        packing, basis = layer.packing(adapter), layer.bundle_basis[adapter]
+        given = [state.call.alphas.get(name, state.set_alphas.get(name)) for name in packing.names]
+        shapes = [value.shape for value in given if isinstance(value, Tensor)]
+        # As large as the gates say: whether that fits the batch shows in the forward.
+        batch = max([len(rows or ()), 1, *(shape[0] for shape in shapes if len(shape))])
+        tokens = max([1, *(shape[1] for shape in shapes if len(shape) > 1)])
+        like = basis.new_empty(batch, tokens, 0, dtype=dtype)
+        numbers, alpha = layer_alphas(state, adapter, layer.index, like)
+        if numbers is not None and not any(numbers):
+            continue
+        D, E = layer._folded(adapter, dtype, numbers, packing.names)
+        owner = packing.index(basis.device)["owner"]
+        alpha = None if alpha is None else alpha[..., owner]
+        if rows is not None:
+            mine = layer._row_mask([name == adapter for name in rows], like)
+            alpha = mine.expand(-1, -1, len(owner)) if alpha is None else alpha * mine
+        linear = None
+        if packing.nonlinear < len(owner):
+            linear = torch.arange(len(owner), device=basis.device) >= packing.nonlinear
+        mean = layer.bundle_mean[adapter].to(dtype) if layer._standardised(adapter) else None
+        for tensor, axis in ((D, 1), (E, 0), (linear, 0), (alpha, -1)):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
+        groups.append(Group(D, E, mean, linear, alpha))
+    budget = torch.tensor(state.budget, device=groups[0].D.device) if state.budget is not None and groups else None
+    return Prepared(tuple(groups), budget, state.call.prompts is not None)
+
+
+def apply(prepared: Prepared, hidden: Tensor) -> Tensor:
+    """The bundles of a layer on hidden, (B, T, d); the same arithmetic as `bundle_forward`, without a backward."""
+    out, dtype = hidden, compute_dtype(hidden)
+    for D, E, mean, linear, alpha in prepared.groups:
+        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
+        s = x.to(dtype) @ D.to(dtype)
+        a = F.gelu(s) if linear is None else torch.where(linear, s, F.gelu(s))
+        if alpha is not None:
+            a = a * (_fitted(alpha, hidden) if prepared.generating else alpha).to(dtype)
+        out = _add_product(out, a, E.to(dtype))
+    return out if prepared.budget is None else within_budget(hidden, out, prepared.budget)
+
+
+def _fitted(alpha: Tensor, hidden: Tensor) -> Tensor:
+    """Gates by prompt for its beams; new tokens keep the gate of the prompt's last one."""
+    batch, tokens = hidden.shape[:2]
+    if alpha.shape[0] not in (1, batch):
+        alpha = alpha.repeat_interleave(batch // alpha.shape[0], 0)
+    return alpha if alpha.shape[1] in (1, tokens) else alpha[:, -1:]
