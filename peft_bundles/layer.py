@@ -215,10 +215,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
         if self._disable_adapters:
             return hidden
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            if self.slot.ready is not None:
-                return apply(self.slot.ready, hidden)
-            self.state.compiled = True  # the next call prepares
+        if not torch.is_grad_enabled() and self.slot.ready is not None:
+            return apply(self.slot.ready, hidden)
+        if not torch.is_grad_enabled() and torch.compiler.is_compiling():
+            self.state.compiled = True  # from the next call on, what a compiled forward reads is prepared
         names, active = self.state.call.adapter_names, self.state.call.active
         active = self.active_adapters if active is None else active
         out = None

@@ -294,8 +294,7 @@ class BundleModel(BaseTuner):
         """Run the block with the adapters that are active now, whatever other threads add or remove meanwhile."""
         call, use = self._state.call, self._state.use
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            self._state.compiled = True
-            torch._dynamo.graph_break()  # what follows is not for the compiler
+            torch._dynamo.graph_break()  # what starts a call is not for the compiler, what it calls is
         if call.active is not None or torch.compiler.is_compiling():  # training: it traces the set it finds
             yield
             return

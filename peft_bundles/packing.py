@@ -148,7 +148,10 @@ class Packing:
             if names:
                 joins, key = {} if joined is None else joined, (id(table), *learn)
                 if key not in joins:
-                    joins[key] = _Join.apply(learn, *(table[n] for n in names))
+                    parts = [table[n] for n in names]
+                    # Without gradients the compiler cannot trace the node, nor is it of use.
+                    grad = torch.is_grad_enabled()
+                    joins[key] = _Join.apply(learn, *parts) if grad else torch.cat([p.reshape(-1) for p in parts])
                 out = out.scatter_(0, index[where], joins[key].to(basis.dtype))
             return out.view(rows, columns)
 

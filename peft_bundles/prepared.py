@@ -43,12 +43,14 @@ class Prepared(NamedTuple):
 class Slot(threading.local):
     """One layer's `Prepared` for the call that this thread runs."""
 
-    ready: Prepared | None = None
+    def __init__(self) -> None:
+        self.ready: Prepared | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, ()  # a copy of the model starts with no call in progress
 
 
+@torch.compiler.disable
 def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | None, dtype: torch.dtype) -> Prepared:
     """One layer's tensors for a call with these adapters, or with `rows` naming one for each row of the batch."""
     state, groups = layer.state, []
