@@ -318,7 +318,7 @@ class BundleModel(BaseTuner):
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        """Run the block with what a compiled forward reads, if there is one and no gradient is wanted; see prepared.py."""
+        """Run the block with what a compiled forward reads, where inference is compiled; see prepared.py."""
         call, layers = self._state.call, self._layers
         before = [layer.slot.ready for layer in layers]
         done = any(before) and before[0].generating == (call.prompts is not None)
@@ -338,7 +338,8 @@ class BundleModel(BaseTuner):
 
     def _compiled(self) -> bool:
         """Whether inference with this model is compiled, as far as one can see before it runs."""
-        parts = [self.model, getattr(self.model, "base_model", None), *(layer.get_base_layer() for layer in self._layers)]
+        decoder = getattr(self.model, "base_model", None)
+        parts = [self.model, decoder, *(layer.get_base_layer() for layer in self._layers)]
         self._state.compiled |= any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
         return self._state.compiled
 
@@ -407,7 +408,8 @@ class BundleModel(BaseTuner):
         before = call.prompts
         call.prompts = next((t.shape[0] for t in given if isinstance(t, Tensor)), 1)
         try:
-            with self.folded(), self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names):
+            hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
+            with torch.no_grad(), self.folded(), hooks:
                 return self.model.generate(*args, **kwargs)
         finally:
             call.prompts = before

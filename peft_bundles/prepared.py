@@ -1,10 +1,10 @@
 """What a compiled forward reads of the bundles: tensors made before it starts, and nothing that would be compiled in.
 
 A compiler keeps what it finds while it traces: names of bundles, numbers, shapes. Inference that is compiled therefore
-gets D, E, mu and the gates of every layer as tensors, made eagerly when the call starts (once a `generate`), whose number
-of hidden units is marked as variable. Another set of bundles, another size of one or another number for an alpha is then
-other tensors, and no other program. What does compile again, once: another number of bases, the first alphas by row, the
-first norm budget, all bundles off.
+gets D, E, mu and the gates of every layer as tensors, made eagerly when the call starts (once a `generate`), with the
+number of hidden units marked as variable. Another set of bundles, another size of one or another number for an alpha is
+then other tensors and no other program. What does compile again, once: another number of bases, the first alphas by row,
+the first norm budget, all bundles off. (Training compiles what it finds.)
 """
 
 from __future__ import annotations
@@ -93,14 +93,20 @@ def apply(prepared: Prepared, hidden: Tensor) -> Tensor:
         s = x.to(dtype) @ D.to(dtype)
         a = F.gelu(s) if linear is None else torch.where(linear, s, F.gelu(s))
         if alpha is not None:
-            a = a * (_fitted(alpha, hidden) if prepared.generating else alpha).to(dtype)
+            a = a * _fitted(alpha, hidden, prepared.generating).to(dtype)
         out = _add_product(out, a, E.to(dtype))
     return out if prepared.budget is None else within_budget(hidden, out, prepared.budget)
 
 
-def _fitted(alpha: Tensor, hidden: Tensor) -> Tensor:
+def _fitted(alpha: Tensor, hidden: Tensor, generating: bool) -> Tensor:
     """Gates by prompt for its beams; new tokens keep the gate of the prompt's last one."""
-    batch, tokens = hidden.shape[:2]
-    if alpha.shape[0] not in (1, batch):
-        alpha = alpha.repeat_interleave(batch // alpha.shape[0], 0)
-    return alpha if alpha.shape[1] in (1, tokens) else alpha[:, -1:]
+    (rows, length), (batch, tokens) = alpha.shape[:2], hidden.shape[:2]
+    if generating:
+        alpha = alpha if rows in (1, batch) else alpha.repeat_interleave(batch // rows, 0)
+        return alpha if length in (1, tokens) else alpha[:, -1:]
+    if rows not in (1, batch) or length not in (1, tokens):
+        raise ValueError(
+            f"alphas or adapter_names are for {rows} rows (of {length} tokens), but the batch has {batch} (of "
+            f"{tokens}); give one value a row (a token)."
+        )
+    return alpha
