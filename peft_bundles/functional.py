@@ -225,7 +225,7 @@ def bundle_forward(
     return out
 
 
-def within_budget(hidden: Tensor, out: Tensor, tau: float) -> Tensor:
+def within_budget(hidden: Tensor, out: Tensor, tau: float | Tensor) -> Tensor:
     """`out` with out - hidden scaled, token by token, to at most `tau` times the length of `hidden`; (B, T, d).
 
     A token within the limit is returned as it is.

@@ -321,7 +321,8 @@ class BundleModel(BaseTuner):
         """Run the block with what a compiled forward reads, where inference is compiled; see prepared.py."""
         call, layers = self._state.call, self._layers
         before = [layer.slot.ready for layer in layers]
-        done = any(before) and before[0].generating == (call.prompts is not None)
+        ready = before[0] if before else None
+        done = ready is not None and ready.generating == (call.prompts is not None)
         if done or call.active is None or torch.is_grad_enabled() or not self._compiled():
             yield
             return
@@ -333,8 +334,8 @@ class BundleModel(BaseTuner):
                 layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
             yield
         finally:
-            for layer, ready in zip(layers, before):
-                layer.slot.ready = ready
+            for layer, earlier in zip(layers, before):
+                layer.slot.ready = earlier
 
     def _compiled(self) -> bool:
         """Whether inference with this model is compiled, as far as one can see before it runs."""

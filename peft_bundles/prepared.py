@@ -2,8 +2,8 @@
 
 A compiler keeps what it finds while it traces: names of bundles, numbers, shapes. Inference that is compiled therefore
 gets D, E, mu and the gates of every layer as tensors, made eagerly when the call starts (once a `generate`), with the
-number of hidden units marked as variable. Another set of bundles, another size of one or another number for an alpha is
-then other tensors and no other program. What does compile again, once: another number of bases, the first alphas by row,
+number of hidden units marked as variable. Another set of bundles, another size of one or another number for an alpha
+is then other tensors and no other program. What compiles again, once: another number of bases, the first alphas by row,
 the first norm budget, all bundles off. (Training compiles what it finds.)
 """
 

@@ -33,6 +33,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import _data
 import _tasks
+import rl_separate_cards as cards
 from rl_separate_report import COLUMNS
 
 import peft_bundles
@@ -62,8 +63,10 @@ def settings(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--forward", choices=FORWARDS, help="bundles that are on in rows of text")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--model", help="folder or Hub id of another causal LM with a chat template")
+    parser.add_argument("--base", help="the Hub's name of that model, for cards")
     parser.add_argument("--preferences", help="folder or Hub dataset with prompt, chosen and rejected")
     parser.add_argument("--output", help="folder for checkpoints, adapter, results and plots")
+    parser.add_argument("--cards", action="store_true", default=None, help="measure every bundle and write its folder")
     parser.add_argument("--steps", type=int, help="optimizer steps, those of a resumed run included")
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -132,9 +135,32 @@ def pair_logprobs(model: nn.Module, objective: Preference) -> Tensor:
     for start in range(0, count, CHUNK):
         batch = objective.collate([objective.eval_rows[i] for i in range(start, min(start + CHUNK, count))])
         batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        found.append(sequence_logprobs(Outputs(logits, logits), batch).view(2, -1).T)
+        found.append(logprobs(model, batch).view(2, -1).T)
     return torch.cat(found)
+
+
+def logprobs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """log p of every row's completion, (B,)."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return sequence_logprobs(Outputs(logits, logits), batch)
+
+
+def prompt_batch(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    """Prompts padded on the left, and the answers."""
+    ids = [prompt_ids(row["prompt"], tokenizer) for row in rows]
+    prompts = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    return {**prompts, "answer": [row["answer"] for row in rows]}
+
+
+@torch.no_grad()
+def batch_rewards(model: nn.Module, tokenizer: Any, batch: dict[str, Any], length: int) -> list[float]:
+    """The reward of every row's greedy completion."""
+    prompts = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    options = {"do_sample": False, "max_new_tokens": length, "use_cache": True}
+    made = model.generate(**prompts, **options, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    scores = [f(texts, answer=batch["answer"]) for f in _tasks.REWARDS]
+    return [sum(w * s for w, s in zip(_tasks.WEIGHTS, row)) for row in zip(*scores)]
 
 
 @torch.no_grad()
@@ -142,14 +168,7 @@ def task_rewards(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], l
     """Mean reward of greedy completions, and the share that is the right number and nothing else."""
     rewards = []
     for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        ids = [prompt_ids(row["prompt"], tokenizer) for row in part]
-        prompts = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-        options = {"do_sample": False, "max_new_tokens": length, "use_cache": True}
-        made = model.generate(**prompts, **options, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        scores = [f(texts, answer=[row["answer"] for row in part]) for f in _tasks.REWARDS]
-        rewards += [sum(w * s for w, s in zip(_tasks.WEIGHTS, row)) for row in zip(*scores)]
+        rewards += batch_rewards(model, tokenizer, prompt_batch(rows[start : start + CHUNK], tokenizer), length)
     return sum(rewards) / len(rewards), sum(r > 0.999 for r in rewards) / len(rewards)
 
 
@@ -168,6 +187,51 @@ def numbers(
         "chosen_likelier": float((logprobs[:, 0] > logprobs[:, 1]).float().mean()),
         **{f"{kind}_loss": text_loss(model, ids) for kind, ids in held.items()},
     }
+
+
+def measured_bundles(
+    model: PeftModel,
+    trainer: BundleTrainer,
+    held: dict[str, Tensor],
+    sums: list[dict[str, Any]],
+    reference: Tensor,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Every bundle in a folder of its own, measured alone and left out, with its alpha sweep drawn."""
+    given, tokenizer = trainer.bundle_config, trainer.processing_class
+    ppo, preference, names = trainer.objectives["ppo"], trainer.objectives["preference"], list(given.bundles or ())
+    pairs = preference.collate([preference.eval_rows[i] for i in range(len(preference.eval_rows))])
+    tasks = cards.sweep_tasks(held, pairs, prompt_batch(sums, tokenizer))
+
+    def score(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        length = ppo.max_completion_length
+        return cards.scores(model, batch, lambda m, b: batch_rewards(m, tokenizer, b, length), logprobs)
+
+    found = {}
+    for name in names:
+        signals = given.bundles[name].signals
+        rate = trainer.args.learning_rate * (trainer.args.lr_multipliers or {}).get(name, 1.0)
+        peft_bundles.save_bundle(
+            model,
+            name,
+            folder / name,
+            {
+                "script": "recipes/rl_separate.py",
+                "losses": ", ".join(signals),
+                "steps": trainer.state.global_step,
+                "learning rate": rate,
+                "seed": trainer.args.seed,
+                "base weights": cards.base_weights(model.get_base_model()),
+            },
+        )
+        found[name] = {}
+        for setting, alphas in (("alone", cards.alone(name, names)), ("without", {name: 0.0})):
+            with model.alphas(alphas):
+                found[name][setting] = numbers(model, trainer, held, sums, reference)
+        sweep = cards.sweep(model, name, names, tasks, score)
+        sweep.plot(folder / name / "sweep.png")
+        found[name]["sweep"] = sweep.to_dict()
+    return found
 
 
 class HeldOut(TrainerCallback):
@@ -236,6 +300,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     given, resume = settings(argv)
     output = Path(given["output"])
     training = dict(given["training"])
+    if given["model"] is None:
+        given["base"] = _data.HUB_MODEL
     if given["variant"] != "separate":
         training["lr_multipliers"] = None
     args = BundleTrainingConfig(
@@ -247,6 +313,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         report_to="none",
         **training,
     )
+    if given["cards"] and args.world_size > 1:
+        raise ValueError(f"cards: measured and written by one process, and there are {args.world_size}; run without.")
     last = transformers.trainer_utils.get_last_checkpoint(output) if output.is_dir() else None
     if resume and last is None:
         raise ValueError(f"--resume: {output} has no checkpoint; leave --resume out, or name the run's --output.")
@@ -257,6 +325,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
     transformers.set_seed(given["seed"])
+    if given["base"]:
+        base.name_or_path = given["base"]
     model: PeftModel = get_peft_model(base, bundle_config(given, base.config.hidden_size))
 
     texts, held, others = _tasks.text(tokenizer, **given["text"])
@@ -284,6 +354,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, values in alphas.items():
             with model.alphas(values):
                 table[name] = numbers(model, trainer, held, held_sums, reference)
+        found = {}
+        if given["cards"]:
+            found = measured_bundles(model, trainer, held, held_sums, reference, output / "bundles")
     results = {
         "command": " ".join(["recipes/rl_separate.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -298,11 +371,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begun, 1),  # of this command, not of those it resumes
         "table": table,
+        "bundles": found,
         "history": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         plot(trainer.state.log_history, output / "plots")
+        if found:
+            cards.write([results], output / "bundles")
         title = f"{given['variant']}, text rows with {given['forward']}, seed {given['seed']}, {results['steps']} steps"
         show(table, title)
         print(f"{results['seconds']:.0f} s; recorded in {output / 'results.json'}, drawn in {output / 'plots.png'}")

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from models import TINY
 from training import tokenizer
 from transformers import AutoModelForCausalLM
+
+import peft_bundles
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -138,6 +141,46 @@ def test_two_processes_run_it_to_the_end(run, processes):
     assert {p.name for p in (run.folder / processes / "checkpoint-2").glob("objectives-*")} == {
         f"objectives-{rank}.safetensors" for rank in (0, 1)
     }
+
+
+def test_bundles_are_folders_to_push_with_cards_over_seeds(run, recipe):
+    results = [run(1, f"cards_{seed}", "--cards", f"--seed={seed}", "--base=me/tiny") for seed in (0, 1)]
+    folder = run.folder / "cards_0" / "bundles"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(results[0]["settings"]["bundles"])
+    assert "± " not in (folder / "b_rl_policy" / "README.md").read_text()
+    recipe.cards.main([str(run.folder / f"cards_{seed}") for seed in (0, 1)])
+    base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
+    _, held, _ = recipe._tasks.text(tokenizer(), **results[0]["settings"]["text"])
+    for name, measured in results[0]["bundles"].items():
+        card = ModelCard.load(folder / name / "README.md")
+        assert card.data.base_model == "me/tiny" and card.data.eval_results
+        for wanted in (
+            f"| `{name}` |",
+            "± ",
+            "| 0, 1 |",
+            "![What alpha does](sweep.png)",
+            "must not be used",
+            "Data: ",
+        ):
+            assert wanted in card.text, wanted
+        assert (folder / name / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+        model = peft_bundles.compose(base, [folder / name])  # what the card says it is, loaded as the card says
+        assert recipe.text_loss(model, held["plays"]) == pytest.approx(measured["alone"]["plays_loss"], abs=1e-5)
+        base = model.unload()
+        means = {task: entry["mean"] for task, entry in measured["sweep"]["tasks"].items()}
+        off, on = (measured["sweep"]["alphas"].index(alpha) for alpha in (0.0, 1.0))
+        assert means["plays: minus loss, nats"][on] == pytest.approx(-measured["alone"]["plays_loss"], abs=1e-4)
+        assert means["sums: reward"][off] == pytest.approx(results[0]["table"]["all off"]["reward"], abs=1e-4)
+    for wrong, message in (
+        ([results[0], results[0]], r"seeds \[0, 0\]: one run is there twice"),
+        ([results[0], {**results[1], "bundles": {}}], "seed 1 measured no bundles; run it with --cards"),
+        (
+            [results[0], {**results[1], "settings": {**results[1]["settings"], "forward": "all"}}],
+            "forward='all' of one",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.cards.write(wrong, folder)
 
 
 def test_rewards(recipe):
