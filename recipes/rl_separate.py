@@ -38,6 +38,7 @@ from rl_separate_report import COLUMNS
 
 import peft_bundles
 from peft_bundles import BundleConfig
+from peft_bundles.basis import bundle_shapes, support_overlap
 from peft_bundles.config import resolve_rank
 from peft_bundles.evaluation.text import text_loss
 from peft_bundles.objectives import LM, PPO, Outputs, Preference
@@ -207,9 +208,11 @@ def measured_bundles(
         length = ppo.max_completion_length
         return cards.scores(model, batch, lambda m, b: batch_rewards(m, tokenizer, b, length), logprobs)
 
+    overlap = support_overlap(bundle_shapes(given, model.config.hidden_size)).tolist()
     found = {}
-    for name in names:
+    for name, shared in zip(names, overlap):
         signals = given.bundles[name].signals
+        same = [f"{other} {share:.0%}" for other, share in zip(names, shared) if share and other != name]
         rate = trainer.args.learning_rate * (trainer.args.lr_multipliers or {}).get(name, 1.0)
         peft_bundles.save_bundle(
             model,
@@ -218,6 +221,7 @@ def measured_bundles(
             {
                 "script": "recipes/rl_separate.py",
                 "losses": ", ".join(signals),
+                "columns of U shared with": ", ".join(same) or "no other bundle of the run",
                 "steps": trainer.state.global_step,
                 "learning rate": rate,
                 "seed": trainer.args.seed,

@@ -23,10 +23,11 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 COLUMNS = {
     "reward": ("sums, held out", "reward"),
     "exact": ("sums, held out", "share of right answers"),
-    "preference": ("pairs, held out", "share preferred as the chooser did"),
+    "preference": ("pairs, held out", "share with the right one preferred"),
     "plays_loss": ("Shakespeare's plays, held out", "loss"),
     "manual_loss": ("Python's reference, which nothing trains on", "loss"),
 }
+RECORDED = ("command", "date", "versions", "device", "settings", "steps", "seconds", "table")
 DATA = {
     "lm": "Shakespeare's plays (public domain), other documents held out",
     "preference": "made pairs: three words in order against the same out of order",
@@ -79,8 +80,10 @@ def scores(model: nn.Module, batch: dict[str, Any], rewards: Any, logprobs: Any)
     return negative_loss(model, batch)
 
 
-def write(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Cards of the bundles in `folder`, those of the first run; numbers are of all runs, one a seed.
+def write(runs: list[dict[str, Any]], folder: Path) -> None:
+    """Cards of the bundles in `folder`, those of the first run; their numbers are of all runs, one a seed.
+
+    They are kept in `results.json` beside the card.
 
     Raises:
         ValueError: a run without measured bundles, runs of other settings than the first's, or a seed twice.
@@ -97,45 +100,48 @@ def write(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
     seeds = [run["settings"]["seed"] for run in runs]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds {seeds}: one run is there twice.")
-    cards, given = [], runs[0]["settings"]
     for name in runs[0]["bundles"]:
-        settings = {
-            "this bundle alone": [run["bundles"][name]["alone"] for run in runs],
-            f"all {len(runs[0]['bundles'])} bundles of the recipe": [run["table"]["all on"] for run in runs],
-            "all but this one": [run["bundles"][name]["without"] for run in runs],
-        }
-        base = runs[0]["table"]["all off"]
-        rows = [
-            {
-                "task": task,
-                "metric": f"{metric}, {setting}",
-                "values": [row[column] for row in measured],
-                "seeds": seeds,
-                "base": base[column],
-            }
-            for setting, measured in settings.items()
-            for column, (task, metric) in COLUMNS.items()
-        ]
-        signals = given["bundles"].get(name, {"signals": dict.fromkeys(("lm", "preference", "policy"))})["signals"]
-        kinds = dict.fromkeys(s if s in DATA else "rl" for s in signals)
-        cards.append(
-            peft_bundles.write_card(
-                folder / name,
-                results=rows,
-                figure=folder / name / "sweep.png",
-                data="; ".join(DATA[kind] for kind in kinds),
-                repo_id=f"you/smollm2-{name}",
-            )
+        records = [{k: run[k] for k in RECORDED} | {"bundle": run["bundles"][name]} for run in runs]
+        (folder / name / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+        # The control of one adapter has a bundle that the settings do not name, and all losses.
+        own = runs[0]["settings"]["bundles"].get(name, {"signals": ("lm", "preference", "policy")})["signals"]
+        kinds = dict.fromkeys(signal if signal in DATA else "rl" for signal in own)
+        peft_bundles.write_card(
+            folder / name,
+            results=rows(records),
+            figure=folder / name / "sweep.png",
+            data="; ".join(DATA[kind] for kind in kinds),
+            repo_id=f"you/smollm2-{name}",
         )
-    return cards
+
+
+def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The card's table of one bundle, from its `results.json`: one record a seed."""
+    count = len(records[0]["settings"]["bundles"])
+    settings = {
+        "this bundle alone": [record["bundle"]["alone"] for record in records],
+        f"all {count} of the recipe": [record["table"]["all on"] for record in records],
+        "all but this one": [record["bundle"]["without"] for record in records],
+    }
+    return [
+        {
+            "task": task,
+            "metric": f"{metric}, {setting}",
+            "values": [row[column] for row in measured],
+            "seeds": [record["settings"]["seed"] for record in records],
+            "base": records[0]["table"]["all off"][column],
+        }
+        for setting, measured in settings.items()
+        for column, (task, metric) in COLUMNS.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="outputs of rl_separate.py --cards that differ in the seed")
     runs = parser.parse_args(argv).runs
-    for card in write([json.loads((run / "results.json").read_text()) for run in runs], runs[0] / "bundles"):
-        print(card)
+    write([json.loads((run / "results.json").read_text()) for run in runs], runs[0] / "bundles")
+    print(f"cards of {len(runs)} seeds in {runs[0] / 'bundles'}")
 
 
 if __name__ == "__main__":
