@@ -1,10 +1,11 @@
-"""How close a static LoRA comes to one setting of the alphas: the demo's bundles on SmolLM2-135M, on a CPU.
+"""How close a static LoRA comes to one setting of the alphas: the demo's bundles on SmolLM2-135M.
 
-    python benchmarks/distill.py
+    python benchmarks/distill.py --device cuda --seeds 0 1 2
 
-Takes the adapter of `examples/quickstart.py` (runs the demo first if there is none), distils the settings below into a
-LoRA each, on the training halves of the demo's three kinds of text, and measures on the held-out halves. Writes
-`benchmarks/results/distill.json`. The committed record is from one thread of two cores shared with nine other jobs.
+A seed trains the demo's adapter (`examples/quickstart.py`, unless the folder is there), distils both bundles into a
+LoRA of rank 16 on all linears, on the training halves of the demo's three kinds of text, and measures on the held-out
+halves: KL to the bundled model, agreement of the likeliest token, loss of base, bundles and LoRA. On GPUs the seeds run
+side by side. Writes `benchmarks/results/distill.json`, which has every seed and the mean and deviation over them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import peft
 import torch
@@ -33,66 +37,120 @@ sys.path.insert(0, str(ROOT / "examples"))
 from _data import encode, load_texts, model_folder  # noqa: E402
 
 
-SETTINGS = {"both": {"b_plays": 1.0, "b_docs": 1.0}}
-ROWS, LENGTH, HELD_OUT = 2, 64, 8  # rows of a batch, tokens of a row, held-out rows of each kind
+SETTING = {"b_plays": 1.0, "b_docs": 1.0}
+LENGTH = 64  # tokens of a row
+ADDED = 50  # further rows that are tried for, where there may be fewer than asked for
 
 
-def batches(rows: Tensor) -> list[dict[str, Tensor]]:
-    return [{"input_ids": part} for part in rows.split(ROWS)]
+def rows_of(tokenizer: Any, texts: list[str], rows: int) -> Tensor:
+    """The first so many texts that fill a row, or as many as there are."""
+    long = [
+        text for text in texts[: ADDED * rows] if len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= LENGTH
+    ]
+    return encode(tokenizer, long, min(rows, len(long)), LENGTH)
+
+
+def batches(rows: Tensor, size: int) -> list[dict[str, Tensor]]:
+    return [{"input_ids": part} for part in rows.split(size)]
+
+
+def distilled(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One seed: of the demo, of the LoRA and of the order of its batches."""
+    start = time.perf_counter()
+    base, adapter = args.model or str(model_folder()), f"{args.adapter}_{seed}"
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        demo = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", adapter, "--device", args.device]
+        subprocess.run([*demo, "--model", base, "--seed", str(seed)], check=True)
+    trained = time.perf_counter() - start
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(args.device)
+    model = PeftModel.from_pretrained(plain, adapter).eval()
+    texts = load_texts(seed)
+    each = -(-args.steps * args.rows // len(texts))  # of each kind, so that none is seen twice if there are so many
+    train = torch.cat([rows_of(tokenizer, split[0], each) for split in texts.values()])
+    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+    held_out = {kind: rows_of(tokenizer, split[1], args.held_out) for kind, split in texts.items()}
+    start = time.perf_counter()
+    _, report = distill_to_lora(
+        model,
+        SETTING,
+        batches(train, args.rows),
+        held_out=batches(torch.cat([*held_out.values()]), args.rows),
+        steps=args.steps,
+        tasks={kind: {"input_ids": ids} for kind, ids in held_out.items()},
+        eval_fn=negative_loss,
+        seed=seed,
+        progress=False,
+    )
+    return {
+        "seed": seed,
+        **report.to_dict(),
+        "training_rows": len(train),
+        "held_out_rows": {kind: len(ids) for kind, ids in held_out.items()},
+        "seconds": {"demo": round(trained), "distil": round(time.perf_counter() - start)},
+    }
+
+
+def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A process a seed, on the GPUs in turn."""
+    gpus, running = torch.cuda.device_count(), []
+    for number, seed in enumerate(args.seeds):
+        part = Path(args.output).with_suffix(f".{seed}.json")
+        command = [sys.executable, __file__, "--seeds", str(seed), "--output", str(part), "--device", args.device]
+        for name in ("model", "adapter", "steps", "rows", "held_out"):
+            if (value := getattr(args, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else None
+        running.append((part, subprocess.Popen(command, env=environment)))
+    found = []
+    for part, process in running:
+        if process.wait():
+            raise RuntimeError(f"the process for {part.name} ended with {process.returncode}; its output is above.")
+        found += json.loads(part.read_text())["seeds"]
+        part.unlink()
+    return found
+
+
+def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of what every seed measured: name -> [mean, deviation], nested as in a seed's record."""
+
+    def spread(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {name: spread([value[name] for value in values]) for name in values[0]}
+        return [round(fmean(values), 4), round(stdev(values), 4) if len(values) > 1 else 0.0]
+
+    return {name: spread([each[name] for each in found]) for name in ("kl", "agreement", "scores")}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--adapter", default="outputs/quickstart", help="folder of the demo's adapter")
+    parser.add_argument("--adapter", default="outputs/quickstart", help="folder of the demo's adapter, less _SEED")
     parser.add_argument("--model", help="folder or Hub id of the base model; the demo's by default")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument(
+        "--held-out", type=int, default=64, help="held-out rows of each kind of text, if there are so many"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "distill.json"))
     args = parser.parse_args(argv)
-    base = args.model or str(model_folder())
-    if not (Path(args.adapter) / "adapter_config.json").is_file():
-        demo = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", args.adapter]
-        subprocess.run([*demo, "--model", base, "--seed", str(args.seed)], check=True)
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args.adapter
-    ).eval()
-    texts = load_texts(args.seed)
-    each = -(-args.steps * ROWS // len(texts))  # rows of each kind, so that none is seen twice
-    train = torch.cat([encode(tokenizer, split[0], each, LENGTH) for split in texts.values()])
-    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))]
-    held_out = {kind: encode(tokenizer, split[1], HELD_OUT, LENGTH) for kind, split in texts.items()}
-    tasks = {kind: {"input_ids": ids} for kind, ids in held_out.items()}
-
-    results = {}
-    for name, alphas in SETTINGS.items():
-        start = time.perf_counter()
-        _, report = distill_to_lora(
-            model,
-            alphas,
-            batches(train),
-            held_out=batches(torch.cat([*held_out.values()])),
-            steps=args.steps,
-            tasks=tasks,
-            eval_fn=negative_loss,
-            seed=args.seed,
-        )
-        results[name] = {**report.to_dict(), "seconds": round(time.perf_counter() - start)}
-        print(name, json.dumps(results[name], indent=2))
-        record = {
-            "command": f"python benchmarks/distill.py --steps={args.steps} --seed={args.seed}",
-            "date": datetime.date.today().isoformat(),
-            "device": f"CPU, {torch.get_num_threads()} threads",
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
-            "row_tokens": LENGTH,
-            "batch_rows": ROWS,
-            "held_out_rows_a_kind": HELD_OUT,
-            "score": "minus the mean next-token loss, nats a token",
-            "results": results,
-        }
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"recorded in {args.output}")
+    together = args.device == "cuda" and len(args.seeds) > 1
+    found = side_by_side(args) if together else [distilled(args, seed) for seed in args.seeds]
+    seeds = " ".join(map(str, args.seeds))
+    record = {
+        "command": f"python benchmarks/distill.py --device {args.device} --steps {args.steps} --seeds {seeds}",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
+        "row_tokens": LENGTH,
+        "batch_rows": args.rows,
+        "score": "minus the mean next-token loss, nats a token",
+        "over_seeds": over_seeds(found),
+        "seeds": found,
+    }
+    Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["over_seeds"], indent=2), f"recorded in {args.output}", sep="\n")
 
 
 if __name__ == "__main__":

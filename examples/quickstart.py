@@ -160,7 +160,7 @@ def show(losses: dict[str, dict[str, float]]) -> None:
 @torch.no_grad()
 def generate(model: PeftModel, tokenizer) -> None:
     """One prompt, one batch, three rows that differ only in their alphas."""
-    prompt = tokenizer("The first", return_tensors="pt")
+    prompt = tokenizer("The first", return_tensors="pt").to(model.device)
     names = ("base", *KINDS)
     ids = model.generate(
         **{name: tensor.expand(len(names), -1) for name, tensor in prompt.items()},
@@ -182,7 +182,7 @@ def record(path: Path, losses: dict[str, dict[str, float]], seconds: float, args
     values = {
         "command": " ".join(["python", "examples/quickstart.py", *(f"--{k}={v}" for k, v in vars(args).items() if v)]),
         "date": datetime.date.today().isoformat(),
-        "device": f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions,
         "held_out_rows": HELD_OUT,
         "row_tokens": LENGTH,
@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="outputs/quickstart", help="folder for the adapter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="folder or Hub id of another causal LM")
+    parser.add_argument("--device", default="cpu", help="cpu, the default, or cuda")
     args = parser.parse_args(argv)
     start = time.perf_counter()
 
@@ -209,12 +210,12 @@ def main(argv: list[str] | None = None) -> None:
 
     stage("1. The base model and three kinds of text")
     path = args.model or str(model_folder())
-    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     texts = load_texts(args.seed)
     for kind, (train, held_out) in texts.items():
         print(f"{kind}: {len(train):,} pieces to train on, {len(held_out):,} held out, from other documents")
-    held_out = {kind: encode(tokenizer, split[1], HELD_OUT, LENGTH) for kind, split in texts.items()}
+    held_out = {kind: encode(tokenizer, split[1], HELD_OUT, LENGTH).to(args.device) for kind, split in texts.items()}
     probe = torch.cat([ids[:2] for ids in held_out.values()])
     base_logits = logits_of(base, probe)
 
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     # Twice, at the start and in the middle: by then the optimizer's momentum would move a bundle with a zero gradient.
     half = args.steps // 2
     rows = half * ROWS + 2 * ALONE * ROWS  # of each kind
-    train = {kind: encode(tokenizer, texts[kind][0], rows, LENGTH) for kind in KINDS}
+    train = {kind: encode(tokenizer, texts[kind][0], rows, LENGTH).to(args.device) for kind in KINDS}
     trainer = Trainer(model.train(), train, 2 * (half + len(KINDS) * ALONE))
     with trainer.progress:
         for _ in range(2):
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
 
     stage(f"5. Save to {args.output}, load on a fresh base model")
     model.save_pretrained(args.output)
-    fresh = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device)
     reloaded = PeftModel.from_pretrained(fresh, args.output).eval()
     check(
         "the reloaded model's logits are the same, bit for bit",
