@@ -248,7 +248,8 @@ def push(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Push one bundle, with its card, to the Hub."""
+    """Push one bundle to the Hub, with the card in its folder; or with a new one if the folder has none, holds several
+    bundles, or --results, --figure or --data say what is to be in it."""
     wanted = _results(results)
     model, _ = _load([source], base, token)
     import peft_bundles
@@ -258,6 +259,8 @@ def push(
     if len(bundles) != 1:
         raise ValueError(f"{source} has the bundles {', '.join(bundles)}; push one of them, as {source}:{bundles[0]}.")
     picture = None if figure is None else str(figure)
+    own = wanted is None and picture is None and data is None and _bundles_in(source) == bundles
+    folder = Path(source).expanduser()
     url = peft_bundles.push_bundle(
         model,
         bundles[0],
@@ -268,6 +271,7 @@ def push(
         results=wanted,
         figure=picture,
         data=data,
+        card=folder if own and (folder / "README.md").is_file() else None,
     )
     _show(as_json, {"bundle": bundles[0], "url": url}, url)
 

@@ -158,7 +158,7 @@ def parse_alphas(
             raise ValueError(
                 f"alphas as a tensor are ambiguous with {len(state.configs)} adapters; give a dict by bundle name."
             )
-        table = torch.as_tensor(values)
+        table = _tensor("alphas", values)
         if table.dim() == 0 or table.shape[-1] != len(known):
             raise ValueError(
                 f"alphas of shape {tuple(table.shape)} must end in one value per bundle, {len(known)}: {known}."
@@ -169,12 +169,22 @@ def parse_alphas(
     return {name: _parse_one(name, value, per, state.num_layers) for name, value in values.items()}
 
 
+def _tensor(what: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what}={value!r} must be a number, or numbers in a tensor or list ({error}).") from error
+    if tensor.is_complex():
+        raise ValueError(f"{what}={value!r} must be real.")
+    return tensor
+
+
 def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
     if isinstance(value, (int, float)):
         if not math.isfinite(value):
             raise ValueError(f"alphas[{name!r}]={value!r} must be a finite number.")
         return float(value)
-    tensor = torch.as_tensor(value)
+    tensor = _tensor(f"alphas[{name!r}]", value)
     tensor = tensor if tensor.is_floating_point() else tensor.float()
     tensor = tensor if tensor.requires_grad else tensor.clone()  # what the user does to it later is no new alpha
     if not bool(torch.isfinite(tensor.detach()).all()):

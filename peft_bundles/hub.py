@@ -128,10 +128,14 @@ def pull_bundle(source: str | Path, folder: str | Path | None = None, token: str
     if len(whole) > len(checkpoint.names):
         write_card(folder)
     else:
-        for name in os.listdir(found):
-            if name == CARD or name.lower().endswith(PICTURES):
-                shutil.copyfile(os.path.join(found, name), os.path.join(folder, name))
+        _copy_card(found, folder)
     return Path(folder)
+
+
+def _copy_card(source: str | Path, folder: str | Path) -> None:
+    for name in os.listdir(source):
+        if name == CARD or name.lower().endswith(PICTURES):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def save_bundle(
@@ -186,6 +190,7 @@ def push_bundle(
     results: list[dict[str, Any]] | None = None,
     figure: str | None = None,
     data: str | None = None,
+    card: str | Path | None = None,
 ) -> str:
     """Push one bundle with its card to a repository of its own, in one commit; returns the repository's URL.
 
@@ -196,16 +201,25 @@ def push_bundle(
         token: of the Hub; None is the stored one.
         revision: branch to push to, made if it does not exist.
         results, figure, data: see `cards.write_card`.
+        card: a folder whose README.md and pictures are pushed instead of a card that is written now.
 
     Raises:
-        ValueError: see `save_bundle`; or the repository holds something else already.
+        ValueError: see `save_bundle`; a `card` without README.md, or with results, a figure or data beside it; or the
+            repository holds something else already.
         RuntimeError: somebody else pushed meanwhile; nothing was changed.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
     validate_repo_id(repo_id)
+    if card is not None and not ((Path(card) / CARD).is_file() and results is None and figure is None and data is None):
+        raise ValueError(
+            f"card={str(card)!r} must be a folder with a {CARD}, and leaves no use for results, figure, data."
+        )
     with tempfile.TemporaryDirectory() as staging:
         save_bundle(model, bundle, staging, summary, adapter=adapter)
-        write_card(staging, results=results, figure=figure, data=data, repo_id=repo_id)
+        if card is None:
+            write_card(staging, results=results, figure=figure, data=data, repo_id=repo_id)
+        else:
+            _copy_card(card, staging)
         return upload(staging, repo_id, holds=bundle, private=private, token=token, revision=revision)
 
 

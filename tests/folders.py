@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import torch
 from models import TINY, batch, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -28,3 +30,12 @@ def content(folder) -> dict[str, bytes]:
 
 def lora(folder):
     get_peft_model(TINY["llama"](), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+def huge_header(folder):
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 10 * 2**30) + b"{}" * 100)

@@ -229,6 +229,11 @@ def test_functions_work_where_there_is_no_bundle_model():
         ({"b_one": torch.ones(2, 2, 2)}, {}, r"shape \(2, 2, 2\)"),
         ({"b_one": torch.ones(2, 2)}, {"per": "layer"}, r"must be \(L,\)"),
         ({"b_one": 1.0}, {"per": "head"}, "per='head'"),
+        ({"b_one": "high"}, {}, r"alphas\['b_one'\]='high' must be a number, or numbers in a tensor or list"),
+        ({"b_one": None}, {}, r"alphas\['b_one'\]=None must be a number"),
+        ({"b_one": [[0.1], [0.2, 0.3]]}, {}, r"must be a number, or numbers in a tensor or list \(expected sequence"),
+        ({"b_one": 1 + 2j}, {}, "must be real"),
+        ("high", {}, "alphas='high' must be a number"),
     ],
 )
 def test_bad_alphas_are_refused_before_any_compute(values, options, message):

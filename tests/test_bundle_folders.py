@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from folders import CONFIG, NAMES, WEIGHTS, content, loaded, lora, only
+from folders import CONFIG, NAMES, WEIGHTS, content, huge_header, loaded, lora, only, pickled
 from models import TINY, attached, batch, bundle_config, every, logits, perturb, quietly_loaded
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -141,15 +140,6 @@ def test_refusals_of_saving(tmp_path):
 
 
 # ---- what a stranger may give ----
-
-
-def pickled(folder):
-    (folder / WEIGHTS).unlink()
-    torch.save({}, folder / "adapter_model.bin")
-
-
-def huge_header(folder):
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 10 * 2**30) + b"{}" * 100)
 
 
 def edit(folder, **values):

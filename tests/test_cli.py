@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HUB
+from folders import huge_header, lora, pickled
+from huggingface_hub import ModelCard
 from models import TINY, bundle_config, generated, logits, perturb
 from peft import PeftModel, get_peft_model
 from training import tokenizer
@@ -181,6 +184,12 @@ def test_push_and_pull(folders, tmp_path):
     assert "404" in refused("pull", "me/nothing", *writer)
     assert "403" in refused("push", f"{folders / 'one'}:b_mlp", "me/mlp", "--token", "reads")
     refused("report", folders / "one", "--base", "me/no_base")
+    (tmp_path / "mlp" / "README.md").write_text("measured by hand: ![it](it.png)")
+    (tmp_path / "mlp" / "it.png").write_bytes(b"a picture")
+    said("push", tmp_path / "mlp", "me/own", *writer)  # a folder with its card is pushed as it is
+    assert HUB.files("me/own")["README.md"].startswith(b"measured") and HUB.files("me/own")["it.png"] == b"a picture"
+    said("push", tmp_path / "mlp", "me/own", *writer, "--data", "sums")
+    assert b"Data: sums" in HUB.files("me/own")["README.md"]
 
 
 # ---- bad input: one line that names the fix, and an exit code ----
@@ -237,9 +246,41 @@ def test_bad_input(folders, args, code, message):
     assert message in refused(*filled, code=code)
 
 
-def test_a_lora_is_no_bundle(folders, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    assert "is an adapter of type 'LORA' and no bundle" in refused("report", tmp_path)
+def test_what_a_stranger_may_give(folders, tmp_path):
+    """Every command that reads an adapter answers on one line, and writes nothing."""
+    good = peft_bundles.save_bundle(loaded(folders), "b_mlp", tmp_path / "good")
+    TINY["llama"](seed=1).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
+
+    def spoilt(name, change):
+        change(Path(shutil.copytree(good, tmp_path / name)))
+        return tmp_path / name
+
+    out = tmp_path / "out"
+    for source, message, base in (
+        (spoilt("lora", lora), "is an adapter of type 'LORA' and no bundle", "base"),
+        (spoilt("pickle", pickled), "only adapter_model.bin, a pickle, which is never loaded", "base"),
+        (spoilt("header", huge_header), "claims a header of 10,737,418,240 bytes in a file of 208", "base"),
+        (good, "was trained on another base model or another revision of it", tmp_path / "other"),
+        ("me/../x", "is no folder that exists and no repository", "base"),
+        (f"{good}:../b_mlp", "has no bundle '../b_mlp'; it has ['b_mlp']", "base"),
+        (tmp_path / "../../nowhere", "is no folder that exists and no repository", "base"),
+    ):
+        for command in (
+            ["report", source],
+            ["generate", source, "--prompt", "a"],
+            ["sweep", source, "--bundle", "b_mlp", "--text", f"a={folders / 'a.txt'}"],
+            ["compose", source, "--output", out],
+            ["push", source, "me/bad"],
+        ):
+            assert message in refused(*command, "--base", folders / base), command
+        if base == "base":
+            assert message in refused("pull", source, "--output", out)
+    assert not out.exists()
+    (good / "README.md").write_text("no metadata")
+    assert said("report", good, "--base", folders / "base")["adapters"]
+    said("card", good)
+    assert ModelCard.load(good / "README.md").data.library_name == "peft"
 
 
 # ---- as a program ----
