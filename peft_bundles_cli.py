@@ -7,6 +7,7 @@ needs.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -51,12 +52,26 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("peft-bundles"))
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Named low-rank bundles: look at them, combine, share, dial and sweep them.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Named low-rank bundles: look at them, combine, share, dial and sweep them."""
 
 
 # ---- what options mean ----
@@ -83,18 +98,24 @@ def _complete_alpha(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{name}=" for name in _complete_bundle(ctx, incomplete.partition("=")[0])]
 
 
+RESULTS = 'JSON file for the card: [{"task", "metric", "value", or "values" by seed; "seeds", "base" if known}, ...].'
 Sources = Annotated[
     list[str], typer.Argument(help="Adapters: folder, folder:bundle, repo, repo:bundle or repo@revision:bundle.")
 ]
 Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model; else the one the adapter names.")]
 Alphas = Annotated[
     list[str] | None,
-    typer.Option("--alpha", metavar="BUNDLE=NUMBER", help="Gate of a bundle.", autocompletion=_complete_alpha),
+    typer.Option(
+        "--alpha",
+        metavar="BUNDLE=NUMBER",
+        help="Gate of a bundle: 0 off, 1 as trained. Once for each.",
+        autocompletion=_complete_alpha,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Rename = Annotated[bool, typer.Option(help="Rename bundles whose names clash.")]
+Rename = Annotated[bool, typer.Option("--rename", help="Rename bundles whose names clash.")]
 Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token of the Hub, for private repositories.")]
-Results = Annotated[Path | None, typer.Option(help="JSON file with a list of results for the card.")]
+Results = Annotated[Path | None, typer.Option(help=RESULTS)]
 Figure = Annotated[Path | None, typer.Option(help="Picture for the card.")]
 Data = Annotated[str | None, typer.Option(help="What the card says of the training data.")]
 
@@ -106,6 +127,8 @@ def _numbers(alphas: list[str] | None) -> dict[str, float]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise typer.BadParameter(f"--alpha {text!r} must be BUNDLE=NUMBER, such as b_logic=0.5.")
+        if name in found:
+            raise typer.BadParameter(f"--alpha {name} is given twice; give one number a bundle.")
         found[name] = _number(f"--alpha {text}", value)
     return found
 
@@ -187,12 +210,12 @@ def _show(as_json: bool, values: dict[str, Any], text: str) -> None:
 def report(
     sources: Sources,
     base: Base = None,
-    angles: Annotated[bool, typer.Option(help="Also measure principal angles between bundles.")] = False,
+    angles: Annotated[bool, typer.Option("--angles", help="Also measure principal angles between bundles.")] = False,
     rename: Rename = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ranks, supports, overlaps, signals and parameters of an adapter's bundles."""
+    """Show ranks, overlaps and signals of bundles. Also their supports and parameters."""
     model, name = _load(sources, base, token, rename)
     from peft_bundles import report as describe
     from peft_bundles.alphas import state_of
@@ -219,7 +242,7 @@ def compose(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """One adapter from bundles of several folders or repositories; of several bases, a subfolder for each."""
+    """Make one adapter of several bundles. Those of several bases get a subfolder a basis."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; name a new one.")
     model, name = _load(sources, base, token, rename)
@@ -240,7 +263,7 @@ def push(
     source: Annotated[str, typer.Argument(help="Adapter with the bundle: folder, or folder:bundle of several.")],
     repo: Annotated[str, typer.Argument(help="Repository of the Hub, made if there is none.")],
     base: Base = None,
-    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     results: Results = None,
     figure: Figure = None,
@@ -248,8 +271,8 @@ def push(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Push one bundle to the Hub, with the card in its folder; or with a new one if the folder has none, holds several
-    bundles, or --results, --figure or --data say what is to be in it."""
+    """Push one bundle to the Hub, with a card. That is the one in its folder; a new one if the folder has none, holds
+    several bundles, or --results, --figure or --data say what is to be in it."""
     wanted = _results(results)
     model, _ = _load([source], base, token)
     import peft_bundles
@@ -303,7 +326,7 @@ def generate(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text with the bundles dialled: generate FOLDER --prompt TEXT --alpha b_logic=0.5."""
+    """Generate text with the bundles dialled. For example: generate FOLDER --prompt TEXT --alpha b_logic=0.5"""
     alphas = _numbers(alpha)
     model, name = _load(sources, base, token, rename)
     _known(model, alphas)
@@ -328,7 +351,9 @@ def generate(
 def sweep(
     sources: Sources,
     bundle: Annotated[str, typer.Option(help="Whose alpha to turn.", autocompletion=_complete_bundle)],
-    text: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="A text file to score, under a name.")],
+    text: Annotated[
+        list[str], typer.Option(metavar="TASK=FILE", help="A text file to score, under a name. Once for each.")
+    ],
     values: Annotated[str, typer.Option(help="Alphas, with commas.")] = "0,0.25,0.5,0.75,1,1.5",
     own: Annotated[str | None, typer.Option(help="The bundle's own task: also print the selectivity.")] = None,
     alpha: Alphas = None,
@@ -341,17 +366,23 @@ def sweep(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn one bundle's alpha and see which texts' loss follows (the score is minus the loss, nats a token)."""
+    """Score texts at many alphas of one bundle. The score is minus the loss, in nats a token."""
     alphas = _numbers(alpha)
     points = [_number("--values", value) for value in values.split(",")]
-    files = dict(item.partition("=")[::2] for item in text)
-    for task, path in files.items():
+    files: dict[str, str] = {}
+    for item in text:
+        task, _, path = item.partition("=")
         if not (task and path):
-            raise typer.BadParameter(f"--text {task or path!r} must be TASK=FILE, such as plays=hamlet.txt.")
+            raise typer.BadParameter(f"--text {item!r} must be TASK=FILE, such as plays=hamlet.txt.")
+        if task in files:
+            raise typer.BadParameter(f"--text {task} is given twice; give every file a name of its own.")
+        files[task] = path
         if not Path(path).is_file():
             raise ValueError(f"--text {task}={path}: there is no such file.")
     if own is not None and (own not in files or len(files) < 2 or 0.0 not in points):
         raise typer.BadParameter(f"--own {own!r} must be one of two or more --text, with 0 among --values.")
+    if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
+        raise typer.BadParameter(f"--plot {plot} must be a .png, .svg or .pdf in a folder that exists.")
     model, name = _load(sources, base, token, rename)
     _known(model, [bundle, *alphas])
     tokenizer = _tokenizer(name, token)

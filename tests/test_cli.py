@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -207,6 +207,7 @@ def test_push_and_pull(folders, tmp_path):
             "'high' is no finite number; give one such as",
         ),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
+        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=1", "--alpha", "b_mlp=0"], 2, "b_mlp is given twice"),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"], 2, "must be BUNDLE=NUMBER, such as b_logic=0.5"),
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_x=1"],
@@ -227,6 +228,12 @@ def test_push_and_pull(folders, tmp_path):
             "--text a=nowhere.txt: there is no such file",
         ),
         (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a.txt"], 2, "must be TASK=FILE, such as"),
+        (["sweep", "{one}", "--bundle", "b_mlp", *["--text", "a={root}/a.txt"] * 2], 2, "--text a is given twice"),
+        (
+            ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--plot", "{root}/plot.doc"],
+            2,
+            "must be a .png, .svg or .pdf in a folder that exists",
+        ),
         (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--values", "0,high"],
@@ -327,8 +334,10 @@ def test_help_does_not_wait_for_torch():
     code = "import sys, peft_bundles_cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     path = os.pathsep.join([str(Path(peft_bundles_cli.__file__).parent), os.environ.get("PYTHONPATH", "")])
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}).returncode == 0
+    assert run("--version").stdout.strip() == version("peft-bundles")
     made = program("--help")
     assert made.returncode == 0
+    assert "..." not in made.stdout.partition("Commands:")[2]  # every command says what it does on its line
     for name in ("report", "compose", "push", "pull", "generate", "sweep", "card", "--install-completion"):
         assert name in made.stdout
 
