@@ -3,8 +3,9 @@
     python benchmarks/hot_swap.py --output benchmarks/results/hot_swap.json
 
 SmolLM2-135M (as examples/quickstart.py gets it), a preset of six bundles with random weights, composed from six files.
-`load_bundle(..., replace=True)` is timed as a whole (reading, checking, building, switching) and its switch alone, in
-an idle model and while another thread generates.
+`load_bundle(..., replace=True)` is timed as a whole (reading, checking, building, switching; also the processor time it
+took of its thread) and the time for which it holds up calls that start, in an idle model and while another thread
+generates.
 """
 
 from __future__ import annotations
@@ -39,21 +40,35 @@ from peft_bundles import BundleConfig
 
 def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:
     """Medians over `times` replacements, in milliseconds."""
-    tuner, whole, switch = model.base_model, [], []
-    original = tuner.set_adapter
-
-    def timed(*args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
-        original(*args, **kwargs)
-        switch.append(time.perf_counter() - start)
-
-    tuner.set_adapter = timed
+    use, whole, own, held = model.base_model._state.use, [], [], []
+    lock = use.lock
     for i in range(times):
-        start = time.perf_counter()
+        use.lock = timed = Timed(lock)
+        start, spent = time.perf_counter(), time.thread_time()
         peft_bundles.load_bundle(model, folders[i % len(folders)], "b_rl_policy", replace=True)
         whole.append(time.perf_counter() - start)
-    del tuner.set_adapter
-    return {"whole_ms": 1e3 * statistics.median(whole), "switch_ms": 1e3 * statistics.median(switch)}
+        own.append(time.thread_time() - spent)
+        held.append(timed.longest)
+    use.lock = lock
+    found = {"whole_ms": whole, "whole_processor_ms": own, "held_up_ms": held}
+    return {name: round(1e3 * statistics.median(values), 3) for name, values in found.items()}
+
+
+class Timed:
+    """A lock, and the longest time for which this thread had it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self.thread, self.longest, self.since = lock, threading.get_ident(), 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        if threading.get_ident() == self.thread:
+            self.since = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self.longest = max(self.longest, time.perf_counter() - self.since)
+        self.lock.release()
 
 
 def main() -> None:

@@ -163,11 +163,17 @@ def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> Non
     joined = [join(members) for members in groups.values() if members]
     built = [_attach(model, group) for group in joined]
     following = [a for a in active if a not in groups] + built
+    for layer in tuner._layers:
+        for what in layer.adapter_layer_names:
+            getattr(layer, what).requires_grad_(False)
     with state.use.lock:
-        tuner.set_adapter(following, inference_mode=True)
+        # What PEFT's set_adapter does, without its walk over the model: a call that starts now waits for this.
+        for layer in tuner._layers:
+            layer._active_adapter = following
+        tuner.active_adapter = following
         model.active_adapter = following[0]
         state.use.retired |= groups.keys() & set(active)
-        tuner.delete_retired()
+    tuner.delete_retired()
 
 
 def _attach(model: PeftModel, group: Checkpoint) -> str:

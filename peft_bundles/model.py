@@ -348,11 +348,12 @@ class BundleModel(BaseTuner):
         """Delete the adapters that are to go and that no call in flight runs with; for who holds `use.swapping`."""
         use = self._state.use
         with use.lock:
-            for adapter in [a for a in use.retired if use.calls[a] == 0]:
-                use.retired.discard(adapter)
-                self.delete_adapter(adapter)
-                known = self._state.bundle_names()
-                self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
+            gone = [a for a in use.retired if use.calls[a] == 0]
+            use.retired.difference_update(gone)
+        for adapter in gone:  # no call runs with them, and none can start to
+            self.delete_adapter(adapter)
+            known = self._state.bundle_names()
+            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's, with alphas and adapter names for this call.
