@@ -166,6 +166,17 @@ def evaluate(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]
     return found
 
 
+def tagged(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]:
+    """What is learnt, and the plays, with only the bundle of the set's own kind on; names begin with "tag/"."""
+    found = {}
+    for name, rows in sets.items():
+        part, _, kind = name.partition("/")
+        if part in ("learn", "text"):
+            with built.tag(kind if kind in ROWS else "reasoning"):  # type: ignore[misc]
+                found |= {f"tag/{key}": value for key, value in evaluate(built, base, {name: rows}).items()}
+    return found
+
+
 def logits_at(built: Built, ids: Tensor, where: Tensor) -> Tensor:
     model: Any = built.model
     head = model.get_output_embeddings()
@@ -200,7 +211,8 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
 
     run = step
     if cuda and built.graph:
-        run = capture(step, built, optimizer)
+        with built.rows():
+            run = capture(step, built, optimizer)
     record: dict[str, Any] = {"loss": []}
     begin = time.perf_counter()
     spent = 0.0
@@ -208,7 +220,10 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
         rate.fill_(lr * min(1.0, (n + 1) / WARMUP) * max(0.0, (steps - n) / (steps - WARMUP) if n >= WARMUP else 1.0))
         for into, source in zip(vars(fixed).values(), vars(batches).values()):
             into.copy_(source[n])
-        run()
+        if built.progress is not None:
+            built.progress.fill_(n / steps)
+        with built.rows():
+            run()
         if (n + 1) % 25 == 0:
             record["loss"].append([round(x, 4) for x in losses.tolist()])
             if not math.isfinite(record["loss"][-1][0]):
@@ -216,7 +231,11 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
                 break
         if n + 1 in MEASURE_AT or n + 1 == steps:
             pause = time.perf_counter()
+            if built.progress is not None and n + 1 == steps:
+                built.progress.fill_(1.0)
             record[str(n + 1)] = evaluate(built, base, sets)
+            if built.tag is not None:
+                record[str(n + 1)] |= tagged(built, base, sets)
             spent += time.perf_counter() - pause
     record["seconds"] = time.perf_counter() - begin - spent
     return record
@@ -345,7 +364,8 @@ def prepare(args: argparse.Namespace) -> None:
             )
         rows[f"own_{name}"] = sampled.cpu()
     rows["own"] = torch.stack([rows[f"own_{name}"] for name in starts], 1).flatten(0, 1)
-    rows["both"] = torch.stack([rows["own"][:1000], rows["mixture"][:1000]], 1).flatten(0, 1)
+    most = min(len(rows["own"]) - OWN_HELD_OUT, len(rows["mixture"]))
+    rows["both"] = torch.stack([rows["own"][:most], rows["mixture"][:most]], 1).flatten(0, 1)
     save_file(rows, args.calibration)
     sets = {name: r.to(device) for name, r in evaluation_sets(data, tokenizer, rows["own"]).items()}
     built = Built(
@@ -376,7 +396,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--worker", type=int)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--samples", type=int, default=1024, help="rows of each kind of own samples")
+    parser.add_argument("--samples", type=int, default=2048, help="rows of each kind of own samples")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no cell after so many seconds")
     parser.add_argument("--until", type=float)
     args = parser.parse_args()
