@@ -46,6 +46,7 @@ MEASURE_AT = (150,)  # and at the end
 ROWS = {"biographies": 10, "codes": 10, "reasoning": 12, "gsm": 8, "plays": 8}  # of a batch of 48
 OWN_HELD_OUT = 64  # rows of the base's own samples that nobody calibrates on
 DOMAIN_LENGTH = 128
+CHUNK = 50  # rows of a forward when measuring; several workers share a GPU
 SWEEPS = Path(__file__).with_name("quality_sweeps.json")
 
 
@@ -144,9 +145,9 @@ def evaluate(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]
         right = torch.ones(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
         loss = kl = torch.zeros((), device=rows.ids.device)
         length = rows.ids.shape[1]
-        for start in range(0, len(rows.ids), 100):
-            mine = (rows.row >= start) & (rows.row < start + 100)
-            ids, where = rows.ids[start : start + 100], rows.where[mine] - start * length
+        for start in range(0, len(rows.ids), CHUNK):
+            mine = (rows.row >= start) & (rows.row < start + CHUNK)
+            ids, where = rows.ids[start : start + CHUNK], rows.where[mine] - start * length
             target = rows.target[mine]
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
                 logits = logits_at(built, ids, where).float()
