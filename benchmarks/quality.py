@@ -46,7 +46,7 @@ MEASURE_AT = (150,)  # and at the end
 ROWS = {"biographies": 10, "codes": 10, "reasoning": 12, "gsm": 8, "plays": 8}  # of a batch of 48
 OWN_HELD_OUT = 64  # rows of the base's own samples that nobody calibrates on
 DOMAIN_LENGTH = 128
-CHUNK = 50  # rows of a forward when measuring; several workers share a GPU
+CHUNK = 25  # rows of a forward when measuring; several workers share a GPU
 SWEEPS = Path(__file__).with_name("quality_sweeps.json")
 
 
@@ -164,17 +164,23 @@ def evaluate(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]
             found[name] = loss.item() / count
         if name.startswith(("domain", "own")):
             found["kl/" + name.split("/")[1]] = kl.item() / count
+    if next(iter(sets.values())).ids.is_cuda:
+        torch.cuda.empty_cache()  # for the other workers
     return found
 
 
 def tagged(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]:
-    """What is learnt, and the plays, with only the bundle of the set's own kind on; names begin with "tag/"."""
+    """With one bundle on: "tag/<set>", what is learnt with that of the set's own kind, and "<kind>/domain/<name>"."""
     found = {}
-    for name, rows in sets.items():
-        part, _, kind = name.partition("/")
-        if part in ("learn", "text"):
-            with built.tag(kind if kind in ROWS else "reasoning"):  # type: ignore[misc]
-                found |= {f"tag/{key}": value for key, value in evaluate(built, base, {name: rows}).items()}
+    domains = {name: rows for name, rows in sets.items() if name.startswith("domain")}
+    for kind in ROWS:
+        own = {n: rows for n, rows in sets.items() if n in (f"learn/{kind}", f"text/{kind}")}
+        if kind == "reasoning":  # one bundle for all its families
+            families = {n for n in sets if n.startswith("learn/") and n.split("/")[1] not in ROWS}
+            own = {n: rows for n, rows in sets.items() if n in families}
+        with built.tag(kind):  # type: ignore[misc]
+            found |= {f"tag/{name}": value for name, value in evaluate(built, base, own).items()}
+            found |= {f"{kind}/{name}": value for name, value in evaluate(built, base, domains).items()}
     return found
 
 
