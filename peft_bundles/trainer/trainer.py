@@ -35,7 +35,7 @@ from .checkpoint import CheckpointMixin
 from .config import BundleTrainingConfig
 from .logs import LogsMixin
 from .mixing import MixingPlan
-from .sharding import as_whole, fsdp_plugin, shard
+from .sharding import as_whole, fsdp_plugin, shard, zero_stage
 from .tables import at_full_rate, forward_table, promises
 from .trunk import TrunkProjection, trunk_parameters
 
@@ -134,11 +134,11 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or args.deepspeed is not None:  # on CPUs accelerate would pass over it
-            raise ValueError(
-                "BundleTrainer does not run under DeepSpeed, which steps bundles that got no gradient as if it were 0, "
-                "and momentum moves them; use DDP, or FSDP2 to shard the frozen trunk (recipes/accelerate/fsdp_2.yaml)."
-            )
+        self.zero_stage = zero_stage(args, self.accelerator)
+        if self.is_deepspeed_enabled:
+            as_whole(self.accelerator, args.mixed_precision)
+            self.is_deepspeed_enabled = False
+            model.to(args.device)  # the engine would have
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             as_whole(self.accelerator)
@@ -303,12 +303,15 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         factors = self.args.lr_multipliers or {}
         bundle_of = {id(p): name for (_, name), ps in bundle_parameters(self.model).items() for p in ps}
         decayed = set(self.get_decay_parameter_names(self.model))
-        named = [(bundle_of.get(id(p), "trunk"), p, n in decayed) for n, p in self.model.named_parameters()]
+        named = [(bundle_of.get(id(p), "trunk"), n, p, n in decayed) for n, p in self.model.named_parameters()]
         for name, objective in self.objectives.items():
             head = objective.head()
-            named += [(name, p, p.dim() > 1) for p in (head.parameters() if head is not None else ())]
+            named += [
+                (name, f"{name}_head.{n}", p, p.dim() > 1)
+                for n, p in (head.named_parameters() if head is not None else ())
+            ]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for owner, parameter, decay in named:
+        for owner, _, parameter, decay in named:
             if parameter.requires_grad:
                 key = (float(factors.get(owner, 1.0)), self.args.weight_decay if decay else 0.0)
                 groups.setdefault(key, []).append(parameter)
@@ -321,6 +324,13 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             ],
             **kwargs,
         )
+        if self.zero_stage is not None:
+            from .zero import ZeroOptimizer  # needs deepspeed
+
+            names = {id(p): n for _, n, p, _ in named}
+            owners = monitor.labels(self.model)
+            owner_of = names | {id(p): owners[key] for key, ps in bundle_parameters(self.model).items() for p in ps}
+            self.optimizer = ZeroOptimizer(cast(Any, self.optimizer), owner_of, names, self.zero_stage)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
