@@ -115,7 +115,7 @@ def _losses(results: dict) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["ddp_2", "fsdp_2"])
+@pytest.mark.parametrize("processes", ["ddp_2", "fsdp_2", "zero2_2"])
 def test_two_processes_run_it_to_the_end(run, processes):
     """As a user starts it, with accelerate's launcher; on CPUs through gloo."""
     small = yaml.safe_load((run.folder / "small.yaml").read_text())

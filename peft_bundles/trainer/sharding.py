@@ -1,4 +1,4 @@
-"""Under FSDP2 or DeepSpeed: what is frozen may be sharded, and the optimizer's state, but weights that train stay whole.
+"""FSDP2 and DeepSpeed: frozen weights may be sharded, and the optimizer's state, but weights that train stay whole.
 
 Gradients of sharded parameters are reduced by hooks that a routed backward does not run, and would be zeros where they
 must be None. So bundles, and whatever else trains, are left out of the sharding: the step, clipping, the optimizer and
@@ -93,19 +93,21 @@ def zero_stage(args: BundleTrainingConfig, accelerator: Any) -> int | None:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(
-            f"DeepSpeed: zero_optimization.stage={stage!r} does not go with bundles, whose gradients are reduced whole; "
-            "set it to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
+            f"DeepSpeed: zero_optimization.stage={stage!r} does not go with bundles, whose weights stay whole; set it "
+            " to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
         )
     for field in ("offload_optimizer", "offload_param"):
         if (device := (zero.get(field) or {}).get("device", "none")) not in (None, "none"):
-            raise ValueError(f"DeepSpeed: zero_optimization.{field}.device={device!r} is not supported; set it to 'none'.")
+            raise ValueError(
+                f"DeepSpeed: zero_optimization.{field}.device={device!r} is not supported; set it to 'none'."
+            )
     for field, instead in (("optimizer", "optim, learning_rate, ..."), ("scheduler", "lr_scheduler_type, ...")):
         if field in config:
             raise ValueError(f"DeepSpeed: {field}={config[field]!r} is not read; use the arguments {instead} instead.")
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError("DeepSpeed: fp16.enabled=True: several backwards do not go through a loss scaler; use bf16.")
     if config.get("bf16", {}).get("enabled") is True and not args.bf16:
-        raise ValueError("DeepSpeed: bf16.enabled=True, but the arguments have bf16=False, which is what counts; set it.")
+        raise ValueError("DeepSpeed: bf16.enabled=True, but bf16=False among the arguments, which is what counts.")
     return stage or None if accelerator.num_processes > 1 else None
 
 

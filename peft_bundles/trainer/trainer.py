@@ -135,6 +135,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             optimizers=optimizers,
         )
         self.zero_stage = zero_stage(args, self.accelerator)
+        if self.zero_stage is not None and optimizers[0] is not None:
+            raise ValueError("optimizers: under ZeRO the optimizer is that of the arguments (optim=); give none.")
         if self.is_deepspeed_enabled:
             as_whole(self.accelerator, args.mixed_precision)
             self.is_deepspeed_enabled = False

@@ -52,16 +52,15 @@ class ZeroOptimizer(Optimizer):
         ValueError: another optimizer; a parameter that is not float32.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, owner_of: Mapping[int, str], names: Mapping[int, str], stage: int
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, owner_of: Mapping[int, str], names: Mapping[int, str], stage: int) -> None:
         if type(optimizer) not in ELEMENTWISE:
             raise ValueError(
                 f"optim: under ZeRO {type(optimizer).__name__} would step parts of vectors instead of weights; take "
                 "'adamw_torch', 'adamw_torch_fused' or 'sgd'."
             )
-        groups = optimizer.param_groups
-        self._whole: list[list[nn.Parameter]] = [list(g["params"]) for g in groups]
+        groups = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
+        super().__init__(groups, optimizer.defaults)  # with the groups as given: a scheduler sets their rates
+        self._whole: list[list[nn.Parameter]] = [g["params"] for g in groups]
         for p in (p for group in self._whole for p in group):
             if p.dtype != torch.float32:
                 raise ValueError(
@@ -70,7 +69,7 @@ class ZeroOptimizer(Optimizer):
                 )
         self._parts: list[list[nn.Parameter]] = []
         self._part_of: list[range] = []  # the parts of each group of the given optimizer
-        split = []
+        split: list[dict[str, Any]] = []
         for group in groups:
             together: dict[str, list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -101,13 +100,7 @@ class ZeroOptimizer(Optimizer):
         for hook in self._zero._grad_acc_hooks:  # gradients come by `step`
             hook.remove()
         self._zero._hp_optimizer_states_linked = True  # its debugging views, which want every group to have stepped
-        super().__init__(optimizer.param_groups, optimizer.defaults)
         self._found: dict[int, dict[str, Any]] = {}
-        self._share()
-
-    def _share(self) -> None:
-        """The groups and the state are the inner optimizer's: a scheduler sets rates there."""
-        self.param_groups, self.state = self._inner.param_groups, self._inner.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -126,6 +119,9 @@ class ZeroOptimizer(Optimizer):
                         f"{self._owners[number]!r} got gradients for {sum(have)} of its {len(part)} weights; ZeRO "
                         "steps all of them or none. Train without it, or let all layers take part (no alpha of 0)."
                     )
+        for group, parts in zip(self.param_groups, self._part_of):
+            for number in parts:
+                self._inner.param_groups[number].update(_fields(group))
         zero.live = frozenset(live)
         zero.refresh_fp32_params()  # what was loaded into the model since
         for number in range(len(self._parts)):
@@ -178,10 +174,11 @@ class ZeroOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the given optimizer's would be, with the state that `gather` found last."""
-        groups, state, count = [], {}, 0
-        for whole, parts in zip(self._whole, self._part_of):
-            fields = {k: v for k, v in self._inner.param_groups[parts[0]].items() if k != "params"}
-            groups.append({**fields, "params": list(range(count, count + len(whole)))})
+        groups: list[dict[str, Any]] = []
+        state: dict[int, Any] = {}
+        count = 0
+        for group, whole in zip(self.param_groups, self._whole):
+            groups.append({**_fields(group), "params": list(range(count, count + len(whole)))})
             state |= {count + i: self._found[id(p)] for i, p in enumerate(whole) if id(p) in self._found}
             count += len(whole)
         return {"state": state, "param_groups": groups}
@@ -198,8 +195,10 @@ class ZeroOptimizer(Optimizer):
             raise ValueError(f"the optimizer's state is of groups of {given} parameters, but these are {mine}.")
         numbers = (n for g in state_dict["param_groups"] for n in g["params"])
         found = {id(p): state_dict["state"].get(n) for p, n in zip((p for g in self._whole for p in g), numbers)}
-        state, groups = {}, []
-        for saved, parts in zip(state_dict["param_groups"], self._part_of):
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for saved, group, parts in zip(state_dict["param_groups"], self.param_groups, self._part_of):
+            group.update(_fields(saved))
             for number in parts:
                 groups.append({**saved, "params": [number]})
                 values = [found[id(p)] for p in self._parts[number]]
@@ -211,7 +210,6 @@ class ZeroOptimizer(Optimizer):
                 if values[0]:
                     state[number] = {key: self._cut(number, key, found) for key in values[0]}
         self._inner.load_state_dict({"state": state, "param_groups": groups})
-        self._share()
 
     def _cut(self, number: int, key: str, found: Mapping[int, Any]) -> Any:
         """This process's part of one entry of the state."""
@@ -223,6 +221,11 @@ class ZeroOptimizer(Optimizer):
         for p, offset in self._places(number):
             vector[offset : offset + p.numel()] = found[id(p)][key].reshape(-1)
         return vector[rank * size : (rank + 1) * size].clone()
+
+
+def _fields(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's rate, decay, ..."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _long(value: Any) -> bool:
