@@ -140,7 +140,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         if self.is_deepspeed_enabled:
             as_whole(self.accelerator, args.mixed_precision)
             self.is_deepspeed_enabled = False
-            model.to(args.device)  # the engine would have
+            if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
+                model.to(args.device)  # the engine would have
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             as_whole(self.accelerator)
@@ -155,6 +156,10 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             said = promises(self.bundle_config, signals, table)
             if any(p.requires_grad for p in trunk.values()):
                 said = ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
+            if self.zero_stage is not None:
+                said.append(
+                    f"ZeRO-{self.zero_stage}: each of {args.world_size} processes has a part of the optimizer's state."
+                )
             for line in said:
                 print(f"[{self._name}] {line}", flush=True)
 
