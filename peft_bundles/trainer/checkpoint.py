@@ -51,6 +51,7 @@ class CheckpointMixin(_Base):
             "objectives": {name: list(o.signals) for name, o in self.objectives.items()},
             "mixing": [self.args.mixing, self.args.mixing_weights],
             "forward table": self.forward.table,
+            "topics": self.args.topics,
             "trunk": [self.args.trunk, self.args.trunk_ranks],
             "seed": self.args.seed,
         }
