@@ -3,7 +3,7 @@
     DS_ACCELERATOR=cpu python benchmarks/deepspeed_zero2.py --output benchmarks/results/deepspeed_zero2.json
 
 Two weights, AdamW without decay; two steps on a loss of the first, then two on a loss of the second. Stage 0 is plain
-torch, as a yardstick. Why `BundleTrainer` refuses DeepSpeed: docs/decisions.md.
+torch, as a yardstick. It does not, which is why `BundleTrainer` steps ZeRO's groups itself (trainer/zero.py).
 """
 
 from __future__ import annotations

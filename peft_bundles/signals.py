@@ -267,8 +267,9 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
             for r in used:
                 r.choose(set(signals))
             reached = list({id(leaf): leaf for s in signals for leaf in leaves[s]}.values())
-            gated, keep = bool(routes[signals[0]]), retain_graph or number < len(passes) - 1
-            _one_pass(state, total, reached, signals, gated, owner_of, keep)
+            of_pass = [r for r in used if any(r in routes[s] for s in signals)]
+            keep = retain_graph or number < len(passes) - 1
+            _one_pass(state, total, reached, signals, of_pass, owner_of, keep)
     finally:
         for r in used:
             r.choose(None)
@@ -311,17 +312,22 @@ def _one_pass(
     total: Tensor,
     leaves: list[Tensor],
     signals: list[str],
-    gated: bool,
+    routes: Sequence[Route],
     owner_of: Mapping[int, tuple[str, str]],
     retain_graph: bool,
 ) -> None:
-    """Backward of the summed losses of `signals` into their owners and into parameters of no bundle."""
+    """Backward of the summed losses of `signals` into their owners and into parameters of no bundle.
+
+    Args:
+        routes: of the forwards they come from, if those ran under any.
+    """
     owners: dict[str, set[tuple[str, str]]] = {s: set() for s in signals}
     weights: dict[tuple[str, str], float] = {}
     for s in signals:
         for adapter, config in state.configs.items():
             for name, w in config.column(s).items():
-                if w > 0:
+                # A bundle that the weights of all rows shut out (topics) is not missed.
+                if w > 0 and (not routes or any(name in r.live(adapter) for r in routes)):
                     owners[s].add((adapter, name))
                     weights[adapter, name] = w
     leaves = [p for p in leaves if id(p) not in owner_of or owner_of[id(p)] in weights]
@@ -335,7 +341,7 @@ def _one_pass(
     for leaf, gradient in zip(leaves, gradients):
         if gradient is None:
             continue
-        weight = 1.0 if gated else weights.get(owner_of.get(id(leaf), ("", "")), 1.0)
+        weight = 1.0 if routes else weights.get(owner_of.get(id(leaf), ("", "")), 1.0)
         gradient = gradient if weight == 1.0 else gradient * weight
         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
@@ -378,6 +384,17 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
             f"no gradient reached any of the bundles {learnt} of the forwards since the last call. Was .backward() "
             "called, is their alpha 0, or is gradient checkpointing re-entrant? Use use_reentrant=False."
         )
+
+
+def share_seen(model: nn.Module) -> None:
+    """Tell all processes which bundles the forwards of any have let learn, so that `quiet_loss` is of the same ones."""
+    if not _several_ranks():
+        return
+    state, table = state_of(model), bundle_parameters(model)
+    device = next(model.parameters()).device
+    seen = torch.tensor([key in state.seen for key in table], dtype=torch.int32, device=device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    state.seen = {key for key, flag in zip(table, seen.tolist()) if flag}
 
 
 def _several_ranks() -> bool:

@@ -14,11 +14,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from .topical import COLUMN, RowTopics
+
 
 if TYPE_CHECKING:
     from .forward import Forward
 
-Batch: TypeAlias = dict[str, Any]  # tensors; "input_ids" and "attention_mask" (B, T), padded on the right
+# Tensors: "input_ids" and "attention_mask" (B, T), padded on the right; with topics, on the CPU, "topics" (B, K) and
+# "draws" (`topical.py`).
+Batch: TypeAlias = dict[str, Any]
+ROW = "_row"  # of a prepared row: the number of the dataset's row that it comes from
+TAU = "_tau"  # of a prepared row: its topic vector
 
 
 @dataclass
@@ -81,9 +87,11 @@ class Objective(ABC):
         name: in logs, errors and the forward table.
         signals: the names under which `losses` returns its losses.
         penalties: those of them that a small coefficient keeps small beside the others.
+        topics: the trainer's, where it has topics: what it makes of a dataset's column `topics`.
     """
 
     penalties: tuple[str, ...] = ()
+    topics: RowTopics | None = None
 
     def __init__(self, name: str, signals: Sequence[str], dataset: Any, eval_dataset: Any = None) -> None:
         self.name, self.signals = name, tuple(signals)
@@ -97,6 +105,12 @@ class Objective(ABC):
         self.tokenizer = tokenizer
         self.rows = self._prepared(self._given, "train")
         self.eval_rows = None if self._eval_given is None else self._prepared(self._eval_given, "eval")
+        if self.eval_rows is not None and has_topics(self.rows) != has_topics(self.eval_rows):
+            with_, without = ("train", "eval") if has_topics(self.rows) else ("eval", "train")
+            raise ValueError(
+                f"objective {self.name!r}: the {with_} rows have a column {COLUMN!r} and the {without} rows have none; "
+                "give it to both."
+            )
 
     def _prepared(self, dataset: Any, split: str) -> Any:
         if isinstance(dataset, list):
@@ -108,6 +122,9 @@ class Objective(ABC):
             )
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
+        topics = None
+        if self.topics is not None and COLUMN in dataset.column_names:
+            topics = self.topics.vectors(self.name, dataset[COLUMN])
         rows = self.prepare(dataset, split)
         if not len(rows):
             raise ValueError(
@@ -120,7 +137,9 @@ class Objective(ABC):
                 "tokenized and truncated, they have no token to learn from.",
                 stacklevel=4,
             )
-        return rows
+        if topics is not None and isinstance(rows, Dataset):
+            return rows.add_column(TAU, [topics[number] for number in rows[ROW]])
+        return rows if topics is None else [{**row, TAU: topics[row[ROW]]} for row in rows]
 
     def steps(self, share: Share) -> int:
         """Optimizer steps in one pass over the training rows."""
@@ -136,12 +155,27 @@ class Objective(ABC):
 
     def _batch(self, forward: Forward, rows: Any, start: int, share: Share) -> Batch:
         indices = draw(len(rows), start, share.rows, share.seed, self.name)
-        return self.complete(forward, self.on(forward, self.collate([rows[i] for i in indices])))
+        step, place = divmod(start, share.step_rows)
+        draws = self.topics.draws(share.step_rows, self.name, step) if self.topics is not None else None
+        return self._made(forward, [rows[i] for i in indices], None if draws is None else draws[place:])
+
+    def _made(self, forward: Forward, rows: list[Any], draws: Tensor | None) -> Batch:
+        """The batch of some rows, complete; draws (>= rows, K) belong to them."""
+        batch = self.on(forward, self.collate(rows))
+        if has_topics(rows):
+            batch |= self.topical(batch, torch.tensor([row[TAU] for row in rows], dtype=torch.float64), draws)
+        return self.complete(forward, batch)
+
+    def topical(self, batch: Batch, tau: Tensor, draws: Tensor | None) -> Batch:
+        """Topics of a batch's sequences, of tau (rows, K): first sequences of all rows, then all second ones, ..."""
+        sides = len(batch["input_ids"]) // len(tau)
+        found = {"topics": tau.repeat(sides, 1)}
+        return found if draws is None else found | {"draws": draws[: len(tau)].repeat(sides, 1)}
 
     def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
         """The held-out rows, each once, those of this process; "weight" is 0 for a batch that does not count."""
         for _, rows, weight in self.held_out(share, share.rows):
-            yield {**self.complete(forward, self.on(forward, self.collate(rows))), "weight": weight}
+            yield {**self._made(forward, rows, None), "weight": weight}
 
     def held_out(self, share: Share, size: int) -> Iterator[tuple[int, list[Any], float]]:
         """(start, rows, weight) of this process's held-out rows, `size` at a time, as many times on every process.
@@ -159,7 +193,7 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, dataset: Dataset, split: str) -> Any:
-        """Tokenized rows from a dataset in one of TRL's formats."""
+        """Tokenized rows from a dataset in one of TRL's formats, each with the number of its row there, `ROW`."""
 
     @abstractmethod
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
@@ -187,3 +221,13 @@ class Objective(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take up what `state_dict` gave."""
+
+
+def has_topics(rows: Any) -> bool:
+    """Whether prepared rows have topic vectors: all of a dataset have, or none."""
+    return TAU in rows[0]
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """With the number of each row, `ROW`."""
+    return dataset.add_column(ROW, list(range(len(dataset))))

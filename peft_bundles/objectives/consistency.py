@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs
+from .base import ROW, Batch, Objective, Outputs
 from .data import require
 from .heads import SubspaceHead, joined, labels, subspace
 from .judged import accuracy
@@ -76,7 +76,7 @@ class Consistency(Objective):
                     f"objective {self.name!r}: row {number} has contradicts={marks!r}; give true or false, 1 or 0."
                 ) from None
             ends = [max(i for i, p in enumerate(of) if p == piece) for piece in range(1, len(statements))]
-            rows.append({"ids": ids, "ends": ends, "contradicts": later})
+            rows.append({"ids": ids, "ends": ends, "contradicts": later, ROW: number})
         labels(self.name, [mark for row in rows for mark in row["contradicts"]], "contradicts")
         return [row for row in rows if self.max_length is None or len(row["ids"]) <= self.max_length]
 

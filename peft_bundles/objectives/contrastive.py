@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs, Share
+from .base import ROW, Batch, Objective, Outputs, Share
 from .data import require
 from .forward import Forward
 from .heads import SubspaceHead, pooled, subspace, texts
@@ -75,7 +75,7 @@ class Contrastive(Objective):
             if a == p:
                 raise ValueError(f"objective {self.name!r}: row {i}: anchor and positive are the same text; drop it.")
             ids = [self.tokenizer(text=text)["input_ids"][: self.max_length] for text in (a, p)]
-            rows.append({"anchor": ids[0], "positive": ids[1], "document": number[document]})
+            rows.append({"anchor": ids[0], "positive": ids[1], "document": number[document], ROW: i})
         return rows
 
     def batches(self, forward: Forward, step: int, share: Share) -> list[Batch]:

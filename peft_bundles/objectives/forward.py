@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..alphas import alphas, state_of
 from ..signals import route
 from .base import Batch, Outputs, seed_of
+from .topical import RowTopics
 
 
 class Forward:
@@ -23,6 +24,7 @@ class Forward:
         signals: objective -> its signals.
         table: objective -> bundle -> alpha in that objective's rows; bundles not named keep what they have.
         autocast: makes the context for mixed precision.
+        topics: gates rows that have "topics" (B, K) and, for the mask "stochastic", "draws" (B, K) in their batch.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Forward:
         signals: Mapping[str, tuple[str, ...]],
         table: Mapping[str, Mapping[str, float]],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        topics: RowTopics | None = None,
     ) -> None:
         self.model, self.signals, self.table, self.autocast = model, signals, table, autocast
+        self.topics = topics
         self.calls = 0
         head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
         if head is None:
@@ -54,8 +58,10 @@ class Forward:
         signals: Any = [self.signals[name] for name in owners]
         if len(batches) == 1:
             signals = self.signals[owners[0]]
-        routing = route(self.model, signals) if torch.is_grad_enabled() else nullcontext()
-        with routing, alphas(self.model, self.row_alphas(list(batches), owners)):
+        routing: AbstractContextManager[None] = nullcontext()
+        if torch.is_grad_enabled():
+            routing = route(self.model, signals, weights=self.row_weights(batches))
+        with routing, alphas(self.model, self.row_alphas(batches)):
             outputs = self._run(ids, mask)
         found, row = {}, 0
         for name, b in batches.items():
@@ -65,23 +71,53 @@ class Forward:
             row += rows
         return found
 
-    def row_alphas(self, names: list[str], owners: list[str]) -> dict[str, float | Tensor]:
-        """Bundle -> a number, or one a row where the objectives of the rows disagree."""
-        if len(names) == 1:
-            return dict(self.table[names[0]])
-        changed = dict.fromkeys(bundle for name in names for bundle in self.table[name])
+    def row_alphas(self, batches: Mapping[str, Batch]) -> dict[str, float | Tensor]:
+        """Bundle -> a number, or one a row where rows disagree: their objectives' tables, times their topics' gates."""
+        gates = {name: self._gates(batch) for name, batch in batches.items()}
+        if len(batches) == 1 and not any(gates.values()):
+            return dict(self.table[next(iter(batches))])
+        changed = dict.fromkeys(bundle for name in batches for bundle in (*self.table[name], *gates[name]))
         default = default_alphas(self.model)
         found: dict[str, float | Tensor] = {}
         for bundle in changed:
-            values = [self.table[name].get(bundle, default[bundle]) for name in owners]
-            if any(value is None for value in values):
+            given = {name: self.table[name].get(bundle, default[bundle]) for name in batches}
+            values = {name: value for name, value in given.items() if value is not None}
+            if len(values) < len(given):
                 raise ValueError(
-                    f"bundle {bundle!r} has alphas per layer or row and is off in the rows of another objective; set "
-                    "shared_forward=False."
+                    f"bundle {bundle!r} has alphas per layer or row; they do not go together with topics, nor with "
+                    "rows of another objective in which it is off (set shared_forward=False)."
                 )
-            same = len(set(values)) == 1
-            found[bundle] = values[0] if same else torch.tensor(values, device=self.device)  # type: ignore[assignment]
+            gated = [name for name in batches if bundle in gates[name]]
+            if not gated and len(set(values.values())) == 1:
+                found[bundle] = next(iter(values.values()))
+                continue
+            parts = [
+                values[name] * gates[name].get(bundle, torch.ones(len(batch["input_ids"]), dtype=torch.float64))
+                for name, batch in batches.items()
+            ]
+            found[bundle] = torch.cat(parts).float().to(self.device)
         return found
+
+    def row_weights(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        """Semantic bundle -> gradient weight of every row; 1 in rows without topics, {} without any."""
+        weights = {
+            name: self.topics.weights(batch["topics"], batch.get("draws"))
+            for name, batch in batches.items()
+            if self.topics is not None and "topics" in batch
+        }
+        every = dict.fromkeys(bundle for found in weights.values() for bundle in found)
+        return {
+            bundle: torch.cat(
+                [
+                    weights.get(name, {}).get(bundle, torch.ones(len(batch["input_ids"]), dtype=torch.float64))
+                    for name, batch in batches.items()
+                ]
+            )
+            for bundle in every
+        }
+
+    def _gates(self, batch: Batch) -> dict[str, Tensor]:
+        return self.topics.gates(batch["topics"]) if self.topics is not None and "topics" in batch else {}
 
     def _run(self, ids: Tensor, mask: Tensor) -> Outputs:
         states: list[Tensor] = []
@@ -98,7 +134,7 @@ class Forward:
     @torch.no_grad()
     def current(self, name: str, batch: Batch) -> Outputs:
         """The current policy on the rows of one objective, without gradient and without dropout."""
-        with self.eval_mode(), alphas(self.model, self.table[name]):
+        with self.eval_mode(), alphas(self.model, self.row_alphas({name: batch})):
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
@@ -109,9 +145,14 @@ class Forward:
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
-    def generate(self, name: str, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
-        """Completions under one objective's alphas; ids and mask (B, P) are padded on the left, returns (B, P + T)."""
-        with self.eval_mode(), alphas(self.model, self.table[name]), self.autocast():
+    def generate(self, name: str, ids: Tensor, mask: Tensor, topics: Tensor | None = None, **options: Any) -> Tensor:
+        """Completions under one objective's alphas; ids and mask (B, P) are padded on the left, returns (B, P + T).
+
+        Args:
+            topics: tau of the rows, (B, K), or None.
+        """
+        rows: Batch = {"input_ids": ids} if topics is None else {"input_ids": ids, "topics": topics}
+        with self.eval_mode(), alphas(self.model, self.row_alphas({name: rows})), self.autocast():
             # Explicit: the trainer switches the cache off in the config.
             return self.model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)  # type: ignore
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs
+from .base import ROW, Batch, Objective, Outputs
 from .data import require, text_rows
 from .heads import SubspaceHead, labels, subspace, texts
 from .tokens import masked_sum, token_logprobs
@@ -50,11 +50,11 @@ class Judged(Objective):
 
     def answers(self, dataset: Dataset, column: str, carried: list[Any]) -> list[tuple[dict[str, Any], Any]]:
         """Ids and completion mask of prompt + a column, each with what is carried along; too long ones left out."""
-        pairs = {"prompt": dataset["prompt"][:], "completion": dataset[column][:], "row": list(range(len(dataset)))}
+        pairs = {"prompt": dataset["prompt"][:], "completion": dataset[column][:], ROW: list(range(len(dataset)))}
         rows = text_rows(Dataset.from_dict(pairs), self.tokenizer, None)
         limit = self.max_length or max(len(ids) for ids in rows["input_ids"])
         return [
-            ({"ids": row["input_ids"], "mask": row["completion_mask"]}, carried[row["row"]])
+            ({"ids": row["input_ids"], "mask": row["completion_mask"], ROW: row[ROW]}, carried[row[ROW]])
             for row in rows
             if len(row["input_ids"]) <= limit
         ]

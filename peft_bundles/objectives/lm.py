@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs
+from .base import ROW, Batch, Objective, Outputs, numbered
 from .data import require, text_rows
 from .tokens import masked_mean, token_logprobs
 
@@ -51,11 +51,14 @@ class LM(Objective):
 
     def prepare(self, dataset: Dataset, split: str) -> Dataset:
         found = require(self.name, dataset, ("input_ids",), ("prompt", "completion"), ("messages",), (self.text_field,))
+        dataset = numbered(dataset)
         if found == ("input_ids",):
             weighted = dataset.map(self._cut, fn_kwargs={"given": "token_weights" in dataset.column_names})
         else:
             rows = text_rows(dataset, self.tokenizer, self.max_length, self.text_field)
-            weighted = rows.map(self._weigh, remove_columns=[c for c in rows.column_names if c != "input_ids"])
+            weighted = rows.map(
+                self._weigh, remove_columns=[c for c in rows.column_names if c not in ("input_ids", ROW)]
+            )
         return weighted.filter(lambda row: any(w > 0 for w in row["token_weights"][1:]))
 
     def _weigh(self, row: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from .base import Batch, Outputs
+from .base import ROW, Batch, Outputs
 from .data import require
 from .heads import at, labels, texts
 from .judged import Judged, accuracy, sequences
@@ -63,7 +63,9 @@ class MetaCorrectness(Judged):
             marks = labels(self.name, dataset["correct"], "correct")
             explained = self._explanations(dataset, "explanation")
             rows = self.answers(dataset, "completion", list(zip(marks, explained)))
-            return [{"sides": [self._explained(row, why)], "correct": [mark]} for row, (mark, why) in rows]
+            return [
+                {"sides": [self._explained(row, why)], "correct": [mark], ROW: row[ROW]} for row, (mark, why) in rows
+            ]
         for number, (a, b) in enumerate(zip(dataset["chosen"], dataset["rejected"])):
             if a == b:
                 raise ValueError(f"objective {self.name!r}: row {number}: chosen and rejected are the same; drop it.")
@@ -73,7 +75,7 @@ class MetaCorrectness(Judged):
             rows = self.answers(dataset, column, carried)
             sides.append({number: self._explained(row, why) for row, (number, why) in rows})
         kept = [number for number in sides[0] if number in sides[1]]
-        return [{"sides": [side[number] for side in sides], "correct": [1.0, 0.0]} for number in kept]
+        return [{"sides": [side[n] for side in sides], "correct": [1.0, 0.0], ROW: n} for n in kept]
 
     def _explanations(self, dataset: Dataset, column: str) -> list[str]:
         if column not in dataset.column_names:

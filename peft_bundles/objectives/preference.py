@@ -11,7 +11,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs
+from .base import ROW, Batch, Objective, Outputs, numbered
 from .data import preference_rows, require, text_rows
 from .forward import Forward
 from .preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
@@ -63,17 +63,17 @@ class Preference(Objective):
     def prepare(self, dataset: Dataset, split: str) -> Dataset:
         formats = (PAIRED, UNPAIRED) if self.loss == "kto" else (PAIRED,)
         if require(self.name, dataset, *formats) == PAIRED:
-            rows = preference_rows(dataset, self.tokenizer, self.max_length)
+            rows = preference_rows(numbered(dataset), self.tokenizer, self.max_length)
             return rows.filter(lambda row: bool(row["chosen_ids"]) and bool(row["rejected_ids"]))
         labels = [bool(label) for label in dataset["label"]]
-        rows = dataset.select_columns(["prompt", "completion"]).add_column("row", list(range(len(dataset))))
+        rows = numbered(dataset.select_columns(["prompt", "completion"]))
         rows = text_rows(rows, self.tokenizer, self.max_length)
         split_up = lambda row: {  # noqa: E731
             "prompt_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if not bit],
             "completion_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if bit],
-            "label": labels[row["row"]],
+            "label": labels[row[ROW]],
         }
-        rows = rows.map(split_up, remove_columns=rows.column_names)
+        rows = rows.map(split_up, remove_columns=[c for c in rows.column_names if c != ROW])
         return rows.filter(lambda row: bool(row["completion_ids"]))
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
@@ -102,6 +102,12 @@ class Preference(Objective):
     def on(self, forward: Forward, batch: Batch) -> Batch:
         moved = super().on(forward, batch)
         return {**moved, "mismatched": super().on(forward, batch["mismatched"])} if "mismatched" in batch else moved
+
+    def topical(self, batch: Batch, tau: Tensor, draws: Tensor | None) -> Batch:
+        found = super().topical(batch, tau, draws)
+        if "mismatched" in batch:  # of the same prompts
+            found["mismatched"] = {**batch["mismatched"], "topics": tau}
+        return found
 
     def complete(self, forward: Forward, batch: Batch) -> Batch:
         if self.loss == "orpo":

@@ -15,7 +15,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
 from . import ppo
-from .base import Batch, Objective, Outputs, Share, draw, seed_of
+from .base import ROW, TAU, Batch, Objective, Outputs, Share, draw, has_topics, seed_of
 from .data import prompt_ids, require
 from .forward import Forward, seeded
 from .heads import SubspaceHead, subspace
@@ -29,6 +29,7 @@ ADVANTAGES = ("gae", "grpo", "rloo")
 _BY_TOKEN = ("input_ids", "attention_mask", "completion_mask")
 _BY_NEXT = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
 _CURIOUS = "next_states"  # (n, T - 1, r), with curiosity only
+_TOPICS = "topics"  # (n, K), on the CPU, with topics only
 
 
 class PPO(Objective):
@@ -195,7 +196,7 @@ class PPO(Objective):
             ids = prompt_ids(row["prompt"], self.tokenizer)[-self.max_prompt_length :]
             if not ids:
                 raise ValueError(f"objective {self.name!r}: the prompt of row {number} has no token; drop that row.")
-            rows.append({**row, "prompt_ids": ids})
+            rows.append({**row, "prompt_ids": ids, ROW: number})
         return rows
 
     def head(self) -> nn.Module | None:
@@ -230,10 +231,14 @@ class PPO(Objective):
         epoch, minibatch = divmod(inner, self.minibatches)
         generator = torch.Generator().manual_seed(seed_of(share.seed, self.name, index, epoch, share.rank))
         order = torch.randperm(count, generator=generator)[minibatch * (count // self.minibatches) :]
-        return [
-            _rows(self._rollout, order[m * share.rows : (m + 1) * share.rows].to(forward.device))
-            for m in range(share.accumulation)
-        ]
+        draws = self.topics.draws(count * share.world, self.name, step) if _TOPICS in self._rollout else None  # type: ignore
+        found = []
+        for m in range(share.accumulation):
+            chosen = order[m * share.rows : (m + 1) * share.rows]
+            found.append(_rows(self._rollout, chosen.to(forward.device)))
+            if draws is not None:
+                found[-1]["draws"] = draws[share.rank * count + chosen]
+        return found
 
     def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
         for start, rows, weight in self.held_out(share, max(share.rows // self.num_generations, 1)):
@@ -253,6 +258,7 @@ class PPO(Objective):
         """
         rows = [row for row in rows for _ in range(self.num_generations)]
         found, completion_ids = self._generate(forward, rows, key)
+        by_row = (*_BY_TOKEN, *({_TOPICS} & found.keys()))
         table = self._score(rows, completion_ids)
         ended = torch.tensor([ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids])
         if not ended.any():
@@ -270,7 +276,7 @@ class PPO(Objective):
         parts: dict[str, list[Tensor]] = {"old_logprobs": [], "ref_logprobs": [], "old_values": []}
         parts |= {_CURIOUS: [], "intrinsic": []} if self.curiosity is not None else {}
         for start in range(0, len(rows), chunk):
-            part = {k: found[k][start : start + chunk] for k in _BY_TOKEN}
+            part = {k: found[k][start : start + chunk] for k in by_row}
             now = forward.current(self.name, part)
             parts["old_logprobs"].append(token_logprobs(now.logits, part["input_ids"], self.temperature))
             parts["old_values"].append(self._values(now))
@@ -324,8 +330,9 @@ class PPO(Objective):
         }
         ids = pad(prompts, padding_value=pad_id, padding_side="left").to(forward.device)
         mask = pad([torch.ones_like(p) for p in prompts], padding_side="left").to(forward.device)
+        tau = torch.tensor([row[TAU] for row in rows], dtype=torch.float64) if has_topics(rows) else None
         with seeded(forward.device, *key):
-            generated = forward.generate(self.name, ids, mask, **options)[:, ids.shape[1] :].tolist()
+            generated = forward.generate(self.name, ids, mask, tau, **options)[:, ids.shape[1] :].tolist()
         completions = [c[: c.index(eos) + 1] if eos in c else c for c in generated]
         whole = [torch.tensor([*row["prompt_ids"], *c]) for row, c in zip(rows, completions)]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + [1] * len(c)) for row, c in zip(rows, completions)]
@@ -334,13 +341,16 @@ class PPO(Objective):
             "attention_mask": pad([torch.ones_like(w) for w in whole]),
             "completion_mask": pad(masks),
         }
-        return {name: t.to(forward.device) for name, t in found.items()}, completions
+        found = {name: t.to(forward.device) for name, t in found.items()}
+        return found if tau is None else found | {_TOPICS: tau}, completions
 
     def _score(self, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
         texts: list[Any] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         if is_conversational({"prompt": rows[0]["prompt"]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {k: [row[k] for row in rows] for k in rows[0] if k not in ("prompt", "prompt_ids", "completion")}
+        columns = {
+            k: [row[k] for row in rows] for k in rows[0] if k not in ("prompt", "prompt_ids", "completion", ROW, TAU)
+        }
         return score(self.name, self.functions, [row["prompt"] for row in rows], texts, completion_ids, columns)
 
     def _advantages(
@@ -422,4 +432,4 @@ def _rows(rollout: Mapping[str, Tensor], rows: Tensor) -> Batch:
     batch: Batch = {k: v for k, v in rollout.items() if k.startswith("metric.")}
     for name in (*_BY_TOKEN, *_BY_NEXT, *({_CURIOUS} & rollout.keys())):
         batch[name] = rollout[name].to(rows.device)[rows, : length - (name not in _BY_TOKEN)]
-    return batch
+    return batch | ({_TOPICS: rollout[_TOPICS][rows.cpu()]} if _TOPICS in rollout else {})

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import Batch, Objective, Outputs
+from .base import ROW, Batch, Objective, Outputs
 from .data import require
 from .forward import seeded
 from .heads import SubspaceHead, goal_rank, joined, pooled, subspace
@@ -106,7 +106,7 @@ class Temporal(Objective):
                 whole = [i for i in range(self.max_length) if of[i] != of[self.max_length]]
                 ids, of = ids[: len(whole)], of[: len(whole)]
             if of and of[-1] > 0:
-                rows.append({"ids": ids, "segment": of})
+                rows.append({"ids": ids, "segment": of, ROW: number})
         return rows
 
     def _windows(self, number: int, text: str) -> tuple[list[int], list[int]]:

@@ -82,38 +82,46 @@ class TopicRouting:
             )
         return found
 
-    def masked(self, tau: Tensor, step: int) -> Tensor:
-        """The mask itself, (B, K); the draws of "stochastic" are a function of (seed, step)."""
+    def masked(self, tau: Tensor, step: int, draws: Tensor | None = None) -> Tensor:
+        """The mask itself, (B, K); the draws of "stochastic" are a function of (seed, step), or those given, (B, K)."""
         if self.mask == "soft":
             return tau
         if self.mask == "hard":
             return (tau >= self.threshold).double()
         if self.mask == "rate":
             return (tau > 0).double()
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
-        return (torch.rand(tau.shape, generator=generator, dtype=torch.float64) < tau).double()
+        if draws is None:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+            draws = torch.rand(tau.shape, generator=generator, dtype=torch.float64)
+        return (draws < tau).double()
 
-    def weights(self, config: BundleConfig, tau: Tensor, step: int = 0) -> dict[str, Tensor]:
-        """Semantic bundle -> gradient weight of every row (B,), for `route(..., weights=)`.
+    def weights(
+        self, config: BundleConfig, tau: Tensor, step: int = 0, draws: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Semantic bundle -> gradient weight of every row (B,), for `route(..., weights=)`; draws as of `masked`.
 
         A row without topic (all zeros) trains no semantic bundle, only those that are always on.
         """
         tau = self.check(tau)
-        mask = self.masked(tau, step)
+        mask = self.masked(tau, step, draws)
         return {name: mask[:, column] for name, column in self.owners(config, tau).items()}
+
+    def gates(self, config: BundleConfig, tau: Tensor) -> dict[str, Tensor]:
+        """Semantic bundle -> factor on its alpha in every row (B,), float64; {} without `gate_forward`."""
+        tau = self.check(tau)
+        owners = self.owners(config, tau)
+        if not self.gate_forward:
+            return {}
+        mask = (tau >= self.threshold).double() if self.mask == "hard" else tau
+        return {name: mask[:, column] for name, column in owners.items()}
 
     def alphas(self, config: BundleConfig, tau: Tensor) -> dict[str, Tensor]:
         """Semantic bundle -> alpha of every row (B,), times the bundle's own; {} without `gate_forward`.
 
         A bundle that is off in a row learns nothing from it, whatever its weight.
         """
-        tau = self.check(tau)
-        owners = self.owners(config, tau)
-        if not self.gate_forward:
-            return {}
-        mask = (tau >= self.threshold).double() if self.mask == "hard" else tau
         bundles = config.bundles or {}
-        return {name: (mask[:, column] * bundles[name].alpha).float() for name, column in owners.items()}
+        return {name: (gate * bundles[name].alpha).float() for name, gate in self.gates(config, tau).items()}
 
     def rates(self, config: BundleConfig, tau: Tensor) -> dict[str, float]:
         """Semantic bundle -> factor on its learning rate in this step: with "rate" the mean of tau_k where it is > 0.

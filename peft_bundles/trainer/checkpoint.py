@@ -51,6 +51,7 @@ class CheckpointMixin(_Base):
             "objectives": {name: list(o.signals) for name, o in self.objectives.items()},
             "mixing": [self.args.mixing, self.args.mixing_weights],
             "forward table": self.forward.table,
+            "topics": self.args.topics,
             "trunk": [self.args.trunk, self.args.trunk_ranks],
             "seed": self.args.seed,
         }
@@ -113,6 +114,11 @@ class CheckpointMixin(_Base):
             tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.trunk.parameters.items()}
             tensors |= {f"projector.{name}": p.contiguous() for name, p in self.trunk.state_dict().items()}
             save_file(tensors, folder / "trunk.safetensors")
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if self.zero_stage is not None:
+            self.optimizer.optimizer.gather()  # by all processes; one of them writes
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_objectives(self: Any, folder: Path) -> None:
         tensors, values = {}, {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..routers.topics import TopicRouting
 from .mixing import MIXINGS
 
 
@@ -32,6 +33,10 @@ class BundleTrainingConfig(TrainingArguments):
         lr_multipliers: bundle (or "trunk", or the objective whose value head is meant) -> factor on the learning rate.
         max_grad_norms: bundle -> norm, where it differs from `max_grad_norm`.
         kl_clamp: fields of `KLClamp` (objectives/kl_clamp.py), or None.
+        topics: fields of `TopicRouting` (routers/topics.py), for datasets with a column `topics`: a row's topic
+            vector, a dict topic -> weight, or a list of names, [] for none. Each row gates the semantic bundles, alpha
+            and gradient, as `mask` says; with "rate" a bundle's learning rate in a step is scaled by the mean of its
+            topic over the rows that have it. Objectives whose dataset has no such column are as without topics.
         trunk: "frozen", or "full": the base model is trained too, by all signals.
         trunk_ranks: signal -> rank of the subspace that its gradient on the trunk is projected to, with trunk="full".
         trunk_refresh: steps after which these subspaces are chosen anew.
@@ -49,6 +54,7 @@ class BundleTrainingConfig(TrainingArguments):
     lr_multipliers: dict[str, float] | None = None
     max_grad_norms: dict[str, float] | None = None
     kl_clamp: dict[str, Any] | None = None
+    topics: dict[str, Any] | None = None
     trunk: str = "frozen"
     trunk_ranks: dict[str, int] | None = None
     trunk_refresh: int = 200
@@ -69,6 +75,14 @@ class BundleTrainingConfig(TrainingArguments):
                 whole = name in ("rows", "trunk_ranks")
                 if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
                     raise ValueError(f"{name}[{key!r}]={value!r} must be a positive {'int' if whole else 'number'}.")
+        if self.topics is not None:
+            known = [f.name for f in fields(TopicRouting)]
+            if unknown := sorted(set(self.topics) - set(known)):
+                raise ValueError(f"topics has unknown field(s) {unknown}; it takes {', '.join(known)}.")
+            try:
+                TopicRouting(**self.topics)
+            except ValueError as error:
+                raise ValueError(f"topics: {error}") from None
         if self.trunk_ranks and self.trunk != "full":
             raise ValueError(f"trunk_ranks={self.trunk_ranks!r} need trunk='full'; it is {self.trunk!r}.")
         if self.trunk_refresh < 1:

@@ -1,4 +1,4 @@
-"""A sharded trunk: FSDP2 on what is frozen, while what trains stays whole on every process.
+"""FSDP2 and DeepSpeed: frozen weights may be sharded, and the optimizer's state, but weights that train stay whole.
 
 Gradients of sharded parameters are reduced by hooks that a routed backward does not run, and would be zeros where they
 must be None. So bundles, and whatever else trains, are left out of the sharding: the step, clipping, the optimizer and
@@ -78,9 +78,49 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
     base._is_fsdp_managed_module = True  # transformers' own mark: processes generate until all of them are done
 
 
-def as_whole(accelerator: Any) -> None:
-    """Let accelerate treat the run as one with whole models: no second sharding, nothing of FSDP's saved."""
+def zero_stage(args: BundleTrainingConfig, accelerator: Any) -> int | None:
+    """1 or 2: the stage of ZeRO that DeepSpeed's settings ask for; None without DeepSpeed, with stage 0 or one process.
+
+    Of the settings only the stage is used: the optimizer and its schedule, clipping and precision are the arguments'.
+
+    Raises:
+        ValueError: stage 3, or a setting that would be passed over in silence.
+    """
+    if (plugin := args.deepspeed_plugin) is None:
+        return None
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"DeepSpeed: zero_optimization.stage={stage!r} does not go with bundles, whose weights stay whole; set it "
+            " to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
+        )
+    for field in ("offload_optimizer", "offload_param"):
+        if (device := (zero.get(field) or {}).get("device", "none")) not in (None, "none"):
+            raise ValueError(
+                f"DeepSpeed: zero_optimization.{field}.device={device!r} is not supported; set it to 'none'."
+            )
+    for field, instead in (("optimizer", "optim, learning_rate, ..."), ("scheduler", "lr_scheduler_type, ...")):
+        if field in config:
+            raise ValueError(f"DeepSpeed: {field}={config[field]!r} is not read; use the arguments {instead} instead.")
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("DeepSpeed: fp16.enabled=True: several backwards do not go through a loss scaler; use bf16.")
+    if config.get("bf16", {}).get("enabled") is True and not args.bf16:
+        raise ValueError("DeepSpeed: bf16.enabled=True, but bf16=False among the arguments, which is what counts.")
+    return stage or None if accelerator.num_processes > 1 else None
+
+
+def as_whole(accelerator: Any, mixed_precision: str = "no") -> None:
+    """Let accelerate treat the run as one with whole models: no second sharding, no engine, nothing of theirs saved.
+
+    Args:
+        mixed_precision: of the arguments; under DeepSpeed accelerate leaves autocast to the engine.
+    """
     state = copy.copy(accelerator.state)  # its own: all states of a process share one dict
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        state._mixed_precision, accelerator.native_amp = mixed_precision, mixed_precision == "bf16"
     kind = DistributedType.MULTI_GPU if torch.device(accelerator.device).type == "cuda" else DistributedType.MULTI_CPU
-    state.distributed_type, state.fsdp_plugin = kind, None
+    state.distributed_type = kind if accelerator.num_processes > 1 else DistributedType.NO
+    state.fsdp_plugin = None
     accelerator.state = state

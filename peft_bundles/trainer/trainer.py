@@ -29,14 +29,16 @@ from ..signals import (
     reduce_gradients,
     routed_backward,
     routing_column,
+    share_seen,
 )
 from . import monitor
 from .checkpoint import CheckpointMixin
 from .config import BundleTrainingConfig
 from .logs import LogsMixin
 from .mixing import MixingPlan
-from .sharding import as_whole, fsdp_plugin, shard
+from .sharding import as_whole, fsdp_plugin, shard, zero_stage
 from .tables import at_full_rate, forward_table, promises
+from .topics import MARK, TopicsMixin, check_topics, topics_of
 from .trunk import TrunkProjection, trunk_parameters
 
 
@@ -48,12 +50,14 @@ class _AroundOptimizer(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._before_update()
+        self.trainer._scale_rates()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._restore_rates()
         self.trainer._after_update()
 
 
-class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
+class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
     """Train one bundled model with several objectives, every loss routed to the bundles that own its signal.
 
     Objectives whose losses need one backward share one forward and one backward; an objective with several routing
@@ -104,7 +108,9 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         self.clamp = KLClamp.from_config(args.kl_clamp, model, signals) if args.kl_clamp else None
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
+        self.topics = topics_of(args.topics, self.bundle_config)
         for o in objectives:
+            o.topics = self.topics
             o.setup(processing_class, model)
         penalties = [s for o in objectives for s in o.penalties]
         if loud := at_full_rate(self.bundle_config, penalties, args.lr_multipliers or {}):
@@ -122,6 +128,7 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         self._metrics: dict[str, list[Tensor]] = {}
         self._tokens, self._since, self._micro = torch.zeros(()), 0.0, 0
         self._before: dict[str, list[Tensor]] | None = None
+        self._rates: dict[str, float] = {}
         self._bundle_norms: dict[str, Tensor] = {}
 
         evaluated = {n: o.eval_rows for n, o in self.objectives.items() if o.eval_rows is not None}
@@ -134,18 +141,22 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or args.deepspeed is not None:  # on CPUs accelerate would pass over it
-            raise ValueError(
-                "BundleTrainer does not run under DeepSpeed, which steps bundles that got no gradient as if it were 0, "
-                "and momentum moves them; use DDP, or FSDP2 to shard the frozen trunk (recipes/accelerate/fsdp_2.yaml)."
-            )
+        self.zero_stage = zero_stage(args, self.accelerator)
+        if self.zero_stage is not None and optimizers[0] is not None:
+            raise ValueError("optimizers: under ZeRO the optimizer is that of the arguments (optim=); give none.")
+        if self.is_deepspeed_enabled:
+            as_whole(self.accelerator, args.mixed_precision)
+            self.is_deepspeed_enabled = False
+            if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
+                model.to(args.device)  # the engine would have
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             as_whole(self.accelerator)
             self.is_fsdp_enabled = False  # what transformers would do for it is done: all that trains is whole
             trunk = trunk_parameters(model)  # sharding replaced them
             self.trunk = TrunkProjection(trunk, {}, args.trunk_refresh)
-        self.forward = Forward(model, signals, table, self.accelerator.autocast)
+        check_topics(self.topics, objectives, plugin is not None)
+        self.forward = Forward(model, signals, table, self.accelerator.autocast, self.topics)
         for o in objectives:
             if (head := o.head()) is not None:
                 head.to(args.device)
@@ -153,6 +164,10 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
             said = promises(self.bundle_config, signals, table)
             if any(p.requires_grad for p in trunk.values()):
                 said = ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
+            if self.zero_stage is not None:
+                said.append(
+                    f"ZeRO-{self.zero_stage}: each of {args.world_size} processes has a part of the optimizer's state."
+                )
             for line in said:
                 print(f"[{self._name}] {line}", flush=True)
 
@@ -214,6 +229,7 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
                 )
             for target, batch, weight in zip(micro, batches, items / total * share.world):
                 target[name] = {**batch, "weight": weight}
+        self._note_rates(micro)
         return micro, None
 
     def floating_point_ops(self, inputs: dict[str, Batch]) -> float:
@@ -237,6 +253,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
                 else:
                     losses = self._losses({name: inputs[name] for name in group})
             total += torch.stack([loss.detach().float() for loss in losses.values()]).sum()
+            if self.topics is not None:  # no graph: all that the signal updates is off in rows without its topics
+                losses = {signal: loss for signal, loss in losses.items() if loss.requires_grad}
             if self.trunk.ranks:
                 self.trunk.backward(model, losses, self.state.global_step)
             else:
@@ -257,6 +275,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
 
     def _quieten(self, model: Any) -> None:
         """The backward of `BundleModel.quiet_loss`, once a step, for the bundles that the step's losses update."""
+        if self.topics is not None:
+            share_seen(model)
         with seeded(self.args.device, self.args.seed, "quiet", self.state.global_step):
             loss = model.quiet_loss()
         if loss.requires_grad:
@@ -303,24 +323,35 @@ class BundleTrainer(CheckpointMixin, LogsMixin, _BaseTrainer):
         factors = self.args.lr_multipliers or {}
         bundle_of = {id(p): name for (_, name), ps in bundle_parameters(self.model).items() for p in ps}
         decayed = set(self.get_decay_parameter_names(self.model))
-        named = [(bundle_of.get(id(p), "trunk"), p, n in decayed) for n, p in self.model.named_parameters()]
+        named = [(bundle_of.get(id(p), "trunk"), n, p, n in decayed) for n, p in self.model.named_parameters()]
         for name, objective in self.objectives.items():
             head = objective.head()
-            named += [(name, p, p.dim() > 1) for p in (head.parameters() if head is not None else ())]
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for owner, parameter, decay in named:
+            named += [
+                (name, f"{name}_head.{n}", p, p.dim() > 1)
+                for n, p in (head.named_parameters() if head is not None else ())
+            ]
+        by_topic = self.topics.scaled() if self.topics is not None and self.topics.routing.mask == "rate" else ()
+        groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
+        for owner, _, parameter, decay in named:
             if parameter.requires_grad:
-                key = (float(factors.get(owner, 1.0)), self.args.weight_decay if decay else 0.0)
-                groups.setdefault(key, []).append(parameter)
+                rate, mark = float(factors.get(owner, 1.0)), owner if owner in by_topic else ""
+                groups.setdefault((rate, self.args.weight_decay if decay else 0.0, mark), []).append(parameter)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # Factor 1 first: the logged learning rate is that of the first group.
         self.optimizer = cls(
             [
-                {"params": params, "weight_decay": decay, "lr": kwargs["lr"] * factor}
-                for (factor, decay), params in sorted(groups.items(), key=lambda g: (g[0][0] != 1.0, g[0]))
+                {"params": params, "weight_decay": decay, "lr": kwargs["lr"] * factor} | ({MARK: mark} if mark else {})
+                for (factor, decay, mark), params in sorted(groups.items(), key=lambda g: (g[0][0] != 1.0, g[0]))
             ],
             **kwargs,
         )
+        if self.zero_stage is not None:
+            from .zero import ZeroOptimizer  # needs deepspeed
+
+            names = {id(p): n for _, n, p, _ in named}
+            owners = monitor.labels(self.model)
+            owner_of = names | {id(p): owners[key] for key, ps in bundle_parameters(self.model).items() for p in ps}
+            self.optimizer = ZeroOptimizer(cast(Any, self.optimizer), owner_of, names, self.zero_stage)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
