@@ -19,6 +19,7 @@ from peft_bundles.objectives import (
 )
 from peft_bundles.objectives.calibration import ece, soft_ece
 from peft_bundles.objectives.heads import SubspaceHead, goal_rank, owners, subspace
+from peft_bundles.objectives.tokens import token_logprobs
 from peft_bundles.signals import finalize_grads, routed_backward
 from peft_bundles.taxonomy import SIGNALS
 
@@ -235,7 +236,9 @@ def test_the_head_does_not_see_the_explanation_and_its_tokens_are_a_loss_of_text
     on, forward, batch = ready(told)
     _, _, bare = ready(silent, on)
     outputs, short = (forward.current(told.name, b) for b in (batch, bare))
-    a, b = (o.compare(out.hidden, x)[0] for o, out, x in ((told, outputs, batch), (silent, short, bare)))
+    logs = [token_logprobs(out.logits, x["input_ids"]) for out, x in ((outputs, batch), (short, bare))]
+    given = ((told, outputs, logs[0], batch), (silent, short, logs[1], bare))
+    a, b = (o.compare(out.hidden, log, x)[0] for o, out, log, x in given)
     torch.testing.assert_close(a, b)
     text = 0.0
     for i, mask in enumerate(batch["told"].bool()):
@@ -252,16 +255,40 @@ def test_a_pair_says_the_same_whichever_side_comes_first():
     _, forward, batch = ready(objective)
     turn = lambda x: torch.cat(x.chunk(2)[::-1])  # noqa: E731
     other = {k: turn(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    scores = [
-        objective.read(forward.current(objective.name, b).hidden[torch.arange(8), b["last"]])[:, 0]
-        for b in (batch, other)
-    ]
+    scores, losses = [], []
+    for b in (batch, other):
+        outputs = forward.current(objective.name, b)
+        losses.append(objective.losses(outputs, b)[0][objective.name])
+        scores.append(objective.scores(outputs.hidden, token_logprobs(outputs.logits, b["input_ids"]), b))
     torch.testing.assert_close(scores[0], turn(scores[1]))
-    loss, _ = objective.compare(forward.current(objective.name, batch).hidden, batch)
+    loss = losses[0]
     right, wrong = scores[0].chunk(2)
     wanted = F.softplus(-right).mean() / 2 + F.softplus(wrong).mean() / 2 + F.softplus(wrong - right).mean()
     torch.testing.assert_close(loss, wanted)
     assert objective.items(batch) == 4
+
+
+def test_a_reasoning_is_read_at_its_end_and_by_how_expected_its_tokens_were():
+    objective = MetaCorrectness(judged(), explanation_weight=0.0)
+    _, forward, batch = ready(objective)
+    outputs = forward.current(objective.name, batch)
+    logprobs = token_logprobs(outputs.logits, batch["input_ids"])
+    wanted = []
+    for i, mask in enumerate(batch["completion_mask"].bool()):
+        places = mask.nonzero()[:, 0]
+        said = objective.read(outputs.hidden[i])
+        logs = outputs.logits[i, places - 1].log_softmax(-1).gather(-1, batch["input_ids"][i, places, None])[:, 0]
+        wanted.append(said[places[-1], 0] + (said[places - 1, 1] * logs).mean())
+    torch.testing.assert_close(objective.scores(outputs.hidden, logprobs, batch), torch.stack(wanted))
+    # who judges does not make what is judged likelier: nothing reaches the logits
+    logits, hidden = (x.clone().requires_grad_() for x in (outputs.logits, outputs.hidden))
+    objective.losses(type(outputs)(logits, hidden), batch)[0][objective.name].backward()
+    assert hidden.grad.any() and (logits.grad is None or not logits.grad.any())
+    plain = MetaCorrectness(judged(), surprise=False)
+    ready(plain)
+    assert plain.reader.map.out_features == 1
+    at_end = plain.read(outputs.hidden[torch.arange(4), batch["last"]])[:, 0]
+    assert torch.equal(plain.scores(outputs.hidden, logprobs, batch), at_end)
 
 
 def test_statements_are_read_at_their_ends_and_pairs_are_sequences_of_two():
