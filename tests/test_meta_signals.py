@@ -5,15 +5,19 @@ import torch
 import torch.nn.functional as F
 from meta_rows import HEADS, judged, made, paraphrases, plans, rl, sides, statements, whole_table
 from models import snapshot, unchanged
-from training import bundles_of, config, losses_of, model, tokenizer, trainer
+from training import bundles_of, completions, config, losses_of, model, texts, tokenizer, trainer
 
+from peft_bundles import BundleConfig, objectives
 from peft_bundles.objectives import (
+    LM,
+    Anchor,
     Calibration,
     Confusion,
     Consistency,
     Contrastive,
     Forward,
     MetaCorrectness,
+    Objective,
     Temporal,
     document_pairs,
 )
@@ -142,25 +146,63 @@ def test_the_subspace_is_the_support_of_the_owners():
     assert torch.equal(head.map.weight, SubspaceHead(subspace(on, "temporal"), 3, "x").map.weight)
 
 
+def test_the_subspace_of_owners_in_several_adapters_is_that_of_all_of_them():
+    on = made()
+    alone = subspace(on, "confusion")
+    on.add_adapter("second", BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=1))
+    assert torch.equal(subspace(on, "confusion"), alone)  # it is not active
+    on.base_model.set_adapter("second")
+    other = subspace(on, "confusion")
+    assert {a for a, _ in owners(on, "confusion")} == {"second"} and not torch.equal(other, alone)
+    on.base_model.set_adapter(["default", "second"])
+    both = subspace(on, "confusion")
+    assert both.shape[1] == alone.shape[1] + other.shape[1]
+    torch.testing.assert_close(both.T @ both, torch.eye(both.shape[1]), rtol=1e-4, atol=1e-5)
+    for basis in (alone, other):
+        torch.testing.assert_close(both @ both.T @ basis, basis, rtol=1e-4, atol=1e-5)
+    # a second adapter of the same basis adds nothing
+    on.add_adapter("twin", BundleConfig(preset="taxonomy", task_type="CAUSAL_LM"))
+    on.base_model.set_adapter(["default", "twin"])
+    both = subspace(on, "confusion")
+    assert both.shape == alone.shape
+    torch.testing.assert_close(both @ both.T @ alone, alone, rtol=1e-4, atol=1e-5)
+
+
 # ---- losses ----
 
 
-@pytest.mark.parametrize("name", list(HEADS))
+def test_every_objective_names_its_failure_mode():
+    for name in objectives.__all__:
+        kind = getattr(objectives, name)
+        if isinstance(kind, type) and issubclass(kind, Objective) and kind is not Objective:
+            assert "Failure mode" in (kind.__doc__ or ""), name
+
+
+DRIVEN = {
+    **HEADS,
+    "lm": lambda **f: LM(texts(), **f),
+    "logic": lambda **f: LM(completions(), signal="logic", **f),
+    "anchor": lambda **f: Anchor(texts(), signal="lm", **f),
+}
+
+
+@pytest.mark.parametrize("name", list(DRIVEN))
 def test_every_loss_can_be_driven_down(tmp_path, name):
-    objective = HEADS[name](eval_dataset=HEADS[name]()._given)
+    objective = DRIVEN[name](eval_dataset=DRIVEN[name]()._given)
     fields = {"max_steps": 100, "per_device_train_batch_size": 12, "learning_rate": 1e-2, "logging_steps": 1000}
     run = trainer(tmp_path, objective, made(), **fields)
     before = run.evaluate()["eval_loss"]
     run.train()
-    assert run.evaluate()["eval_loss"] < 0.65 * before
+    part = 0.9 if type(objective) is LM else 0.65  # the frozen random trunk of a tiny model hardly writes text
+    assert run.evaluate()["eval_loss"] < part * before
 
 
-def test_advantage_and_curiosity_can_be_driven_down_on_a_rollout(tmp_path):
-    objective = rl(epochs=60)
+def test_value_advantage_and_curiosity_can_be_driven_down_on_a_rollout(tmp_path):
+    objective = rl(epochs=60, value_clip=None)  # clipped, values stay near those of the rollout
     run = trainer(tmp_path, objective, made(), max_steps=60, per_device_train_batch_size=8, learning_rate=2e-2)
     run.train()
     first, last = losses_of(run)[0], losses_of(run)[-1]
-    for signal in ("advantage", "curiosity"):
+    for signal in ("value", "advantage", "curiosity"):
         assert last[f"loss/ppo/{signal}"] < 0.6 * first[f"loss/ppo/{signal}"], signal
 
 
