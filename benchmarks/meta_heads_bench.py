@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from meta_heads_data import Rows, ask
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +18,8 @@ from peft_bundles.signals import clip_bundle_grads, finalize_grads
 
 
 ROWS = 16  # of a batch: what contrast and goals are told apart from
-STEPS = 6000  # of a head at most
+STEPS = 3000  # of a head at most
+DRAWS = 500  # of an interval
 Parts = list[tuple[Tensor, Any, dict[str, Any]]]  # final states, what the loss needs of the logits, batch
 
 
@@ -52,10 +51,7 @@ class Bench:
     def __init__(self, model: Any, tokenizer: Any, data: dict[str, Any], seed: int, scale: float, steps: int) -> None:
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.seed, self.scale, self.steps = seed, scale, steps
-        self.cuda = next(model.parameters()).device.type == "cuda"
-        half = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
-        self.autocast = half if self.cuda else contextlib.nullcontext
-        self.forward = Forward(model, {"all": ()}, {"all": {}}, self.autocast)
+        self.forward = Forward(model, {"all": ()}, {"all": {}})
         with torch.device("meta"):  # a model without bundles: its signals' subspace is everything
             self.bare = AutoModelForCausalLM.from_config(model.config)
 
@@ -129,7 +125,7 @@ class Bench:
         signal = objective.signals[0]
         head: Any = objective.head()
         head.to(self.forward.device)
-        forward = Forward(self.model, {objective.name: (signal,)}, {objective.name: {}}, self.autocast)
+        forward = Forward(self.model, {objective.name: (signal,)}, {objective.name: {}})
         rows: Any = objective.rows
         long = objective.collate(rows[:ROWS])["input_ids"].numel() > 64 * 128
         many = ROWS if long else 2 * ROWS  # so that several processes fit on a GPU, with their logits
@@ -181,12 +177,12 @@ def fit(head: torch.nn.Module, loss: Callable[[Any], Tensor], parts: list[Any], 
 # ---- measures with intervals ----
 
 
-def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: int = 500) -> dict[str, float]:
+def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray) -> dict[str, float]:
     """A measure of row numbers, with its 95% interval over resampled groups."""
     rng = np.random.default_rng(0)
     order = np.argsort(groups, kind="stable")
     by = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-    values = [measure(np.concatenate([by[i] for i in rng.integers(len(by), size=len(by))])) for _ in range(draws)]
+    values = [measure(np.concatenate([by[i] for i in rng.integers(len(by), size=len(by))])) for _ in range(DRAWS)]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return {
         k: round(float(v), 4) for k, v in (("value", measure(np.arange(len(groups)))), ("low", low), ("high", high))
@@ -194,8 +190,16 @@ def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: 
 
 
 def auc(scores: np.ndarray, marks: np.ndarray) -> Callable[[np.ndarray], float]:
+    """How often a marked row has the higher score than another, ties as halves; NaN where all are of one kind."""
+
     def measure(rows: np.ndarray) -> float:
-        return roc_auc_score(marks[rows], scores[rows]) if 0 < marks[rows].sum() < len(rows) else np.nan
+        marked = marks[rows] > 0.5
+        count = marked.sum()
+        if not 0 < count < len(rows):
+            return np.nan
+        _, place, many = np.unique(scores[rows], return_inverse=True, return_counts=True)
+        ranks = (many.cumsum() - (many - 1) / 2)[place]
+        return float((ranks[marked].sum() - count * (count + 1) / 2) / (count * (len(rows) - count)))
 
     return measure
 

@@ -192,7 +192,7 @@ def head_alone(head: SubspaceHead, known: Rollout, held: Rollout, true: np.ndarr
 
 def train(bench: Bench, head: SubspaceHead, known: Rollout, held: Rollout) -> np.ndarray:
     """The same of a head that is trained together with the bundles that own the advantage."""
-    forward = Forward(bench.model, {"all": ("advantage",)}, {"all": {}}, bench.autocast)
+    forward = Forward(bench.model, {"all": ("advantage",)}, {"all": {}})
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         error, _ = advantage_error(head, forward({"all": batch})["all"].hidden, batch["group"])

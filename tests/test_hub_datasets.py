@@ -1,7 +1,7 @@
 """The sources of the Hub behind `data.load`, against a server on loopback that has tiny files of their real schema.
 
-Columns and configs of trivia_qa are those of its card's `dataset_info` (rc.nocontext, the same features as rc). Those of
-gsm8k (question, answer; main and socratic) and nq_open (question, a list of answers) are from memory of their cards.
+Columns and configs of trivia_qa are those of its card's `dataset_info` (rc.nocontext, the same features as rc); of
+gsm8k (question, answer; main and socratic) and nq_open (question, a list of answers) they are from memory of the cards.
 """
 
 import io

@@ -29,7 +29,16 @@ def test_an_interval_is_that_of_groups_and_not_of_rows():
     narrow = meta_heads_bench.interval(meta_heads_bench.mean(marks), np.arange(1000))
     assert wide["value"] == narrow["value"] == 0.5
     assert wide["high"] - wide["low"] > 5 * (narrow["high"] - narrow["low"])
-    assert meta_heads_bench.auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))(np.arange(2)) == 1.0
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    scores, marks = rng.integers(0, 9, 60).astype(float), rng.integers(0, 2, 60).astype(float)
+    gaps = scores[marks > 0][:, None] - scores[marks < 1][None, :]
+    wanted = ((gaps > 0) + 0.5 * (gaps == 0)).mean()
+    assert meta_heads_bench.auc(scores, marks)(np.arange(60)) == pytest.approx(wanted)
+    within = meta_heads_bench.auc_within(100 * marks + scores, marks, marks)  # each kind of one class: nothing to tell
+    assert np.isnan(within(np.arange(60)))
 
 
 @pytest.fixture
@@ -72,18 +81,26 @@ def bench(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_part_runs_and_what_is_there_is_not_run_again(bench, monkeypatch):
-    parts = meta_heads.NAMES
+def test_every_kind_of_part_runs_and_what_is_there_is_not_run_again(bench, monkeypatch):
+    """One part of each kind of rows."""
+    parts = ["rollouts", "confusion", "single answers, last token", "derivations, mean of tokens",
+             "own answers, with surprise", "solutions, last token", "contrastive", "temporal"]  # fmt: skip
     # a random model is never right: its answers are taken from a list instead
     own = lambda self, asked, answers, greedy: [[str(i % 17) for i in range(answers)] for _ in asked]  # noqa: E731
     monkeypatch.setattr(meta_heads_bench.Bench, "sample", own)
-    monkeypatch.setattr(meta_heads_bench, "STEPS", 4)
+    for module, name, value in ((meta_heads_bench, "STEPS", 4), (meta_heads_bench, "DRAWS", 20),
+                                (meta_heads_rollouts, "EPOCHS", 2)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
     records = bench(*parts)
-    assert {(r["part"], r["mode"]) for r in records} == {(p, m) for p in parts for m in meta_heads.MODES}
+    wanted = {(part, "frozen") for part in parts} | {
+        (part, "trained") for part in parts if part not in meta_heads.ALONE
+    }
+    assert {(r["part"], r["mode"]) for r in records} == wanted
     assert len(bench(*parts)) == len(records)
     for record in records:
         for cells in record["signals"].values():
-            assert any(where in cells or where in cells.get("group", {}) for where in ("subspace", "trained"))
+            where = {"frozen": {"subspace", "whole state"}, "trained": {"trained"}}[record["mode"]]
+            assert where <= cells.keys() or where <= cells["group"].keys()
 
 
 @pytest.mark.slow
