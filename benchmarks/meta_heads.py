@@ -11,7 +11,7 @@ prompts. Beside the owners' subspace the same head on the whole state (d = 576) 
 Intervals are 95%, bootstrapped over questions, sequences, documents or prompts, not rows.
 
 A cell is (part, mode, seed) and a line of the output; cells that are there are not run again. `--workers` processes
-share them out, in turns over the GPUs; none starts a cell after `--limit` seconds. Needs reasoning-gym to prepare.
+share them out, in turns over the GPUs; none starts a cell after `--limit` seconds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ def work(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", type=Path, help="write the data to this file and stop", metavar="FILE")
-    parser.add_argument("--questions", type=int, default=2400, help="of each family, with --prepare")
     parser.add_argument(
         "--gsm8k", type=Path, help="folder of GSM8K's files, with --prepare: marked solutions of models"
     )
@@ -124,7 +123,7 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.prepare:
-        return prepare(args.prepare, args.questions, args.gsm8k)
+        return prepare(args.prepare, args.gsm8k)
     if not args.data or not args.output:
         parser.error("give --prepare FILE, or --data and --output")
     if args.worker is not None or args.workers == 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from meta_heads_data import Rows, ask
+from meta_heads_data import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -52,27 +52,27 @@ class Bench:
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.seed, self.scale, self.steps = seed, scale, steps
         self.forward = Forward(model, {"all": ()}, {"all": {}})
+        self.line_end: int = tokenizer(text="\n", add_special_tokens=False)["input_ids"][0]
         with torch.device("meta"):  # a model without bundles: its signals' subspace is everything
             self.bare = AutoModelForCausalLM.from_config(model.config)
 
     def size(self, count: int) -> int:
         return max(int(count * self.scale), 2 * ROWS)
 
-    def sample(self, questions: list[str], answers: int, greedy: bool) -> list[list[str]]:
-        """So many answers of the model as it is to each question, of at most 12 tokens."""
+    def sample(self, prompts: list[str], answers: int, greedy: bool) -> list[list[str]]:
+        """So many answers of the model as it is to each prompt, one line of at most 6 tokens."""
         found: list[list[str]] = []
         many = 1024 // answers
         options: dict[str, Any] = {"do_sample": False}
         if not greedy:
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": answers}
         torch.manual_seed(self.seed)
-        for start in range(0, len(questions), many):
-            prompts = [ask(q) for q in questions[start : start + many]]
-            texts = [self.tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-            given = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
-                                   add_special_tokens=False).to(self.forward.device)  # fmt: skip
+        for start in range(0, len(prompts), many):
+            given = self.tokenizer(
+                prompts[start : start + many], return_tensors="pt", padding=True, padding_side="left"
+            ).to(self.forward.device)
             ids = self.forward.generate(
-                "all", given["input_ids"], given["attention_mask"], max_new_tokens=12,
+                "all", given["input_ids"], given["attention_mask"], max_new_tokens=6, eos_token_id=self.line_end,
                 pad_token_id=self.tokenizer.pad_token_id, **options,
             )  # fmt: skip
             new = self.tokenizer.batch_decode(ids[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -127,7 +127,7 @@ class Bench:
         head.to(self.forward.device)
         forward = Forward(self.model, {objective.name: (signal,)}, {objective.name: {}})
         rows: Any = objective.rows
-        long = objective.collate(rows[:ROWS])["input_ids"].numel() > 64 * 128
+        long = objective.collate(rows[:ROWS])["input_ids"].numel() > 32 * 128
         many = ROWS if long else 2 * ROWS  # so that several processes fit on a GPU, with their logits
 
         def batches() -> Any:

@@ -14,25 +14,29 @@ from typing import Any
 
 import _data
 
-from peft_bundles.data import gsm8k_solutions, judgements, logic
+from peft_bundles.data import gsm8k_solutions, judgements
 from peft_bundles.data.split import long_lines, pieces
 from peft_bundles.evaluation.answers import same_answer
 
 
-SYSTEM = {"role": "system", "content": "Answer briefly."}
 NAMES = "Anna Ben Carla David Emma Frank Greta Hugo Iris Jonas Kira Leo Mona Nils Olga Paul Rita Sam Tina Udo"
 THINGS = "apples books coins dolls eggs flags guitars hats jars keys lamps mugs nuts pens rings shoes toys"
-FAMILIES = ("products", "number_sequence", "chain_sum")  # that the model answers right often enough, and not always
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"-?\d+")
+FAMILIES: dict[str, Callable[[random.Random], tuple[str, int]]] = {
+    "sums": lambda rng: _sum(rng.randint(2, 60), rng.randint(2, 60)),
+    "differences": lambda rng: _sum(rng.randint(30, 99), -rng.randint(2, 29)),
+    "products": lambda rng: (f"{(a := rng.randint(3, 99))} * {(b := rng.randint(2, 9))} =", a * b),
+}
+EXAMPLES = 4  # worked ones before a question
 Rows = list[dict[str, Any]]
-Sampler = Callable[[list[str], int, bool], list[list[str]]]  # questions, answers each, greedily or not
+Sampler = Callable[[list[str], int, bool], list[list[str]]]  # prompts, answers each, greedily or not
 
 
 # ---- what needs a network or packages, made once ----
 
 
-def prepare(path: Path, questions: int, gsm8k: Path | None) -> None:
-    """Write questions, documents, calibration text and, of a folder of GSM8K's files, marked solutions of models."""
+def prepare(path: Path, gsm8k: Path | None) -> None:
+    """Write documents, calibration text and, of a folder of GSM8K's files, marked solutions of models."""
     documents: dict[str, list[str]] = {}
     for texts in (_data.docstrings(), _data.plays()):
         for name in sorted(texts):
@@ -40,7 +44,6 @@ def prepare(path: Path, questions: int, gsm8k: Path | None) -> None:
             if len(found) >= 10:
                 documents[name] = found
     content = {
-        "questions": {family: logic(family, questions, 0)[0] for family in FAMILIES},
         "documents": documents,
         "calibration": list(topics.values()),  # Python's language reference: neither documents nor questions
         "solutions": [] if gsm8k is None else gsm8k_solutions(gsm8k),
@@ -61,54 +64,72 @@ def parted(items: Sequence[Any], train: int, test: int, seed: int) -> tuple[list
     return items[:train], items[train : train + test]
 
 
-# ---- answers to questions ----
+# ---- questions, and answers to them ----
 
 
-def ask(question: str) -> list[dict[str, str]]:
-    return [SYSTEM, {"role": "user", "content": question}]
+def _sum(a: int, b: int) -> tuple[str, int]:
+    return f"{a} {'+' if b > 0 else '-'} {abs(b)} =", a + b
 
 
-def say(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+def questions(family: str, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
+    """Rows {"question", "answer", "prompt", "family"}, none twice; the prompt has worked examples before the question.
+
+    As plain text: this model answers in a chat with prose that ends before it says a number, or with a wrong one; so it
+    is right often enough, and not always, for its own answers to be told apart and rewarded.
+    """
+    rng, found = random.Random(f"{family} {seed}"), dict[str, str]()
+    for _ in range(100 * (train + test)):
+        question, answer = FAMILIES[family](rng)
+        found.setdefault(question, str(answer))
+        if len(found) == EXAMPLES + train + test:
+            break
+    items = list(found.items())
+    before = "".join(f"{question} {answer}\n" for question, answer in items[:EXAMPLES])
+    rows = [
+        {"question": question, "answer": answer, "prompt": before + question, "family": family}
+        for question, answer in items[EXAMPLES:]
+    ]
+    test = len(rows) * test // (train + test)  # where the family has fewer questions
+    return rows[test:], rows[:test]
 
 
 def answer_of(text: str) -> str:
-    """The last number before the text goes on about something else; an answer without number stays as it is."""
-    found = re.search(r"-?\d+(?:\.\d+)?(?!.*=)", text)
-    return found[0] if found else text.strip() or "?"
+    """The first line of what the model wrote."""
+    return text.strip().split("\n")[0].strip() or "?"
 
 
-def judged(questions: dict[str, Rows], sample: Sampler, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
-    """T_meta rows of two kinds of sums: right answers, corrupted ones, and the model's own (greedy)."""
+def judged(sample: Sampler, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
+    """T_meta rows: right answers, corrupted ones, and the model's own (greedy)."""
     parts: tuple[Rows, Rows] = ([], [])
-    for family in ("products", "number_sequence"):
-        for into, rows in zip(parts, parted(questions[family], train, test, seed)):
-            into += [{**row, "family": family} for row in rows]
-    own = lambda asked: [answer_of(answers[0]) for answers in sample(asked, 1, True)]  # noqa: E731
-    return tuple(  # type: ignore[return-value]
-        [
-            {"item": r["item"], "prompt": ask(r["question"]), "completion": [say(r["answer"])],
-             "correct": r["correct"], "origin": r["origin"], "family": r["family"]}
-            for r in judgements(rows, sample=own, seed=seed)
-        ]
-        for rows in parts
-    )  # fmt: skip
+    for family in FAMILIES:
+        for into, rows in zip(parts, questions(family, train, test, seed)):
+            into += rows
+    found = []
+    for rows in parts:
+        prompts = {row["question"]: row["prompt"] for row in rows}
+        own = lambda asked, of=prompts: [answer_of(a[0]) for a in sample([of[q] for q in asked], 1, True)]  # noqa: E731
+        found.append(
+            [
+                {"item": r["item"], "prompt": r["prompt"], "completion": " " + r["answer"],
+                 "correct": r["correct"], "origin": r["origin"], "family": r["family"]}
+                for r in judgements(rows, sample=own, seed=seed)
+            ]
+        )  # fmt: skip
+    return found[0], found[1]
 
 
-def own_pairs(questions: dict[str, Rows], sample: Sampler, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
-    """A right and a wrong answer to one question, both the model's own samples: same source, same question."""
+def own_pairs(sample: Sampler, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
+    """A right and a wrong number for one question, both the model's own samples: same source, same question."""
     parts: tuple[Rows, Rows] = ([], [])
     rng = random.Random(seed)
     for family in FAMILIES:
-        for into, rows in zip(parts, parted(questions[family], train, test, seed)):
-            for row, answers in zip(rows, sample([r["question"] for r in rows], 8, False)):
-                marked = [(answer_of(a), same_answer(answer_of(a), row["answer"])) for a in answers]
-                right, wrong = (
-                    [a for a, mark in marked if mark is kind and NUMBER.search(a)] for kind in (True, False)
-                )
+        for into, rows in zip(parts, questions(family, train, test, seed)):
+            for row, answers in zip(rows, sample([r["prompt"] for r in rows], 8, False)):
+                numbers = [a for a in map(answer_of, answers) if NUMBER.fullmatch(a)]
+                right, wrong = ([a for a in numbers if same_answer(a, row["answer"]) is kind] for kind in (True, False))
                 if right and wrong:
-                    sides = {"chosen": [say(rng.choice(right))], "rejected": [say(rng.choice(wrong))]}
-                    into.append({"item": f"{family} {row['question']}", "prompt": ask(row["question"]), **sides})
+                    sides = {"chosen": " " + rng.choice(right), "rejected": " " + rng.choice(wrong)}
+                    into.append({"item": row["prompt"], "prompt": row["prompt"], **sides})
     for part in parts:
         rng.shuffle(part)
     return parts
@@ -152,13 +173,13 @@ def derivations(train: int, test: int, seed: int = 0) -> tuple[Rows, Rows]:
     return rows[test:], rows[:test]
 
 
-def rewarded(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 for the right number at the end, else up to 0.5 for a near one; 0.2 for saying one number and no other."""
+def rewarded(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 for the right number, else up to 0.5 for a near one; 0.2 for a number and nothing else."""
     found = []
-    for completion, wanted in zip(completions, answer):
-        numbers = NUMBER.findall(completion[0]["content"])
-        off = abs(float(numbers[-1]) - float(wanted)) / max(abs(float(wanted)), 1.0) if numbers else 1.0
-        found.append((1.0 if off == 0 else 0.5 * max(0.0, 1.0 - off)) + 0.2 * (len(numbers) == 1))
+    for text, wanted in zip(map(answer_of, completions), answer):
+        number = NUMBER.match(text)
+        off = abs(int(number[0]) - int(wanted)) / max(abs(int(wanted)), 1) if number else 1.0
+        found.append((1.0 if off == 0 else 0.5 * max(0.0, 1.0 - off)) + 0.2 * bool(NUMBER.fullmatch(text)))
     return found
 
 

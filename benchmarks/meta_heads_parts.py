@@ -32,7 +32,7 @@ from peft_bundles.objectives.tokens import masked_sum, token_entropy, token_logp
 
 
 def answers(bench: Bench) -> tuple[Rows, Rows]:
-    return judged(bench.data["questions"], bench.sample, bench.size(400), bench.size(200), bench.seed)
+    return judged(bench.sample, bench.size(300), bench.size(150), bench.seed)
 
 
 def of_logits(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -88,17 +88,24 @@ def calibrated(o: Calibration, parts: Parts, test: Rows, groups: np.ndarray) -> 
 
 
 def single(o: MetaCorrectness, parts: Parts, test: Rows, groups: np.ndarray) -> dict[str, Any]:
+    """By the head, and by the mean log-probability of the answer's tokens."""
     scores = array([o.scores(h, logprobs, b) for h, logprobs, b in parts])
-    return of_origin(scores, array([b["correct"] for *_, b in parts]), test, groups)
+    marks = array([b["correct"] for *_, b in parts])
+    plain = array([per_token(logprobs, b) for _, logprobs, b in parts])
+    return {**of_origin(scores, marks, test, groups), "by probability": of_origin(plain, marks, test, groups)}
+
+
+def per_token(logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+    """The mean of log p over the tokens of each completion, (B,)."""
+    mask = batch["completion_mask"][:, 1:]
+    return masked_sum(logprobs, mask) / mask.sum(1)
 
 
 def sides(o: MetaCorrectness, parts: Parts, test: Rows, groups: np.ndarray) -> dict[str, Any]:
     """How often the right side is preferred: by the head, by its probability under the model, by its brevity."""
     gaps: dict[str, list[Tensor]] = {"accuracy": [], "the likelier side": [], "the shorter side": []}
     for h, logprobs, b in parts:
-        length = b["completion_mask"].sum(1).float()
-        total = masked_sum(logprobs, b["completion_mask"][:, 1:])
-        kinds = (o.scores(h, logprobs, b), total / length, -length)
+        kinds = (o.scores(h, logprobs, b), per_token(logprobs, b), -b["completion_mask"].sum(1).float())
         for name, score in zip(gaps, kinds):
             right, wrong = score.chunk(2)
             gaps[name].append((right > wrong).float() + 0.5 * (right == wrong).float())
@@ -145,7 +152,7 @@ def worked(bench: Bench) -> tuple[Rows, Rows]:
 
 
 def own(bench: Bench) -> tuple[Rows, Rows]:
-    return own_pairs(bench.data["questions"], bench.sample, bench.size(1000), bench.size(400), bench.seed)
+    return own_pairs(bench.sample, bench.size(1000), bench.size(400), bench.seed)
 
 
 def solved(bench: Bench) -> tuple[Rows, Rows]:

@@ -56,9 +56,9 @@ LINES = [
     Line("calibration: ECE, lower is better", "calibration", ("calibration",), "ece", float("nan"), ("ece before",),
          lower=True),
     *(Line(f"meta_correctness: single answers, {kind}, AUC", f"single answers, {kind}", (f"single answers, {kind}",),
-           "AUC", 0.5) for kind in BOTH),
+           "AUC", 0.5, ("by probability/AUC",)) for kind in BOTH),
     *(Line(f"the same, own answers within a family, {kind}", f"single answers, {kind}", (f"single answers, {kind}",),
-           OWN, 0.5) for kind in BOTH),
+           OWN, 0.5, (f"by probability/{OWN}",)) for kind in BOTH),
     *sides("A/B of derivations with one wrong step", "derivations", ("last token", "mean of tokens", "with surprise")),
     *sides("A/B of own answers to one question", "own answers", BOTH),
     *sides("A/B of solutions of GSM8K by two models", "solutions", BOTH, "the side of the better model"),
@@ -113,7 +113,7 @@ def beats(line: Line, values: Sequence[dict[str, float]]) -> int:
 def baseline(line: Line, name: str) -> str:
     """A baseline is a measure beside the line's own, or with a slash one of another place."""
     keys = name.split("/") if name.startswith("simple/") else ["subspace", *name.split("/")]
-    label = {"untrained/accuracy": "untrained"}.get(name, name.rpartition("/")[2])
+    label = name.rpartition("/")[2] if name.startswith("simple/") else name.partition("/")[0]
     return f"{label} {shown(measures(line, 'frozen', *keys))}"
 
 

@@ -9,6 +9,7 @@ completion, which no token can know.
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from meta_heads_bench import Bench, array, correlation, fit, interval, mean
-from meta_heads_data import FAMILIES, ask, parted, rewarded
+from meta_heads_data import FAMILIES, questions, rewarded
 from torch import Tensor
 
 from peft_bundles.objectives import PPO, Forward
@@ -50,15 +51,16 @@ def rollouts(bench: Bench, trained: bool) -> dict[str, Any]:
     """The records of both signals: heads alone, or `trained` together with the bundles that own the advantage."""
     parts: list[list[dict[str, Any]]] = [[], []]
     for family in FAMILIES:
-        sizes = [bench.size(n) for n in (256, 128)]
-        for into, rows in zip(parts, parted(bench.data["questions"][family], *sizes, bench.seed)):
-            into += [{"prompt": ask(row["question"]), "answer": row["answer"]} for row in rows]
+        for into, rows in zip(parts, questions(family, bench.size(300), bench.size(150), bench.seed)):
+            into += [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
     for rows in parts:
         random.Random(bench.seed).shuffle(rows)
     # With values of 0 and lam = 1 the returns of a rollout are the rewards; both advantages are made of these below.
     objective = PPO(parts[0], rewarded, advantages="gae", lam=1.0, whiten=False, num_generations=SAMPLES,
-                    max_completion_length=12, kl_coef=0.0, curiosity_coef=1.0, name="all")  # fmt: skip
-    objective.setup(bench.tokenizer, bench.model)
+                    max_completion_length=6, kl_coef=0.0, curiosity_coef=1.0, name="all")  # fmt: skip
+    tokenizer = copy.deepcopy(bench.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(bench.line_end)  # an answer is a line
+    objective.setup(tokenizer, bench.model)
     heads, curiosity = objective.head(), objective.curiosity
     assert heads is not None and curiosity is not None
     heads.to(bench.forward.device)
@@ -68,6 +70,8 @@ def rollouts(bench: Bench, trained: bool) -> dict[str, Any]:
         "prompts": [len(rows) for rows in parts],
         "completions": [SAMPLES * len(rows) for rows in parts],
         "tokens": [len(r.ids) for r in (known, held)],
+        "mean reward": [float(tokens(r, "returns")[r.last].mean().round(4)) for r in (known, held)],
+        "right answers": [float((tokens(r, "returns")[r.last] >= 1).mean().round(4)) for r in (known, held)],
     }
     for rollout in (known, held):
         with_group(rollout)
