@@ -136,20 +136,29 @@ def own_pairs(sample: Sampler, train: int, test: int, seed: int) -> tuple[Rows, 
 
 
 def solution_pairs(solutions: Rows, train: int, test: int, seed: int) -> tuple[Rows, Rows]:
-    """A right and a wrong solution of one question of GSM8K, by two of four models; calculator marks removed."""
+    """A right and a wrong solution of one question of GSM8K, by two of four models; calculator marks removed.
+
+    Of two models the one is as often right as the other, so which model wrote a solution tells nothing.
+    """
     by: dict[str, Rows] = {}
     for row in solutions:
         by.setdefault(row["question"], []).append(row)
-    rng, found = random.Random(seed), []
-    for question in sorted(by):
-        right, wrong = ([r for r in by[question] if r["correct"] is kind] for kind in (True, False))
-        if right and wrong:
-            sides = [rng.choice(right), rng.choice(wrong)]
-            texts = [" " + re.sub(r"<<.*?>>", "", side["answer"]).strip() for side in sides]
-            if texts[0] != texts[1]:
-                found.append({"item": question, "prompt": question, "chosen": texts[0], "rejected": texts[1],
-                              "models": [side["model"] for side in sides]})  # fmt: skip
-    return parted(found, train, test, seed)
+    rng = random.Random(seed)
+    found: dict[tuple[str, str], Rows] = {}
+    for question in rng.sample(sorted(by), len(by)):
+        marked = [{**r, "text": " " + re.sub(r"<<.*?>>", "", r["answer"]).strip()} for r in by[question]]
+        pairs = [(r, w) for r in marked if r["correct"] for w in marked if not w["correct"] and r["text"] != w["text"]]
+        if not pairs:
+            continue
+        lead = [
+            len(found.get((r["model"], w["model"]), ())) - len(found.get((w["model"], r["model"]), ()))
+            for r, w in pairs
+        ]  # fmt: skip
+        right, wrong = pairs[min(range(len(pairs)), key=lead.__getitem__)]
+        row = {"item": question, "prompt": question, "chosen": right["text"], "rejected": wrong["text"]}
+        found.setdefault((right["model"], wrong["model"]), []).append(row)
+    even = [found[a, b][: len(found.get((b, a), ()))] for a, b in sorted(found)]
+    return parted([row for rows in even for row in rows], train, test, seed)
 
 
 def derivations(train: int, test: int, seed: int = 0) -> tuple[Rows, Rows]:

@@ -109,21 +109,7 @@ def sides(o: MetaCorrectness, parts: Parts, test: Rows, groups: np.ndarray) -> d
         for name, score in zip(gaps, kinds):
             right, wrong = score.chunk(2)
             gaps[name].append((right > wrong).float() + 0.5 * (right == wrong).float())
-    found: dict[str, Any] = {name: interval(mean(array(values)), groups) for name, values in gaps.items()}
-    if "models" in test[0]:
-        found["the side of the better model"] = interval(mean(better(test[: len(groups)])), groups)
-    return found
-
-
-def better(rows: Rows) -> np.ndarray:
-    """1 where the right side is by the model that is more often right in these rows, which favours this baseline."""
-    right: dict[str, list[int]] = {}
-    for row in rows:
-        for mark, model in zip((1, 0), row["models"]):
-            right.setdefault(model, []).append(mark)
-    share = {model: float(np.mean(marks)) for model, marks in right.items()}
-    gaps = np.array([share[row["models"][0]] - share[row["models"][1]] for row in rows])
-    return (gaps > 0) + 0.5 * (gaps == 0)
+    return {name: interval(mean(array(values)), groups) for name, values in gaps.items()}
 
 
 class MeanOfTokens(MetaCorrectness):

@@ -35,11 +35,11 @@ class Line(NamedTuple):
     lower: bool = False  # lower is better
 
 
-def sides(label: str, part: str, kinds: Sequence[str], *more: str) -> list[Line]:
+def sides(label: str, part: str, kinds: Sequence[str]) -> list[Line]:
     """A row a way of reading: the baselines do not depend on it and stand in the first."""
     found = []
     for kind in kinds:
-        base = () if found else ("the likelier side", "the shorter side", *more)
+        base = () if found else ("the likelier side", "the shorter side")
         cell = f"{part}, {kind}"
         found.append(Line(f"meta_correctness: {label}, {kind}", cell, (cell,), "accuracy", 0.5, base))
     return found
@@ -61,7 +61,7 @@ LINES = [
            OWN, 0.5, (f"by probability/{OWN}",)) for kind in BOTH),
     *sides("A/B of derivations with one wrong step", "derivations", ("last token", "mean of tokens", "with surprise")),
     *sides("A/B of own answers to one question", "own answers", BOTH),
-    *sides("A/B of solutions of GSM8K by two models", "solutions", BOTH, "the side of the better model"),
+    *sides("A/B of solutions of GSM8K by two models", "solutions", BOTH),
     Line("consistency: pairs, AUC", "consistency, pairs", ("consistency, pairs",), "AUC", 0.5),
     Line("consistency: sequences of five, AUC", "consistency, sequences", ("consistency, sequences",), "AUC", 0.5),
     Line("contrastive: the other piece among 16, accuracy", "contrastive", ("contrastive",), "accuracy", 0.0625,
