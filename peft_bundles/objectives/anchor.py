@@ -20,6 +20,9 @@ class Anchor(LM):
     off) and a forward and backward of its rows. Give it rows of `peft_bundles.own_samples`, or general text. It updates
     the bundles that own its signal: those that also learn from something else are the ones it can hold back.
 
+    Failure mode: it holds where its rows are and says nothing of other text. Under a signal whose bundles learn from
+    nothing else it trains these to cancel the others: a low `kl` with all on, and none of it with them off.
+
     Args:
         dataset: rows of `text`, `messages` or `input_ids`.
         signal: name of the signal, and of the objective.

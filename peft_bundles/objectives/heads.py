@@ -13,9 +13,10 @@ from .tokens import wide
 
 
 def owners(model: nn.Module, signal: str) -> list[tuple[str, str]]:
-    """(adapter, bundle) with the largest weight for a signal; empty for a model without bundles."""
+    """(adapter, bundle) with the largest weight for a signal, of the active adapters; empty where there are none."""
     layer = _last_layer(model)
-    columns = {} if layer is None else {a: layer.state.configs[a].column(signal) for a in layer.bundle_adapters()}
+    active = [] if layer is None else [a for a in layer.bundle_adapters() if a in layer.active_adapters]
+    columns = {a: layer.state.configs[a].column(signal) for a in active}  # type: ignore[union-attr]
     weights = {(a, b): w for a, column in columns.items() for b, w in column.items()}
     return [key for key, w in weights.items() if w > 0 and w == max(weights.values())]
 
@@ -24,22 +25,28 @@ def subspace(model: nn.Module, signal: str) -> Tensor:
     """Orthonormal columns (d, r): what the owners of a signal may read and write in the last layer.
 
     The columns of U in the supports of the owners, not the span of their weights: it stays where it is while they are
-    trained. The identity (d, d) for a model without bundles, and for an owner of kind "full".
+    trained. Owners in several adapters: the span of the columns of all their U. The identity (d, d) for a model without
+    bundles, and for an owner of kind "full".
     """
-    layer, found = _last_layer(model), []
+    layer = _last_layer(model)
+    supports: dict[str, list[Tensor]] = {}
     for adapter, bundle in owners(model, signal):
         assert layer is not None
         shape = layer.packing(adapter).shapes[bundle]
         if shape.kind == "full":
             return torch.eye(layer.hidden_size)
-        found.append((adapter, shape.support))
-    if not found:
+        supports.setdefault(adapter, []).append(shape.support)
+    if not supports:
         return torch.eye(model.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
-    assert layer is not None
-    first = found[0][0]
-    chosen = torch.cat([support for adapter, support in found if adapter == first]).unique()
-    basis = layer.bundle_basis[first]
-    return basis[:, chosen.to(basis.device)].detach().float().clone()
+    columns = []
+    for adapter, parts in supports.items():
+        assert layer is not None
+        basis = layer.bundle_basis[adapter]
+        columns.append(basis[:, torch.cat(parts).unique().to(basis.device)].detach().float())
+    if len(columns) == 1:
+        return columns[0].clone()
+    left, values, _ = torch.linalg.svd(torch.cat([c.to(columns[0].device) for c in columns], 1).double(), False)
+    return left[:, values > 1e-4 * values[0]].float()  # adapters of one basis have columns in common
 
 
 def goal_rank(model: nn.Module, signal: str) -> int:

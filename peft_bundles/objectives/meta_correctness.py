@@ -24,13 +24,17 @@ SINGLE, PAIR = ("prompt", "completion", "correct"), ("prompt", "chosen", "reject
 class MetaCorrectness(Judged):
     """BCE(s, correct), for pairs also -log sigmoid(s_right - s_wrong), and the loss of an explanation as text.
 
-    s is read by a linear head in the owners' subspace (`heads.py`) from the last token of the reasoning. The two sides
-    of a pair are read apart and compared as by Bradley and Terry (1952), so what is said cannot depend on which of
-    them came first. An explanation follows the reasoning in the same row: causal attention keeps it from the head, and
-    its tokens add `explanation_weight` times their mean -log p.
+    s = a(h_end) + mean_t w(h_{t-1}) log p_t over the tokens t of the reasoning: a linear head in the owners' subspace
+    (`heads.py`) reads a from the state of the last token, and from the state before every token how much it counts that
+    the token was expected. A wrong step is improbable where it is made and need not leave a trace in the states that
+    follow (docs/signals.md). log p is the model's own now and no gradient passes through it: to judge must not make
+    what is judged likelier. The two sides of a pair are read apart and compared as by Bradley and Terry (1952), so what
+    is said cannot depend on which of them came first. An explanation follows the reasoning in the same row: causal
+    attention keeps it from the head, and its tokens add `explanation_weight` times their mean -log p.
 
     Failure mode: right and wrong reasonings that differ in length, style or source are told apart by that. Take both
-    from the same source, and look at `accuracy` on answers of a source that was not trained on. An explanation made by
+    from the same source, and look at `accuracy` on answers of a source that was not trained on. What is right and
+    unusual looks wrong, and a confident mistake right: compare with which side is the likelier. An explanation made by
     a template teaches the template.
 
     Args:
@@ -38,6 +42,7 @@ class MetaCorrectness(Judged):
             (right), `rejected` (wrong), and `chosen_explanation`, `rejected_explanation`. Explanations are text; an
             empty one is none.
         signal: name of the signal, and of the objective.
+        surprise: whether s has its second part.
         explanation_weight: of the explanation's loss.
         eval_dataset, max_length: as of `Confusion`.
     """
@@ -47,6 +52,7 @@ class MetaCorrectness(Judged):
         dataset: Any,
         *,
         signal: str = "meta_correctness",
+        surprise: bool = True,
         explanation_weight: float = 0.5,
         eval_dataset: Any = None,
         max_length: int | None = 1024,
@@ -54,7 +60,7 @@ class MetaCorrectness(Judged):
         super().__init__(dataset, signal, eval_dataset, max_length)
         if not 0 <= explanation_weight < math.inf:
             raise ValueError(f"objective {signal!r}: explanation_weight={explanation_weight!r} must be a number >= 0.")
-        self.explanation_weight = explanation_weight
+        self.outputs, self.explanation_weight = 1 + surprise, explanation_weight
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
         found = require(self.name, dataset, PAIR, SINGLE)
@@ -110,20 +116,19 @@ class MetaCorrectness(Judged):
         return super().items(batch) / batch["sides"]
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        loss, metrics = self.compare(outputs.hidden, batch)
-        mask = batch["told"][:, 1:]
+        logprobs, mask = token_logprobs(outputs.logits, batch["input_ids"]), batch["told"][:, 1:]
+        loss, metrics = self.compare(outputs.hidden, logprobs, batch)
         if self.explanation_weight and mask.any():
-            logprobs = masked_sum(token_logprobs(outputs.logits, batch["input_ids"]), mask)
-            told = -(logprobs / mask.sum(1).clamp_min(1)).mean()
+            told = -(masked_sum(logprobs, mask) / mask.sum(1).clamp_min(1)).mean()
             loss = loss + self.explanation_weight * told.to(loss.dtype)
             metrics["explanation_loss"] = told.detach()
         else:
             metrics["explanation_loss"] = torch.zeros_like(loss)
         return {self.signals[0]: loss}, metrics
 
-    def compare(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the judgement and metrics from final states (B, T, d)."""
-        scores = self.read(at(hidden, batch["last"]))[:, 0]
+    def compare(self, hidden: Tensor, logprobs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the judgement and metrics from final states (B, T, d) and log p of tokens t >= 1 (B, T - 1)."""
+        scores = self.scores(hidden, logprobs, batch)
         loss = F.binary_cross_entropy_with_logits(scores, batch["correct"].to(scores.dtype))
         metrics = {"accuracy": accuracy(scores.detach(), batch["correct"])}
         if batch["sides"] == 2:
@@ -131,3 +136,11 @@ class MetaCorrectness(Judged):
             loss = loss - F.logsigmoid(right - wrong).mean()
             metrics["pair_accuracy"] = (right > wrong).float().mean()
         return loss, metrics
+
+    def scores(self, hidden: Tensor, logprobs: Tensor, batch: Batch) -> Tensor:
+        """s of every sequence (B,), from what `compare` takes."""
+        end = self.read(at(hidden, batch["last"]))[:, 0]
+        if self.outputs == 1:
+            return end
+        mask, weights = batch["completion_mask"][:, 1:], self.read(hidden[:, :-1])[..., 1]
+        return end + masked_sum(weights * logprobs.detach().to(weights.dtype), mask) / mask.sum(1)

@@ -27,6 +27,10 @@ class Preference(Objective):
 
     The sequences of a batch are all chosen, then all rejected; a row of the batch plan is a pair (or a completion).
 
+    Failure mode: only the margin is asked for, so both sides may become less likely (`dpop` weighs against it); pairs
+    that differ in length or style teach length or style. At the rate of the other signals it moves far: the recipe
+    gives it its own, since all on it cost text 0.4 nats (docs/decisions.md).
+
     Args:
         dataset: TRL's preference format, prompt given or implied, standard or conversational; for "kto" also its
             unpaired format (prompt, completion, label).

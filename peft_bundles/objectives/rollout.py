@@ -40,6 +40,11 @@ class PPO(Objective):
     minibatches` completions a process and is used for `epochs * minibatches` steps; log-probabilities of the old policy
     and of the reference, and values, are computed once, when it is made.
 
+    Failure mode: where no sample is ever rewarded there is nothing to reinforce, and reward does not move (look at
+    `reward_std`; a worked example in the prompt may do). With a reward that can be had otherwise, it is; look at
+    completions. k3 explodes where the policy left a sampled token; clipping holds the gradient, not the log. Those of
+    advantage and curiosity: `intrinsic.py`.
+
     Args:
         dataset: rows with a `prompt`, text or conversation; other columns go to the reward functions.
         reward_funcs: TRL-style reward functions (`rewards.py`).
