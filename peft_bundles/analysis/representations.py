@@ -31,16 +31,17 @@ def linear_probe(features: Any, labels: Any, *, folds: int = 5, seed: int = 0) -
     return {"accuracy": float(scores.mean()), "sd": float(scores.std(ddof=1)), "chance": float(chance)}
 
 
-def silhouette(features: Any, labels: Any) -> float:
-    """Mean silhouette (Rousseeuw 1987; scikit-learn's, Euclidean) of the tasks as clusters, in [-1, 1]; 0: they
-    overlap.
+def silhouette(features: Any, labels: Any, *, components: int = 30) -> float:
+    """Mean silhouette (Rousseeuw 1987; scikit-learn's, Euclidean) of the tasks as clusters, in [-1, 1], 0 if they overlap.
 
-    Distances of noise grow alike with every further channel, so only spaces of about the same size compare.
+    Distances of noise grow with every channel, so it is taken in the first `components` principal components (or as
+    many as there are): spaces of different width compare.
     """
     from sklearn.metrics import silhouette_score
 
     x, y = _checked(features, labels)
-    return float(silhouette_score(_standardised(x), y))
+    coordinates, _ = pca(x, min(components, *x.shape))
+    return float(silhouette_score(coordinates, y))
 
 
 def cka(x: Any, y: Any) -> float:

@@ -1,0 +1,279 @@
+"""The sentences of docs/study.md: verdicts and statements whose words depend on the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import _study as s
+from _study import CRITERION, M0, M1, M3, MARGIN, MULTI, ORDERS, SEPARATE, TASKS, Key, Study, ci, pm
+from _study_tables import REMOVAL_WORDS, h4_spaces, title
+
+
+# Where forgetting is not excluded by how the thing is built, and what keeps it from being so.
+OPEN_CASES: list[tuple[Key, str, str]] = [
+    (M3, "all", "no tag, all on"),
+    (M3, "uniform", "no tag, all at a third"),
+    (M3, "nearest", "predicted tag"),
+    (("bundles_all", "sequence"), "all", "no tag, trained with all on"),
+    (("bundles_trunk", "sequence"), "tag", "trunk trained, true tag"),
+    (("bundles_trunk", "sequence"), "all", "trunk trained, no tag"),
+    (("bundles_trunk_projected", "sequence"), "tag", "trunk trained with projected gradients, true tag"),
+    (("bundles_trunk_projected", "sequence"), "all", "trunk trained with projected gradients, no tag"),
+    (("mistag", "sequence"), "tag", "a fifth of the rows mis-tagged, true tag at test"),
+    (("overlap", "sequence"), "all", "overlapping supports, all on"),
+]
+
+
+def better(found: Any, what: str = "") -> str:
+    """In words, what an interval of a difference says."""
+    if found is None:
+        return "was not run beside it"
+    word = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart"
+    return f"{word}{what} ({ci(found)}, n = {found.runs})"
+
+
+# ---- the hypotheses ----
+
+
+def h1_cases(study: Study) -> list[tuple[str, Any, str]]:
+    """(case, interval of the reduction, verdict), the trivial one first."""
+    cases = []
+    if "tag" in s.modes(study, M3):
+        trivial = s.untouched(study, M3, "tag")
+        cases.append(("frozen trunk, true tag", s.reduction(study, M3, "tag"), "trivial" if trivial else "not exact"))
+    for key, mode, words in OPEN_CASES:
+        found = s.reduction(study, key, mode)
+        if found is not None:
+            good = found.estimate >= CRITERION and found.low > 0
+            cases.append((words, found, "supported" if good else "not supported"))
+    return cases
+
+
+def h1(study: Study) -> tuple[str, str]:
+    cases = h1_cases(study)
+    if not cases:
+        return "not run", "No sequence of bundles beside M0."
+    parts = {v: [f"{words} ({ci(found)})" for words, found, verdict in cases if verdict == v] for *_, v in cases}
+    text = "; ".join(f"**{verdict}** with {', '.join(words)}" for verdict, words in parts.items())
+    no_tag = [v for words, _, v in cases if words == "no tag, all on"]
+    return (no_tag or ["not run"])[
+        0
+    ] + " without a tag", f"Reduction of M0's forgetting, at least {CRITERION:.0%} asked: {text}."
+
+
+def h2(study: Study) -> tuple[str, str]:
+    """Against the LoRA that has the same parameters and data, in the mixture and in the sequence."""
+    said, verdicts = [], []
+    for key, mode, against, words in (
+        (M1, "tag", MULTI, "mixture, true tag"),
+        (M1, "all", MULTI, "mixture, no tag"),
+        (M3, "tag", M0, "sequence, true tag"),
+        (M3, "all", M0, "sequence, no tag"),
+    ):
+        found = {task: s.difference(study, key, mode, against, "all", [task]) for task in TASKS}
+        if any(f is None for f in found.values()):
+            continue
+        good = all(f.low >= -MARGIN for f in found.values() if f is not None)
+        lost = [task for task, f in found.items() if f is not None and f.high < 0]
+        each = ", ".join(f"{task} {ci(f)}" for task, f in found.items())
+        tail = "" if good else f" (surely worse: {', '.join(lost)})" if lost else " (the intervals allow a loss)"
+        said.append(f"{words}: {each}: **{'supported' if good else 'not supported'}**{tail}")
+        verdicts.append((words, "supported" if good else "not supported"))
+    if not said:
+        return "not run", "No bundles beside LoRA."
+    return "; ".join(f"{verdict} ({words})" for words, verdict in verdicts), (
+        f"Accuracy minus that of one LoRA of equal size; at least as good means not more than {MARGIN} below at the lower "
+        f"end of the interval. {'; '.join(said)}."
+    )
+
+
+def h3(study: Study) -> tuple[str, str]:
+    """memory's and logic's alpha: own accuracy monotone (Spearman >= 0.9) and the others moved less (cross < 1)."""
+    said, verdicts = [], []
+    for others, words in (("others_off", "the others off"), ("others_on", "the others on")):
+        found = {task: s.control(study, M3, others, task) for task in TASKS}
+        if any(found[task] is None for task in ("memory", "logic")):
+            continue
+        good = all(
+            s.mean(f["spearman"]) >= 0.9 and s.mean(f["cross"]) < 1
+            for f in (found["memory"], found["logic"])
+            if f is not None
+        )
+        each = ", ".join(
+            f"{task} moves {pm(f['own'], 2)}, others {pm(f['cross'], 2)} of that, Spearman {pm(f['spearman'], 2)}"
+            for task, f in found.items()
+            if f is not None
+        )
+        said.append(f"{words}: {each}")
+        verdicts.append(f"{'supported' if good else 'not supported'} ({words})")
+    if not said:
+        return "not run", "No sweep of alphas."
+    return "; ".join(verdicts), f"Alphas from 0 to 1, accuracy. {'; '.join(said)}. The verdict is on memory and logic."
+
+
+def h4(study: Study) -> tuple[str, str]:
+    roles = h4_spaces(study)
+    ours, rivals = roles.get("bundle space (the three side by side)"), [r for r in ("trunk", "M0") if r in roles]
+    if study.spaces is None or ours is None or len(rivals) < 2:
+        return "not run", "No features of bundles, M0 and the trunk."
+    spaces = study.spaces["spaces"]
+    won = []
+    for n in range(len(study.spaces["depths"])):
+        mine, theirs = spaces[ours]["last"][n], [spaces[roles[r]]["last"][n] for r in rivals]
+        won.append(mine["silhouette"] > max(t["silhouette"] for t in theirs))
+    probes = [spaces[name]["last"][n]["accuracy"] for name in roles.values() for n in range(len(won))]
+    flat = "Probes tell the tasks apart nearly everywhere" if min(probes) > 0.95 else "Probes differ"
+    verdict = "supported" if all(won) else "not supported"
+    return f"{verdict} (one seed)", (
+        f"Silhouette of the tasks higher in bundle space than in trunk and M0 at {sum(won)} of {len(won)} depths, last "
+        f"token of the prompt. {flat} (accuracy {min(probes):.2f} to {max(probes):.2f}): that alone says little."
+    )
+
+
+HYPOTHESES: dict[str, tuple[str, Callable[[Study], tuple[str, str]]]] = {
+    "H1": (
+        f"Separation reduces forgetting by at least {CRITERION:.0%} against one adapter (M0: LoRA, in sequence)",
+        h1,
+    ),
+    "H2": ("Every task family is at least as good as with the monolith at equal parameters", h2),
+    "H3": ("A bundle's alpha changes its own task more than others, monotonically", h3),
+    "H4": ("Tasks lie further apart in bundle space than in the trunk or M0", h4),
+}
+
+
+def removal_claims(study: Study) -> list[str]:
+    keys = {variant: s.removal_key(study, variant) for variant in REMOVAL_WORDS}
+    found = {variant: s.removal_cells(study, variant, rate) for variant, rate in keys.items() if rate is not None}
+    said = []
+    bundles = found.get("owners", []) + found.get("all", [])
+    if bundles and all(r["off_is_base"] for r in bundles):
+        said.append("With all bundles off the hidden states are the base's to the bit, in every run: an invariant.")
+    forget = bundles[0]["settings"]["forget"] if bundles else ""
+
+    def unseen(variant: str) -> float:
+        return fmean(r["relearn"]["part"][-1][2] for r in found[variant])
+
+    for variant in ("owners", "all"):
+        if variant in found and "base" in found:
+            after, base = (fmean(r["after"]["accuracy"][forget] for r in found[v]) for v in (variant, "base"))
+            said.append(
+                f"{REMOVAL_WORDS[variant]}: {after:.3f} on the forgotten task with the others on, the base {base:.3f}."
+            )
+    for variant in ("ascent", "ascent_retain", "rmu"):
+        if {variant, "owners", "never"} <= found.keys():
+            word = "more" if unseen(variant) > unseen("owners") + MARGIN else "no more"
+            said.append(
+                f"Taught a part of the facts again, {REMOVAL_WORDS[variant]} gives {unseen(variant):.2f} of the part it "
+                f"was not shown: {word} than bundles with alpha 0 ({unseen('owners'):.2f}); a LoRA that never knew them "
+                f"{unseen('never'):.2f}."
+            )
+    return said
+
+
+# ---- statements ----
+
+
+def surprises(study: Study) -> list[str]:
+    """Sentences whose words depend on the numbers."""
+    said = []
+
+    def have(*pairs: tuple[Key, str]) -> bool:
+        return all(mode in s.modes(study, key) for key, mode in pairs)
+
+    def average(key: Key, mode: str) -> str:
+        return pm(s.values(study, key, mode, "average"), 3)
+
+    if have((M3, "tag"), (SEPARATE, "tag")):
+        found = s.difference(study, M3, "tag", SEPARATE, "tag")
+        extra = "" if found is None or found.low > 0 else " **Routing gives nothing here beyond separate parameters.**"
+        said.append(f"With the true tag bundles are {better(found)} than a LoRA of its own for every task.{extra}")
+    if have((M3, "all"), (SEPARATE, "all")):
+        found = s.difference(study, M3, "all", SEPARATE, "all")
+        said.append(f"With all on and no tag bundles are {better(found)} than all separate LoRAs together.")
+    if have((M3, "all"), (M0, "all")):
+        found = s.reduction(study, M3, "all")
+        if found is not None and not math.isnan(found.estimate):
+            word = "less" if found.low > 0 else "more" if found.high < 0 else "not clearly less"
+            said.append(f"Without a tag, all on, bundles forget {word} than M0: reduction {ci(found)}.")
+    shrunk = s.shrunk(study)
+    if shrunk and have((M3, "all")):
+        ours = [s.values(study, M3, "all", "average")]
+        same, best = fmean(r["average"] for r in shrunk), fmean(r["best"] for r in shrunk)
+        word = "more" if same > fmean(ours[0]) else "less"
+        said.append(
+            f"M0 made as small as the bundles (all on) is has average {same:.3f}, {word} than theirs "
+            f"({average(M3, 'all')}); at its best factor {best:.3f}."
+        )
+    for key, words in (
+        (("lora_replay", "sequence"), "A tenth of replay"),
+        (("olora", "sequence"), "O-LoRA"),
+        (("osf", "sequence"), "OSF"),
+        (("full", "sequence"), "Full fine-tuning"),
+        (("unrouted", "sequence"), "The same bundles without routing"),
+        (("random", "sequence"), "Random routing"),
+        (("shared", "sequence"), "One big bundle"),
+    ):
+        if have((key, "all"), (M3, "all"), (M0, "all")):
+            gained = s.difference(study, M3, "all", key, "all")
+            said.append(
+                f"{words} reduces M0's forgetting by {ci(s.reduction(study, key, 'all'))}; bundles with all on are "
+                f"{better(gained)} than it in final average."
+            )
+    if have((M3, "nearest")):
+        rate = [fmean(r["tag_accuracy"].values()) for r in s.finals(study, M3) if r.get("tag_accuracy")]
+        if rate:
+            near = "nearly trivial too" if s.mean(rate) > 0.99 else "no longer trivial"
+            said.append(
+                f"The tag predicted from the prompt is right {s.mean(rate):.3f} of the time, so that mode is {near}."
+            )
+    mistag, lora_mistag = ("mistag", "sequence"), ("lora_separate_mistag", "sequence")
+    if have((mistag, "tag"), (lora_mistag, "tag")):
+        found = s.difference(study, mistag, "tag", lora_mistag, "tag")
+        said.append(f"With a fifth of the rows mis-tagged, bundles are {better(found)} than separate LoRAs.")
+    for key in (("bundles_trunk", "sequence"), ("bundles_trunk_projected", "sequence")):
+        if have((key, "tag"), (("full", "sequence"), "all")):
+            found = s.difference(study, key, "tag", ("full", "sequence"), "all")
+            said.append(f"{s.label(study, key[0])}, true tag: {better(found)} than full fine-tuning in final average.")
+    if have((("bundles_trunk_projected", "sequence"), "tag"), (("bundles_trunk", "sequence"), "tag")):
+        found = s.difference(
+            study, ("bundles_trunk_projected", "sequence"), "tag", ("bundles_trunk", "sequence"), "tag"
+        )
+        said.append(f"Projecting the trunk's gradients: {better(found)} than not, with the true tag.")
+    return said
+
+
+def weaknesses(study: Study) -> list[str]:
+    said = [
+        "One model of 135 M parameters, three made task groups, one length of training: nothing here says how it scales."
+    ]
+    seeds = {key: len({r["seed"] for r in s.finals(study, key)}) for key in s.keys(study)}
+    if few := [f"{title(key)} ({n})" for key, n in seeds.items() if n < 3]:
+        said.append(f"Fewer than three seeds: {', '.join(few)}.")
+    if edge := [title(key) for key in s.keys(study) if s.at_the_edge(study, key)]:
+        said.append(f"The chosen rate is the lowest or highest tried, a better one may lie beyond: {', '.join(edge)}.")
+    said.append(
+        "Rates are chosen on seed 0's validation items; seed 0 is among the final runs, its test items are not."
+    )
+    sizes = {key: s.finals(study, key)[0]["trainable"] for key in s.keys(study) if s.finals(study, key)}
+    goal = sizes.get(M0)
+    if goal and (off := [f"{title(k)} ({n / goal:.2f})" for k, n in sizes.items() if abs(n / goal - 1) > 0.05]):
+        said.append(f"Not at M0's number of trained parameters (share of it): {', '.join(off)}.")
+    base = study.base["phases"][0]["modes"]["all"]
+    majority = study.base.get("majority") or {}
+    for task in TASKS:
+        top = majority.get(task, {}).get("all")
+        learnt = s.values(study, MULTI, "all", task) or s.values(study, M0, "all", task)
+        if top is not None and learnt and s.mean(learnt) < top + 0.1:
+            said.append(
+                f"{task}: LoRA ends at {s.mean(learnt):.2f}, the majority answer has {top:.2f} and the base "
+                f"{base[task]['accuracy']:.2f}: what is not learnt cannot be forgotten."
+            )
+    graphless = sorted(
+        {title((r["condition"], r["schedule"])) for r in study.records if not all(p.get("graph") for p in r["phases"])}
+    )
+    if graphless:
+        said.append(f"Trained without a CUDA graph (slower, same numbers): {', '.join(graphless)}.")
+    return said
