@@ -302,7 +302,8 @@ def shrunk(study: Study, key: Key = ("bundles", "sequence"), state: str = "all")
         rows = []
         for s in sorted(steps, key=lambda s: s["scale"]):
             accuracies = [s["modes"]["all"][task]["accuracy"] for task in TASKS]
-            rose = fmean(s["domains"]["all"][name] - base[name] for name in base)
+            domains = (s.get("domains") or {}).get("all")
+            rose = fmean(domains[name] - base[name] for name in base) if domains else math.nan
             norm = fmean(s["norms"]["all"][task] for task in TASKS)
             rows.append([norm, s["scale"], fmean(accuracies), rose, *accuracies])
         table = np.array(rows)
@@ -356,7 +357,8 @@ def steps_to(curve: list[list[float]], goal: float, column: int = 1) -> float | 
 
 
 def pm(found: list[float] | None, digits: int = 3, sign: bool = False) -> str:
-    """Mean ± standard deviation; a dash for nothing."""
+    """Mean ± standard deviation of what is a number; a dash for nothing."""
+    found = [value for value in found or [] if not math.isnan(value)]
     if not found:
         return "-"
     plus = "+" if sign else ""

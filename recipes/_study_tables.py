@@ -8,6 +8,8 @@ from typing import Any
 import _study as s
 from _study import M0, M1, M3, MULTI, ORDERS, SEPARATE, TASKS, Key, Study, ci, pm
 
+from peft_bundles.analysis.continual import interference_matrix
+
 
 def table(head: str, rows: list[list[str]]) -> str:
     names = head.split("|")
@@ -20,6 +22,7 @@ def title(key: Key) -> str:
 
 def after_every_phase(study: Study) -> str:
     rows = []
+    by_order = ((M0, "all"), (M3, "tag"), (M3, "all"))
     for key in s.keys(study, "sequence"):
         if key not in (
             M0,
@@ -32,7 +35,7 @@ def after_every_phase(study: Study) -> str:
             continue
         for order, tasks in ORDERS.items():
             runs = s.finals(study, key, tasks)
-            for mode in (m for m in s.modes(study, key) if runs and (order == "A" or key in (M0, M3))):
+            for mode in (m for m in s.modes(study, key) if runs and (order == "A" or (key, m) in by_order)):
                 tables = [s.scores(study, r, mode) for r in runs]
                 for phase in range(4):
                     cells = [pm([float(t[phase, n]) for t in tables], 2) for n in range(3)]
@@ -40,6 +43,31 @@ def after_every_phase(study: Study) -> str:
                     if phase or (key == M0 and order == "A"):
                         rows.append([title(key) if phase else "the base", mode, order, where, *cells, str(len(runs))])
     return table("condition|mode|order|when|memory|logic|meta|n", rows)
+
+
+def interference(study: Study) -> str:
+    """What each phase changed, order A."""
+    shown = [(M0, "all"), (("full", "sequence"), "all"), (("lora_replay", "sequence"), "all"), (M3, "all"), (M3, "tag")]
+    rows = []
+    for key, mode in shown:
+        runs = [r for r in s.finals(study, key, ORDERS["A"]) if mode in s.modes_of(r)]
+        matrices = [interference_matrix(s.scores(study, r, mode)) for r in runs]
+        for phase, task in enumerate(ORDERS["A"] if runs else ()):
+            cells = [pm([float(m[phase, n]) for m in matrices], 2, sign=True) for n in range(len(TASKS))]
+            rows.append([title(key), mode, task, *cells, str(len(runs))])
+    return table("condition|mode|phase|memory|logic|meta|n", rows)
+
+
+def specialisation(study: Study) -> str:
+    """Each bundle (or LoRA) alone on, at the end."""
+    rows = []
+    for key in (M1, M3, SEPARATE):
+        runs = [r for r in s.finals(study, key, ORDERS["A"]) if r["phases"][-1].get("alone")]
+        for bundle in TASKS if runs else ():
+            found = [r["phases"][-1]["alone"].get(bundle, {}) for r in runs]
+            cells = [pm([f[task] for f in found if task in f], 2) for task in TASKS]
+            rows.append([title(key), bundle, *cells, str(len(runs))])
+    return table("condition|alone on|memory|logic|meta|n", rows) if rows else "Not run."
 
 
 def conditions(study: Study) -> str:
@@ -60,7 +88,7 @@ def conditions(study: Study) -> str:
                 cells += [pm(v[m], 2) for m in ("average", *TASKS, "learnt")]
                 cells += [pm(v[m], 2, sign=m != "forgetting") for m in ("forgetting", "bwt", "fwt")]
                 cells += [pm(v["rise"], 3, sign=True), pm(v["auc"], 2), pm(v["brier"], 3), pm(v["f1"], 2)]
-                rows.append([*cells, f"{s.mean(v['seconds']):.0f}", str(len(found))])
+                rows.append([*cells, pm([s.mean(v["seconds"])], 0), str(len(found))])
     rows.append(["M2, learned router: later work", *["-"] * 16])
     head = "condition|mode|rate|trained, M|average|memory|logic|meta|learnt|forgetting|BWT|FWT|text|meta AUC|meta Brier"
     return table(head + "|memory F1|s|n", [row + ["-"] * (18 - len(row)) for row in rows])
@@ -133,12 +161,14 @@ def alphas(study: Study) -> str:
 def shrink(study: Study) -> str:
     rows = []
     for state in ("all", *TASKS):
-        for r in s.shrunk(study, M3, state):
-            cells = [f"{r[name]:.2f}" for name in ("scale", "average", *TASKS)]
-            best = f"{r['best']:.2f} at {r['best_scale']:g}"
-            words = "all on" if state == "all" else f"{state}'s bundle alone"
-            rows.append([words, str(r["seed"]), f"{r['goal']:.3f}", *cells, f"{r['rise']:+.3f}", best])
-    head = "as far as the bundles with|seed|distance|factor|average|memory|logic|meta|text|best factor: average"
+        found = s.shrunk(study, M3, state)
+        if not found:
+            continue
+        cells = [pm([r[name] for r in found], 2) for name in ("goal", "scale", "average", *TASKS)]
+        best = f"{pm([r['best'] for r in found], 2)} at {pm([r['best_scale'] for r in found], 2)}"
+        words = "all on" if state == "all" else f"{state}'s alone"
+        rows.append([words, *cells, pm([r["rise"] for r in found], 3, sign=True), best, str(len(found))])
+    head = "as far as the bundles with|distance|factor|average|memory|logic|meta|text|best average, at factor|n"
     return table(head, rows) if rows else "Not run."
 
 
@@ -228,7 +258,7 @@ def removal(study: Study) -> str:
                 more.append([words, *curve, half_way(study, found, forget), start, rest])
     head = "removed by|rate|before: it|before: the rest|after: it|after: the rest|KL to the base on it|text"
     steps = [str(p[0]) for p in study.removal[0]["relearn"]["all"]]
-    back = f"then relearnt, {'|'.join(steps)} steps|steps to half|unseen part, at first|unseen part, at the end"
+    back = f"relearnt after|{'|'.join(f'{n} steps' for n in steps)}|steps to half|unseen part, at first|and at the end"
     return f"{table(head + '|removed in, steps|n', rows)}\n\n{table(back, more)}"
 
 

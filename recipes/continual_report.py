@@ -18,23 +18,28 @@ import _spaces
 import _study as s
 import _study_plots as plots
 import _study_tables as tables
-from _study import M3, ORDERS, Key, Study
-from _study_words import HYPOTHESES, removal_claims, surprises, weaknesses
+from _study import M3, ORDERS, Study
+from _study_words import HYPOTHESES, beyond_separate_parameters, removal_claims, surprises, weaknesses
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "recipes/results/continual", ROOT / "docs/study.md"
-EXPECTED: dict[Key, str] = {
-    **{(c, "mixture"): "" for c in ("full", "lora", "bundles", "bundles_trunk")},
-    **{
-        (c, "sequence"): ""
-        for c in (
-            *("full", "lora", "bundles", "bundles_all", "bundles_trunk", "bundles_trunk_projected", "olora", "osf"),
-            *("lora_replay", "lora_separate", "unrouted", "random", "shared", "full_kind", "dropout", "overlap"),
-            *("mistag", "lora_separate_mistag"),
-        )
-    },
-}
+MIXTURES = ("full", "lora", "bundles", "bundles_trunk")
+SEQUENCES = (
+    *(
+        "full",
+        "lora",
+        "bundles",
+        "bundles_all",
+        "bundles_trunk",
+        "bundles_trunk_projected",
+        "olora",
+        "osf",
+        "lora_replay",
+    ),
+    *("lora_separate", "unrouted", "random", "shared", "full_kind", "dropout", "overlap", "mistag"),
+    "lora_separate_mistag",
+)
 
 
 def bullets(lines: list[str]) -> str:
@@ -43,21 +48,25 @@ def bullets(lines: list[str]) -> str:
 
 def not_there(study: Study) -> list[str]:
     there = set(s.keys(study))
-    said = [f"{tables.title(key)}: not run" for key in EXPECTED if key not in there]
+    asked = [*((c, "mixture") for c in MIXTURES), *((c, "sequence") for c in SEQUENCES)]
+    said = [f"{tables.title(key)}: not run" for key in asked if key not in there]
     for r in study.failed:
-        last = r["error"].strip().splitlines()[-1][:200]
-        said.append(
-            f"`{r['condition']}`, {r['schedule']}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}: failed: `{last}`"
-        )
+        cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
+        said.append(f"{cell}: failed: `{last_line(r)}`")
     for r in study.removal_failed:
-        last = r["error"].strip().splitlines()[-1][:200]
-        said.append(f"removal `{r['variant']}` {r['rate']:g}, seed {r['seed']}: failed: `{last}`")
+        said.append(f"removal `{r['variant']}` {r['rate']:g}, seed {r['seed']}: failed: `{last_line(r)}`")
     return said
+
+
+def last_line(record: s.Record) -> str:
+    return (record["error"].strip().splitlines() or ["no message"])[-1][:200].replace("`", "'")
 
 
 def times(study: Study) -> str:
     total = [r["seconds"]["total"] for r in study.records if r.get("seconds")]
     gone = [r["seconds"] for r in study.removal]
+    if not total:
+        return "Seconds were not recorded."
     return (
         f"{len(total)} cells of `continual.py` took {sum(total):.0f} s in all, {s.mean(total):.0f} s each in the mean"
         + (f"; {len(gone)} of `removal.py` {sum(gone):.0f} s" if gone else "")
@@ -71,7 +80,9 @@ def environment(study: Study) -> str:
         return "versions not recorded"
     last = found[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return f"{last.get('device')}, {versions}, {last.get('date')}"
+    tests = (study.base.get("counts") or {}).get("test", {})
+    items = ", ".join(f"{n} of {task}" for task, n in tests.items())
+    return f"{last.get('device')}, {versions}, {last.get('date')}. Test items: {items or 'not recorded'}"
 
 
 def page(study: Study) -> str:
@@ -83,16 +94,16 @@ def page(study: Study) -> str:
         else ""
     )
     relearning = "\n\n![Relearning](../recipes/results/continual/removal.svg)" if study.removal else ""
-    counted = study.base.get("counts") or {}
+    orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
     return f"""# Does separation reduce interference?
 
 `python recipes/continual_report.py` writes this page from the records in
 [`recipes/results/continual/`](../recipes/results/continual/), which `recipes/continual.py` and `recipes/removal.py`
-left: SmolLM2-135M-Instruct, {environment(study)}. Test items: {", ".join(f"{n} {t}" for t, n in counted.get("test", {}).items()) or "not recorded"}.
+left: SmolLM2-135M-Instruct, {environment(study)}.
 Three tasks are learnt, together ("mixture") or one after another: **memory** (facts), **logic** (reasoning), **meta**
-(telling right answers from wrong). Orders: {"; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())}.
-Mean ± standard deviation over seeds ({n_main} for the main contrast); intervals are 95 %, bootstrapped over test items and
-runs in pairs of one seed and order.
+(telling right answers from wrong). Orders: {orders}.
+Mean ± standard deviation over seeds ({n_main} for the main contrast); intervals are 95 %, bootstrapped over test items
+and over runs, in pairs of one seed and order.
 
 ## Verdicts
 
@@ -100,8 +111,12 @@ runs in pairs of one seed and order.
 
 {(chr(10) * 2).join(f"**{name}.** {text}" for name, (_, _, text) in verdicts.items())}
 
-A bundle that nobody touches again cannot forget: with a frozen trunk and the true tag a forgetting of 0 is how it is built,
-and is called trivial, no finding. Separate LoRAs with a tag have it too.
+A bundle that nobody touches again cannot forget: with a frozen trunk and the true tag a forgetting of 0 is how it is
+built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
+
+## What routing adds to separate parameters
+
+{bullets(beyond_separate_parameters(study))}
 
 ## What surprised
 
@@ -113,11 +128,11 @@ and is called trivial, no finding. Separate LoRAs with a tag have it too.
 
 ## All conditions
 
-Modes: *tag*, the task's own bundle (or LoRA) alone; *nearest*, the same with a tag predicted from the prompt; *uniform*,
-all at a third; *all*, all at 1. Bold: the mode in which the rate was chosen. *average*: accuracy over the three tasks at the
-end; *learnt*: of every task just after its own phase; *forgetting* after Chaudhry et al. (2018), *BWT* and *FWT* after
-Lopez-Paz & Ranzato (2017); *text*: rise of the loss on text nobody trained on. Order A; *s*: seconds of a cell, side by
-side with others.
+Modes: *tag*, the task's own bundle (or LoRA) alone; *nearest*, the same with a tag predicted from the prompt;
+*uniform*, all at a third; *all*, all at 1. Bold: the mode in which the rate was chosen. *average*: accuracy over the
+three tasks at the end; *learnt*: of every task just after its own phase; *forgetting* after Chaudhry et al. (2018),
+*BWT* and *FWT* after Lopez-Paz & Ranzato (2017); *text*: rise of the loss on text nobody trained on. Order A; *s*:
+seconds of a cell, side by side with others.
 
 {tables.conditions(study)}
 
@@ -134,6 +149,16 @@ M0 is one LoRA, trained on the tasks in turn. All orders and seeds that both hav
 ## After every phase
 
 {tables.after_every_phase(study)}
+
+## What each phase changed
+
+The interference matrix, order A: the accuracy after a phase minus that before it.
+
+{tables.interference(study)}
+
+## What each bundle can do alone
+
+{tables.specialisation(study)}
 
 ## Families of test items
 
@@ -161,17 +186,17 @@ bundles' is: what separation must beat.
 ## Where the tasks lie
 
 Hidden states of test prompts (output of a layer; at the last token, or the mean over the prompt), and what bundles add
-there. *probe*: cross-validated accuracy of a linear classifier of the task; *silhouette* in 30 principal components; then
-the linear CKA of two tasks' covariances (1: they vary along the same directions), and of the same rows in this space and in
-the trunk.
+there. *probe*: cross-validated accuracy of a linear classifier of the task; *silhouette* in 30 principal components;
+then the linear CKA of two tasks' covariances (1: they vary along the same directions), and of the same rows in this
+space and in the trunk.
 
 {tables.spaces(study)}{picture}
 
 ## Taking a capability out
 
 Three kinds of questions taught at once, one of them removed (`recipes/removal.py`). *the rest*: accuracy on the others.
-Bold: the rate that removes in most seeds and keeps most of the rest. Then a fresh LoRA is taught the removed facts again: all
-of them (accuracy after so many steps), or a third (accuracy on the two thirds it is not shown).
+Bold: the rate that removes in most seeds and keeps most of the rest. Then a fresh LoRA is taught the removed facts
+again: all of them (accuracy after so many steps), or a third (accuracy on the two thirds it is not shown).
 
 {tables.removal(study)}
 
@@ -202,9 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         study.spaces = _spaces.write(given.features, study.records, given.results)
     given.page.write_text(page(study), encoding="utf-8")
     plots.draw(study, given.results)
-    print(
-        f"wrote {given.page} from {len(study.records)} cells ({len(study.failed)} failed) and {len(study.removal)} of removal"
-    )
+    failed = len(study.failed) + len(study.removal_failed)
+    print(f"wrote {given.page} from {len(study.records)} + {len(study.removal)} cells, {failed} failed")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -160,19 +161,23 @@ def _resample(runs: list[Run], tasks: list[str], draws: int, seed: int) -> tuple
     tested on them, and runs with replacement, in pairs of one key: the two levels of a crossed design, each drawn by
     itself (Owen 2007, the pigeonhole bootstrap), which if anything gives too wide an interval.
     """
-    rng = np.random.default_rng(seed)
-    weights = {}
+    weights: dict[str, np.ndarray] = {}
     for task in tasks:
         counts = {np.shape(run.items[task])[1] for run in runs}
         if len(counts) != 1:
             raise ValueError(f"{task!r} has {sorted(counts)} test items in different runs; use the same items.")
-        (count,) = counts
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws).T / count
-        weights[task] = np.concatenate([np.full((count, 1), 1 / count), drawn], 1)
+        weights[task] = _item_weights(*counts, draws, seed + 1 + len(weights))
     pairs = len(runs) // 2
-    chosen = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=draws).T
+    chosen = np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), size=draws).T
     made = [np.stack([np.asarray(run.items[t], dtype=float) @ weights[t] for t in tasks], 1) for run in runs]
     return list(zip(made, runs)), np.concatenate([np.ones((pairs, 1), dtype=int), chosen], 1)
+
+
+@lru_cache(maxsize=16)
+def _item_weights(count: int, draws: int, seed: int) -> np.ndarray:
+    """(count, draws + 1): each item's weight in the mean of each draw; in draw 0 all have the same."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).T / count
+    return np.concatenate([np.full((count, 1), 1 / count), drawn], 1)
 
 
 # ---- alphas ----

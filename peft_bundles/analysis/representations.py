@@ -32,7 +32,7 @@ def linear_probe(features: Any, labels: Any, *, folds: int = 5, seed: int = 0) -
 
 
 def silhouette(features: Any, labels: Any, *, components: int = 30) -> float:
-    """Mean silhouette (Rousseeuw 1987; scikit-learn's, Euclidean) of the tasks as clusters, in [-1, 1], 0 if they overlap.
+    """Mean silhouette (Rousseeuw 1987; scikit-learn's, Euclidean) of the tasks as clusters, in [-1, 1]; 0: they mix.
 
     Distances of noise grow with every channel, so it is taken in the first `components` principal components (or as
     many as there are): spaces of different width compare.
