@@ -256,7 +256,7 @@ def surprises(study: Study) -> list[str]:
         if have(study, (key, "all"), (M3, "all"), (M0, "all")):
             gained = s.difference(study, M3, "all", key, "all")
             said.append(
-                f"{words}: M0's forgetting reduced by {ci(s.reduction(study, key, 'all'))}. Bundles with all on against "
+                f"{words}: M0's forgetting reduced by {ci(s.reduction(study, key, 'all'))}. Bundles, all on, against "
                 f"it, final average: {better(gained)}."
             )
     if have(study, (M3, "nearest")):
