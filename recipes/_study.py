@@ -20,7 +20,7 @@ from peft_bundles.analysis.continual import Interval, Run
 
 
 TASKS = ("memory", "logic", "meta")
-MODES = ("tag", "nearest", "uniform", "all")
+MODES = ("tag", "prefix", "nearest", "uniform", "all")
 ORDERS = {"A": ("memory", "logic", "meta"), "B": ("logic", "meta", "memory"), "C": ("meta", "memory", "logic")}
 M0, MULTI = ("lora", "sequence"), ("lora", "mixture")
 M1, M3, SEPARATE = ("bundles", "mixture"), ("bundles", "sequence"), ("lora_separate", "sequence")
@@ -59,7 +59,7 @@ def read(folder: Path) -> Study:
         if "variant" in record:
             removal[record["variant"], record["rate"], record["seed"]] = record
         elif record["stage"] != "base":
-            same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr", "settings")])
+            same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])
             if "error" not in record or "error" in cells.get(same, {"error": ""}):
                 cells[same] = record
     bases = [r for r in found if r.get("stage") == "base" and "error" not in r]
@@ -288,15 +288,18 @@ def control(study: Study, key: Key, others: str, task: str) -> dict[str, list[fl
 def shrunk(study: Study, key: Key = ("bundles", "sequence"), state: str = "all") -> list[dict[str, float]]:
     """M0 scaled until its last hidden state is as far from the base's as the bundles' is, one a seed that has both.
 
-    {"seed", "scale", "average", "rise", tasks; "best_scale", "best": the factor with the best average of those tried}.
-    The norm is the mean of those at the answers of the three tasks; between two factors lines are straight.
+    {"seed", "goal": that distance, "scale", "average", "rise", tasks; "best_scale", "best": the factor with the best
+    average of those tried}.
+    The norm is the mean of those at the answers of the three tasks; between two factors lines are straight, and the
+    factor is at most 1, where the bundles are further away than the whole M0.
     """
     found = []
     others = {r["seed"]: r for r in finals(study, key, ORDERS["A"])}
     for r in finals(study, M0, ORDERS["A"]):
         steps, other = r.get("shrink"), others.get(r["seed"])
-        if not steps or other is None or state not in other.get("norms", {}):
+        if not steps or other is None or state not in other.get("norms", {}) or "all" not in r.get("norms", {}):
             continue
+        steps = [*steps, {**r["phases"][-1], "norms": r["norms"], "scale": 1.0}]  # M0 as it is
         base = next(iter(study.base["phases"][0]["domains"].values()))
         goal = fmean(other["norms"][state][task] for task in TASKS)
         rows = []
@@ -362,8 +365,8 @@ def pm(found: list[float] | None, digits: int = 3, sign: bool = False) -> str:
     if not found:
         return "-"
     plus = "+" if sign else ""
-    spread = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{fmean(found):{plus}.{digits}f}{spread}"
+    spread = f" ± {round(stdev(found), 9):.{digits}f}" if len(found) > 1 else ""
+    return f"{round(fmean(found), 9) + 0.0:{plus}.{digits}f}{spread}"
 
 
 def ci(found: Interval | None, digits: int = 2, sign: bool = True) -> str:

@@ -130,15 +130,14 @@ def families(study: Study) -> str:
     return table("task|family|items|majority|" + "|".join(f"{title(k)}, {m}" for k, m in shown), rows)
 
 
-def rates(study: Study) -> str:
+def rates(study: Study, runs: list[dict[str, Any]]) -> str:
+    sources = {(run["condition"], run["schedule"]): run["rate_of"] for run in runs if "rate_of" in run}
     rows = []
     for key in s.keys(study):
         found = s.grid(study, key)
         tried = ", ".join(f"{lr:g}: {fmean(v):.3f}" for lr, v in found.items())
-        given = s.finals(study, key)
-        source = given[0]["settings"].get("rate_of") if given else None
         if not tried:
-            tried = f"as `{source}`" if source else "no search"
+            tried = f"that of {title(tuple(sources[key]))}" if key in sources else "no search"
         edge = "at the edge of what was tried" if s.at_the_edge(study, key) else ""
         rows.append([title(key), tried, f"{s.chosen(study, key):g}", edge])
     return table("condition|rate: mean accuracy on validation items|chosen|", rows)
@@ -206,12 +205,14 @@ def number(value: float | None) -> str:
 
 
 def code(study: Study) -> str:
-    found = [(title((r["condition"], r["schedule"])), r) for r in [study.base, *study.records] if r.get("code")]
     rows = []
-    for name, r in found:
-        got, base = r["code"], r["stage"] == "base"
+    for r in [study.base, *study.records]:
+        got, base = r.get("code") or {}, r["stage"] == "base"
+        if "pass@1" not in got:
+            continue
+        name = "the base" if base else title((r["condition"], r["schedule"]))
         share = f"{got['passed']:g} of {got['completions']:g}"
-        rows.append(["the base" if base else name, "" if base else str(r["seed"]), f"{got['pass@1']:.3f}", share])
+        rows.append([name, "" if base else str(r["seed"]), f"{got['pass@1']:.3f}", share])
     return table("condition|seed|pass@1|completions that pass", rows) if rows else "Not run."
 
 

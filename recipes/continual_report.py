@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,32 +27,27 @@ from _study_words import HYPOTHESES, beyond_separate_parameters, removal_claims,
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "recipes/results/continual", ROOT / "docs/study.md"
-MIXTURES = ("full", "lora", "bundles", "bundles_trunk")
-SEQUENCES = (
-    *(
-        "full",
-        "lora",
-        "bundles",
-        "bundles_all",
-        "bundles_trunk",
-        "bundles_trunk_projected",
-        "olora",
-        "osf",
-        "lora_replay",
-    ),
-    *("lora_separate", "unrouted", "random", "shared", "full_kind", "dropout", "overlap", "mistag"),
-    "lora_separate_mistag",
-)
+RUNS = ROOT / "recipes/continual.yaml"
+
+
+def asked() -> list[dict[str, Any]]:
+    return yaml.safe_load(RUNS.read_text(encoding="utf-8"))["runs"]
 
 
 def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "- Nothing that these records show."
 
 
-def not_there(study: Study) -> list[str]:
-    there = set(s.keys(study))
-    asked = [*((c, "mixture") for c in MIXTURES), *((c, "sequence") for c in SEQUENCES)]
-    said = [f"{tables.title(key)}: not run" for key in asked if key not in there]
+def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
+    """Runs of continual.yaml without a result at the chosen rate, and every cell that failed."""
+    said = []
+    for run in runs:
+        key = run["condition"], run["schedule"]
+        for order, count in run.get("orders", {"A": run.get("seeds", 3)}).items():
+            have = {r["seed"] for r in s.finals(study, key, ORDERS[order])}
+            if missing := [str(seed) for seed in range(count) if seed not in have]:
+                where = "" if order == "A" else f", order {order}"
+                said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
     for r in study.failed:
         cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
         said.append(f"{cell}: failed: `{last_line(r)}`")
@@ -82,10 +80,11 @@ def environment(study: Study) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     tests = (study.base.get("counts") or {}).get("test", {})
     items = ", ".join(f"{n} of {task}" for task, n in tests.items())
-    return f"{last.get('device')}, {versions}, {last.get('date')}. Test items: {items or 'not recorded'}"
+    return f"{last.get('device')}, {versions}, {str(last.get('date'))[:10]}. Test items: {items or 'not recorded'}"
 
 
-def page(study: Study) -> str:
+def page(study: Study, runs: list[dict[str, Any]]) -> str:
+    """The page; `runs` are those of continual.yaml."""
     verdicts = {name: (words, *judge(study)) for name, (words, judge) in HYPOTHESES.items()}
     n_main = len({r["seed"] for r in s.finals(study, M3, ORDERS["A"])})
     picture = (
@@ -129,10 +128,10 @@ built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
 ## All conditions
 
 Modes: *tag*, the task's own bundle (or LoRA) alone; *nearest*, the same with a tag predicted from the prompt;
-*uniform*, all at a third; *all*, all at 1. Bold: the mode in which the rate was chosen. *average*: accuracy over the
-three tasks at the end; *learnt*: of every task just after its own phase; *forgetting* after Chaudhry et al. (2018),
-*BWT* and *FWT* after Lopez-Paz & Ranzato (2017); *text*: rise of the loss on text nobody trained on. Order A; *s*:
-seconds of a cell, side by side with others.
+*prefix*, it and those learnt before; *uniform*, all at a third; *all*, all at 1. Bold: the mode in which the rate was
+chosen. *average*: accuracy over the three tasks at the end; *learnt*: of every task just after its own phase;
+*forgetting* after Chaudhry et al. (2018), *BWT* and *FWT* after Lopez-Paz & Ranzato (2017); *text*: rise of the loss on
+text nobody trained on. Order A; *s*: seconds of a cell, side by side with others.
 
 {tables.conditions(study)}
 
@@ -166,7 +165,7 @@ The interference matrix, order A: the accuracy after a phase minus that before i
 
 ## Learning rates
 
-{tables.rates(study)}
+{tables.rates(study, runs)}
 
 ## What an alpha moves
 
@@ -210,7 +209,7 @@ HumanEval, greedy, of the few cells it was run for.
 
 ## Not run, or failed
 
-{bullets(not_there(study))}
+{bullets(not_there(study, runs))}
 """
 
 
@@ -225,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     study = s.read(given.results)
     if given.features is not None:
         study.spaces = _spaces.write(given.features, study.records, given.results)
-    given.page.write_text(page(study), encoding="utf-8")
+    given.page.write_text(page(study, asked()), encoding="utf-8")
     plots.draw(study, given.results)
     failed = len(study.failed) + len(study.removal_failed)
     print(f"wrote {given.page} from {len(study.records)} + {len(study.removal)} cells, {failed} failed")

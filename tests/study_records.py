@@ -141,8 +141,21 @@ def shrink() -> list[dict[str, Any]]:
             "domains": {"all": {name: loss + 0.2 * scale for name, loss in DOMAINS.items()}},
             "norms": {"all": {**dict.fromkeys(TASKS, 0.4 * scale), "text": 0.1}},
         }
-        for scale in (0.1, 0.3, 0.6, 1.0)
+        for scale in (0.1, 0.3, 0.6, 0.9)
     ]
+
+
+RUNS = [
+    {"condition": "lora", "schedule": "sequence", "rates": [5e-4, 1e-3, 2e-3], "seeds": 3},
+    {"condition": "bundles", "schedule": "sequence", "rates": [5e-4, 1e-3, 2e-3], "orders": {"A": 3, "B": 2}},
+    {"condition": "bundles", "schedule": "mixture", "rate_of": ["bundles", "sequence"]},
+]
+
+
+def write_runs(folder: Path) -> Path:
+    path = folder / "runs.yaml"
+    path.write_text(json.dumps({"runs": RUNS}))  # JSON is YAML
+    return path
 
 
 TAGGED = {"tag": 1.0, "nearest": 0.95, "uniform": 0.5, "all": 0.7}
