@@ -152,7 +152,7 @@ def _interval(reference: Runs, other: Runs, measure: Any, compare: Any, draws: i
         return Interval(math.nan, math.nan, math.nan, len(shared))
     low, high = np.quantile(rest, [0.025, 0.975], method="inverted_cdf")
     # Sums in another order must not turn a 0 into a difference.
-    return Interval(*(round(float(x), 9) for x in (estimate, low, high)), len(shared))
+    return Interval(round(estimate, 9), round(float(low), 9), round(float(high), 9), len(shared))
 
 
 def _resample(runs: list[Run], tasks: list[str], draws: int, seed: int) -> tuple[list[tuple[np.ndarray, Run]], Any]:
