@@ -24,6 +24,7 @@ MODES = ("tag", "prefix", "nearest", "uniform", "all")
 ORDERS = {"A": ("memory", "logic", "meta"), "B": ("logic", "meta", "memory"), "C": ("meta", "memory", "logic")}
 M0, MULTI = ("lora", "sequence"), ("lora", "mixture")
 M1, M3, SEPARATE = ("bundles", "mixture"), ("bundles", "sequence"), ("lora_separate", "sequence")
+ALL_ON = ("bundles_all", "sequence")  # M3, but the bundles learnt before stay on while the next one learns
 MARGIN = 0.02  # of accuracy, that "at least as good" may lose
 CRITERION = 0.3  # of M0's forgetting, that must go
 Record = dict[str, Any]

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import _study as s
-from _study import M0, M1, M3, MULTI, ORDERS, SEPARATE, TASKS, Key, Study, ci, pm
+from _study import ALL_ON, M0, M1, M3, MULTI, ORDERS, SEPARATE, TASKS, Key, Study, ci, pm
 
 from peft_bundles.analysis.continual import interference_matrix
 
@@ -159,15 +159,15 @@ def alphas(study: Study) -> str:
 
 def shrink(study: Study) -> str:
     rows = []
-    for state in ("all", *TASKS):
-        found = s.shrunk(study, M3, state)
+    for key, state in ((M3, "all"), *((M3, task) for task in TASKS), (ALL_ON, "all")):
+        found = s.shrunk(study, key, state)
         if not found:
             continue
         cells = [pm([r[name] for r in found], 2) for name in ("goal", "scale", "average", *TASKS)]
         best = f"{pm([r['best'] for r in found], 2)} at {pm([r['best_scale'] for r in found], 2)}"
-        words = "all on" if state == "all" else f"{state}'s alone"
+        words = f"{title(key)}, " + ("all on" if state == "all" else f"{state}'s alone")
         rows.append([words, *cells, pm([r["rise"] for r in found], 3, sign=True), best, str(len(found))])
-    head = "as far as the bundles with|distance|factor|average|memory|logic|meta|text|best average, at factor|n"
+    head = "as far as|distance|factor|average|memory|logic|meta|text|best average, at factor|n"
     return table(head, rows) if rows else "Not run."
 
 
