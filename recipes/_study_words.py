@@ -36,6 +36,14 @@ def better(found: Any) -> str:
     return f"**{word}**, {ci(found)} (n = {found.runs})"
 
 
+def grouped(verdicts: list[tuple[str, str]]) -> str:
+    """(case, verdict) by verdict."""
+    by_verdict: dict[str, list[str]] = {}
+    for words, verdict in verdicts:
+        by_verdict.setdefault(verdict, []).append(words)
+    return "; ".join(f"**{verdict}** ({', '.join(words)})" for verdict, words in by_verdict.items())
+
+
 # ---- the hypotheses ----
 
 
@@ -50,7 +58,7 @@ def h1_cases(study: Study) -> list[tuple[str, Any, str]]:
         if found is not None:
             good = found.estimate >= CRITERION and found.low > 0
             nothing = math.isnan(found.estimate)
-            verdict = "not to be told (M0 forgets nothing)" if nothing else "supported" if good else "not supported"
+            verdict = "open, M0 forgets nothing" if nothing else "supported" if good else "not supported"
             cases.append((words, found, verdict))
     return cases
 
@@ -62,7 +70,7 @@ def h1(study: Study) -> tuple[str, str]:
     parts = {v: [f"{words} ({ci(found)})" for words, found, verdict in cases if verdict == v] for *_, v in cases}
     text = "; ".join(f"**{verdict}** with {', '.join(words)}" for verdict, words in parts.items())
     heads = ("frozen trunk, true tag", "no tag, all on", "no tag, trained with all on", "trunk trained, true tag")
-    verdict = "; ".join(f"{v} ({words})" for words, _, v in cases if words in heads)
+    verdict = grouped([(words, v) for words, _, v in cases if words in heads])
     return (
         verdict or "see below",
         f"Reduction of M0's forgetting, at least {CRITERION:.0%} asked, and surely some: {text}.",
@@ -90,7 +98,7 @@ def h2(study: Study) -> tuple[str, str]:
         verdicts.append((words, "supported" if good else "not supported"))
     if not said:
         return "not run", "No bundles beside LoRA."
-    return "; ".join(f"{verdict} ({words})" for words, verdict in verdicts), (
+    return grouped(verdicts), (
         f"Accuracy minus that of one LoRA of equal size; at least as good: the interval ends above -{MARGIN}. "
         f"{'; '.join(said)}."
     )
@@ -118,10 +126,10 @@ def h3(study: Study) -> tuple[str, str]:
             if f is not None
         )
         said.append(f"{words}: {each}")
-        verdicts.append(f"{'supported' if good else 'not supported'} ({words})")
+        verdicts.append((words, "supported" if good else "not supported"))
     if not said:
         return "not run", "No sweep of alphas."
-    return "; ".join(verdicts), f"Alphas from 0 to 1, accuracy. {'; '.join(said)}. The verdict is on memory and logic."
+    return grouped(verdicts), f"Alphas from 0 to 1, accuracy. {'; '.join(said)}. The verdict is on memory and logic."
 
 
 def h4(study: Study) -> tuple[str, str]:
@@ -137,7 +145,7 @@ def h4(study: Study) -> tuple[str, str]:
     probes = [spaces[name]["last"][n]["accuracy"] for name in roles.values() for n in range(len(won))]
     flat = "Probes tell the tasks apart nearly everywhere" if min(probes) > 0.95 else "Probes differ"
     verdict = "supported" if all(won) else "not supported"
-    return f"{verdict} (one seed)", (
+    return f"**{verdict}** (one seed)", (
         f"Silhouette of the tasks higher in bundle space than in trunk and M0 at {sum(won)} of {len(won)} depths, last "
         f"token of the prompt. {flat} (accuracy {min(probes):.2f} to {max(probes):.2f}): that alone says little."
     )

@@ -114,9 +114,9 @@ def test_h2_wants_every_task(report, read):
             cells.append(record)
         return read([made.base(), *cells])
 
-    assert verdict(report, "H2", pair()) == "supported (mixture, true tag)"
+    assert verdict(report, "H2", pair()) == "**supported** (mixture, true tag)"
     study = pair(logic=0.2)
-    assert verdict(report, "H2", study) == "not supported (mixture, true tag)"
+    assert verdict(report, "H2", study) == "**not supported** (mixture, true tag)"
     assert "surely worse: logic" in report.HYPOTHESES["H2"][1](study)[1]
 
 
@@ -124,9 +124,9 @@ def test_h3_wants_the_own_task_to_move_more(report, read):
     def with_alphas(**moves):
         return read([made.base(), made.cell("bundles", seed=1, modes=made.TAGGED, alphas=made.alphas(**moves))])
 
-    assert verdict(report, "H3", with_alphas()).startswith("supported")
-    assert verdict(report, "H3", with_alphas(own=0.1, other=0.3)).startswith("not supported")
-    assert verdict(report, "H3", with_alphas(own=-0.5)).startswith("not supported")
+    assert verdict(report, "H3", with_alphas()).startswith("**supported**")
+    assert verdict(report, "H3", with_alphas(own=0.1, other=0.3)).startswith("**not supported**")
+    assert verdict(report, "H3", with_alphas(own=-0.5)).startswith("**not supported**")
     assert verdict(report, "H3", read(made.study((0,)))) == "not run"
 
 
@@ -138,7 +138,7 @@ def test_h4_compares_with_trunk_and_m0(report, read, tmp_path, gap, expected):
     for name, bundles in (("base.npz", False), ("lora.npz", False), ("bundles.npz", True)):
         made.features(tmp_path / "features", name, gap, bundles)
     study.spaces = report._spaces.measured(tmp_path / "features", study.records)
-    assert verdict(report, "H4", study).startswith(expected)
+    assert verdict(report, "H4", study).startswith(f"**{expected}**")
 
 
 def test_m0_made_as_small_as_the_bundles(report, read):
@@ -219,7 +219,7 @@ def test_removal(report, read):
 def test_nothing_to_forget_is_no_verdict(report, read):
     still = [made.cell("lora", seed=n, modes={"all": 1.0}) for n in range(2)]
     study = read([made.base(), *still, *(made.cell("bundles", seed=n, modes=made.TAGGED) for n in range(2))])
-    assert verdict(report, "H1", study).startswith("not to be told")
+    assert "**open, M0 forgets nothing** (no tag, all on)" in verdict(report, "H1", study)
 
 
 def test_the_page_is_the_one_that_the_records_give(report):
