@@ -1,0 +1,1 @@
+"""Measured arrays in, numbers out: `continual` (forgetting, transfer), `representations` (probes, CKA).."""

@@ -1,0 +1,318 @@
+"""The sentences of docs/study.md: verdicts and statements whose words depend on the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import _study as s
+from _study import ALL_ON, CRITERION, M0, M1, M3, MARGIN, MULTI, SEPARATE, TASKS, Key, Study, ci, pm
+from _study_tables import REMOVAL_WORDS, h4_spaces, title
+
+
+# Where forgetting is not excluded by how the thing is built, and what keeps it from being so.
+OPEN_CASES: list[tuple[Key, str, str]] = [
+    (M3, "all", "no tag, all on"),
+    (M3, "uniform", "no tag, all at a third"),
+    (M3, "nearest", "predicted tag"),
+    (ALL_ON, "all", "no tag, trained with all on"),
+    (("bundles_trunk", "sequence"), "tag", "trunk trained, true tag"),
+    (("bundles_trunk", "sequence"), "all", "trunk trained, no tag"),
+    (("bundles_trunk_projected", "sequence"), "tag", "trunk trained with projected gradients, true tag"),
+    (("bundles_trunk_projected", "sequence"), "all", "trunk trained with projected gradients, no tag"),
+    (("mistag", "sequence"), "tag", "a fifth of the rows mis-tagged, true tag at test"),
+    (("overlap", "sequence"), "all", "supports half common, no tag"),
+    (("overlap_all", "sequence"), "all", "supports half common, no tag, trained with all on"),
+]
+
+
+def better(found: Any) -> str:
+    """In words, what an interval of a difference says."""
+    if found is None:
+        return "no run in common"
+    word = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart"
+    return f"**{word}**, {ci(found)} (n = {found.runs})"
+
+
+def grouped(verdicts: list[tuple[str, str]]) -> str:
+    """(case, verdict) by verdict."""
+    by_verdict: dict[str, list[str]] = {}
+    for words, verdict in verdicts:
+        by_verdict.setdefault(verdict, []).append(words)
+    return "; ".join(f"**{verdict}** ({', '.join(words)})" for verdict, words in by_verdict.items())
+
+
+# ---- the hypotheses ----
+
+
+def h1_cases(study: Study) -> list[tuple[str, Any, str]]:
+    """(case, interval of the reduction, verdict), the trivial one first."""
+    cases = []
+    if "tag" in s.modes(study, M3):
+        trivial = s.untouched(study, M3, "tag")
+        cases.append(("frozen trunk, true tag", s.reduction(study, M3, "tag"), "trivial" if trivial else "not exact"))
+    for key, mode, words in OPEN_CASES:
+        found = s.reduction(study, key, mode)
+        if found is not None:
+            good = found.estimate >= CRITERION and found.low > 0
+            nothing = math.isnan(found.estimate)
+            verdict = "open, M0 forgets nothing" if nothing else "supported" if good else "not supported"
+            cases.append((words, found, verdict))
+    return cases
+
+
+def h1(study: Study) -> tuple[str, str]:
+    cases = h1_cases(study)
+    if not cases:
+        return "not run", "No sequence of bundles beside M0."
+    parts = {v: [f"{words} ({ci(found)})" for words, found, verdict in cases if verdict == v] for *_, v in cases}
+    text = "; ".join(f"**{verdict}** with {', '.join(words)}" for verdict, words in parts.items())
+    heads = ("frozen trunk, true tag", "no tag, all on", "no tag, trained with all on", "trunk trained, true tag")
+    verdict = grouped([(words, v) for words, _, v in cases if words in heads])
+    return (
+        verdict or "see below",
+        f"Reduction of M0's forgetting, at least {CRITERION:.0%} asked, and surely some: {text}.",
+    )
+
+
+def h2(study: Study) -> tuple[str, str]:
+    """Against the LoRA that has the same parameters and data, in the mixture and in the sequence."""
+    said, verdicts = [], []
+    for key, mode, against, words in (
+        (M1, "tag", MULTI, "mixture, true tag"),
+        (M1, "all", MULTI, "mixture, no tag"),
+        (M3, "tag", M0, "sequence, true tag"),
+        (M3, "all", M0, "sequence, no tag"),
+        (M3, "tag", MULTI, "sequence, true tag, against LoRA on the mixture"),
+    ):
+        found = {task: s.difference(study, key, mode, against, "all", [task]) for task in TASKS}
+        if any(f is None for f in found.values()):
+            continue
+        good = all(f.low >= -MARGIN for f in found.values() if f is not None)
+        lost = [task for task, f in found.items() if f is not None and f.high < 0]
+        each = ", ".join(f"{task} {ci(f)}" for task, f in found.items())
+        tail = "" if good else f" (surely worse: {', '.join(lost)})" if lost else " (the intervals allow a loss)"
+        said.append(f"{words}: {each}: **{'supported' if good else 'not supported'}**{tail}")
+        verdicts.append((words, "supported" if good else "not supported"))
+    if not said:
+        return "not run", "No bundles beside LoRA."
+    return grouped(verdicts), (
+        f"Accuracy minus that of one LoRA of equal size; at least as good: the interval ends above -{MARGIN}. "
+        f"{'; '.join(said)}."
+    )
+
+
+def h3(study: Study) -> tuple[str, str]:
+    """memory's and logic's alpha: own accuracy monotone (Spearman >= 0.9) and the others moved less (cross < 1)."""
+    said, verdicts = [], []
+    for key, others, words in (
+        (M3, "others_off", "the others off"),
+        (M3, "others_on", "the others on"),
+        (ALL_ON, "others_on", "trained with all on, the others on"),
+    ):
+        found = {task: s.control(study, key, others, task) for task in TASKS}
+        if any(found[task] is None for task in ("memory", "logic")):
+            continue
+        good = all(
+            s.mean(f["spearman"]) >= 0.9 and s.mean(f["cross"]) < 1
+            for f in (found["memory"], found["logic"])
+            if f is not None
+        )
+        each = ", ".join(
+            f"{task} moves {pm(f['own'], 2)}, others {pm(f['cross'], 2)} of that, Spearman {pm(f['spearman'], 2)}"
+            for task, f in found.items()
+            if f is not None
+        )
+        said.append(f"{words}: {each}")
+        verdicts.append((words, "supported" if good else "not supported"))
+    if not said:
+        return "not run", "No sweep of alphas."
+    return grouped(verdicts), f"Alphas from 0 to 1, accuracy. {'; '.join(said)}. The verdict is on memory and logic."
+
+
+def h4(study: Study) -> tuple[str, str]:
+    roles = h4_spaces(study)
+    ours, rivals = roles.get("bundle space (the three side by side)"), [r for r in ("trunk", "M0") if r in roles]
+    if study.spaces is None or ours is None or len(rivals) < 2:
+        return "not run", "No features of bundles, M0 and the trunk."
+    spaces = study.spaces["spaces"]
+    won = []
+    for n in range(len(study.spaces["depths"])):
+        mine, theirs = spaces[ours]["last"][n], [spaces[roles[r]]["last"][n] for r in rivals]
+        won.append(mine["silhouette"] > max(t["silhouette"] for t in theirs))
+    probes = [spaces[name]["last"][n]["accuracy"] for name in roles.values() for n in range(len(won))]
+    flat = "Probes tell the tasks apart nearly everywhere" if min(probes) > 0.95 else "Probes differ"
+    verdict = "supported" if all(won) else "not supported"
+    return f"**{verdict}** (one seed)", (
+        f"Silhouette of the tasks higher in bundle space than in trunk and M0 at {sum(won)} of {len(won)} depths, last "
+        f"token of the prompt. {flat} (accuracy {min(probes):.2f} to {max(probes):.2f}): that alone says little."
+    )
+
+
+HYPOTHESES: dict[str, tuple[str, Callable[[Study], tuple[str, str]]]] = {
+    "H1": (
+        f"Separation reduces forgetting by at least {CRITERION:.0%} against one adapter (M0: LoRA, in sequence)",
+        h1,
+    ),
+    "H2": ("Every task family is at least as good as with the monolith at equal parameters", h2),
+    "H3": ("A bundle's alpha changes its own task more than others, monotonically", h3),
+    "H4": ("Tasks lie further apart in bundle space than in the trunk or M0", h4),
+}
+
+
+def removal_claims(study: Study) -> list[str]:
+    keys = {variant: s.removal_key(study, variant) for variant in REMOVAL_WORDS}
+    found = {variant: s.removal_cells(study, variant, rate) for variant, rate in keys.items() if rate is not None}
+    said = []
+    bundles = found.get("owners", []) + found.get("all", [])
+    if bundles and all(r["off_is_base"] for r in bundles):
+        said.append("With all bundles off the hidden states are the base's to the bit, in every run: an invariant.")
+    forget = bundles[0]["settings"]["forget"] if bundles else ""
+
+    def unseen(variant: str) -> float:
+        return fmean(r["relearn"]["part"][-1][2] for r in found[variant])
+
+    for variant in ("owners", "all"):
+        if variant in found and "base" in found:
+            after, base = (fmean(r["after"]["accuracy"][forget] for r in found[v]) for v in (variant, "base"))
+            said.append(
+                f"{REMOVAL_WORDS[variant]}: {after:.3f} on the forgotten task with the others on, the base {base:.3f}."
+            )
+    for variant in ("ascent", "ascent_retain", "rmu"):
+        if {variant, "owners", "never"} <= found.keys():
+            word = "more" if unseen(variant) > unseen("owners") + MARGIN else "no more"
+            said.append(
+                f"Taught a part of the facts again, {REMOVAL_WORDS[variant]} answers {unseen(variant):.2f} of the part "
+                f"it was not shown, {word} than bundles with alpha 0 ({unseen('owners'):.2f}); a LoRA that never knew "
+                f"them {unseen('never'):.2f}."
+            )
+    return said
+
+
+# ---- statements ----
+
+
+def have(study: Study, *pairs: tuple[Key, str]) -> bool:
+    return all(mode in s.modes(study, key) for key, mode in pairs)
+
+
+# One condition and mode against another, and in words. "m" stands for mixture, all others are sequences.
+SETTINGS = """bundles tag : lora_separate tag : With the true tag, bundles against one LoRA a task
+bundles nearest : lora_separate nearest : The same with a predicted tag
+bundles all : lora_separate all : The same with no tag, all on
+bundles_all all : lora_separate all : No tag, bundles that learn with the earlier ones on, against one LoRA a task
+bundles_all all : bundles all : No tag, the same against bundles that learn with only the own one on
+overlap all : bundles all : No tag, supports half common against apart
+overlap_all all : bundles_all all : No tag, the same where the earlier ones are on in training
+overlap_all all : lora_separate all : No tag, supports half common, so trained, against one LoRA a task
+mistag tag : lora_separate_mistag tag : A fifth of the rows mis-tagged, true tag at test, against one LoRA a task
+mistag all : lora_separate_mistag all : The same with no tag
+mistag m tag : lora_separate_mistag m tag : Mixture, mis-tagged rows, true tag at test, against one LoRA a task
+bundles_trunk tag : full all : Trunk trained, true tag, against full fine-tuning
+bundles_trunk_projected tag : full all : The same with each signal's trunk gradients projected
+bundles_trunk_projected tag : bundles_trunk tag : Projected against not projected, true tag
+bundles_trunk m tag : full m all : Mixture, trunk trained, true tag, against full fine-tuning
+mistag m tag : bundles m tag : Mixture, a fifth of the rows mis-tagged against none, true tag at test
+random m all : bundles m all : Mixture, no tag, random routing against routing by task
+unrouted m all : bundles m all : Mixture, no tag, no routing against routing by task"""
+
+
+def beyond_separate_parameters(study: Study) -> list[str]:
+    """What routing adds to separate parameters: differences in final average, every run that both sides have."""
+    said, against_loras = [], []
+    for line in SETTINGS.splitlines():
+        ours, theirs, words = line.split(" : ")
+        sides = []
+        for side in (ours, theirs):
+            condition, *schedule, mode = side.split()
+            sides += [(condition, "mixture" if schedule else "sequence"), mode]
+        if not (have(study, (sides[0], sides[1])) and have(study, (sides[2], sides[3]))):
+            continue
+        found = s.difference(study, *sides)
+        said.append(f"{words}: {better(found)}.")
+        if ours.startswith("bundles ") and sides[2] == SEPARATE:
+            against_loras.append(found)
+    if against_loras and not any(found is not None and found.low > 0 for found in against_loras):
+        said.insert(len(against_loras), "**Routing gives nothing here beyond separate parameters.**")
+    return said
+
+
+def surprises(study: Study) -> list[str]:
+    """Sentences whose words depend on the numbers."""
+    said = []
+    if have(study, (M3, "all"), (M0, "all")):
+        found = s.reduction(study, M3, "all")
+        if found is not None and not math.isnan(found.estimate):
+            word = "less" if found.low > 0 else "more" if found.high < 0 else "not clearly less"
+            said.append(f"Without a tag, all on, bundles forget {word} than M0: reduction {ci(found)}.")
+    shrunk = s.shrunk(study)
+    if shrunk and have(study, (M3, "all")):
+        ours = s.values(study, M3, "all", "average")
+        same, best = fmean(r["average"] for r in shrunk), fmean(r["best"] for r in shrunk)
+        word = "more" if same > fmean(ours) else "less"
+        said.append(
+            f"M0 made as small as the bundles (all on) are has average {same:.3f}, {word} than theirs "
+            f"({pm(ours, 3)}); at its best factor {best:.3f}."
+        )
+    for condition, words in (
+        ("lora_replay", "A tenth of replay"),
+        ("olora", "O-LoRA"),
+        ("osf", "OSF"),
+        ("full", "Full fine-tuning"),
+        ("unrouted", "The same bundles without routing"),
+        ("random", "Random routing"),
+        ("shared", "One big bundle"),
+        ("full_kind", "Bundles without a projector"),
+        ("dropout", "Bundles with dropout"),
+    ):
+        key = (condition, "sequence")
+        if have(study, (key, "all"), (M3, "all"), (M0, "all")):
+            gained = s.difference(study, M3, "all", key, "all")
+            said.append(
+                f"{words}: M0's forgetting reduced by {ci(s.reduction(study, key, 'all'))}. Bundles, all on, against "
+                f"it, final average: {better(gained)}."
+            )
+    if have(study, (M3, "nearest")):
+        rate = [fmean(r["tag_accuracy"].values()) for r in s.finals(study, M3) if r.get("tag_accuracy")]
+        if rate:
+            near = "nearly trivial too" if s.mean(rate) > 0.99 else "no longer trivial"
+            said.append(
+                f"The tag predicted from the prompt is right {s.mean(rate):.3f} of the time: that mode is {near}."
+            )
+    return said
+
+
+def weaknesses(study: Study) -> list[str]:
+    said = [
+        "One model of 135 M parameters, three groups of tasks, one length of training: nothing here says how it scales."
+    ]
+    seeds = {key: len({r["seed"] for r in s.finals(study, key)}) for key in s.keys(study)}
+    if few := [f"{title(key)} ({n})" for key, n in seeds.items() if n < 3]:
+        said.append(f"Fewer than three seeds: {', '.join(few)}.")
+    if edge := [title(key) for key in s.keys(study) if s.at_the_edge(study, key)]:
+        said.append(f"The chosen rate is the lowest or highest tried, a better one may lie beyond: {', '.join(edge)}.")
+    said.append(
+        "Rates are chosen on seed 0's validation items; seed 0 is among the final runs, its test items are not."
+    )
+    sizes = {key: s.finals(study, key)[0]["trainable"] for key in s.keys(study) if s.finals(study, key)}
+    goal = sizes.get(M0)
+    if goal and (off := [f"{title(k)} ({n / goal:.2f})" for k, n in sizes.items() if abs(n / goal - 1) > 0.05]):
+        said.append(f"Not at M0's number of trained parameters (share of it): {', '.join(off)}.")
+    base = study.base["phases"][0]["modes"]["all"]
+    majority = study.base.get("majority") or {}
+    for task in TASKS:
+        top = majority.get(task, {}).get("all")
+        learnt = s.values(study, MULTI, "all", task) or s.values(study, M0, "all", task)
+        if top is not None and learnt and s.mean(learnt) < top + 0.1:
+            said.append(
+                f"{task}: LoRA ends at {s.mean(learnt):.2f}, the majority answer has {top:.2f} and the base "
+                f"{base[task]['accuracy']:.2f}: what is not learnt cannot be forgotten."
+            )
+    graphless = sorted(
+        {title((r["condition"], r["schedule"])) for r in study.records if not all(p.get("graph") for p in r["phases"])}
+    )
+    if graphless:
+        said.append(f"Trained without a CUDA graph, so slower: {', '.join(graphless)}.")
+    return said

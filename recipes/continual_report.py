@@ -1,0 +1,234 @@
+"""Writes docs/study.md and its pictures from what recipes/continual.py and recipes/removal.py recorded.
+
+    python recipes/continual_report.py                        # the page and its plots
+    python recipes/continual_report.py --features FOLDER      # spaces.json and spaces.svg first, from features
+
+All records are in recipes/results/continual/. What was not run is a dash in the tables and a line at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import _spaces
+import _study as s
+import _study_plots as plots
+import _study_tables as tables
+from _study import M3, ORDERS, Study
+from _study_words import HYPOTHESES, beyond_separate_parameters, removal_claims, surprises, weaknesses
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "recipes/results/continual", ROOT / "docs/study.md"
+RUNS = ROOT / "recipes/continual.yaml"
+
+
+def asked() -> list[dict[str, Any]]:
+    return yaml.safe_load(RUNS.read_text(encoding="utf-8"))["runs"]
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "- Nothing that these records show."
+
+
+def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
+    """Runs of continual.yaml without a result at the chosen rate, and every cell that failed."""
+    said = []
+    for run in runs:
+        key = run["condition"], run["schedule"]
+        for order, count in run.get("orders", {"A": run.get("seeds", 3)}).items():
+            have = {r["seed"] for r in s.finals(study, key, ORDERS[order])}
+            if missing := [str(seed) for seed in range(count) if seed not in have]:
+                where = "" if order == "A" else f", order {order}"
+                said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
+    for r in study.failed:
+        cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
+        said.append(f"{cell}: failed: `{last_line(r)}`")
+    for r in study.removal_failed:
+        said.append(f"removal `{r['variant']}` {r['rate']:g}, seed {r['seed']}: failed: `{last_line(r)}`")
+    return said
+
+
+def last_line(record: s.Record) -> str:
+    return (record["error"].strip().splitlines() or ["no message"])[-1][:200].replace("`", "'")
+
+
+def times(study: Study) -> str:
+    total = [r["seconds"]["total"] for r in study.records if r.get("seconds")]
+    gone = [r["seconds"] for r in study.removal]
+    if not total:
+        return "Seconds were not recorded."
+    return (
+        f"{len(total)} cells of `continual.py` took {sum(total):.0f} s in all, {s.mean(total):.0f} s each in the mean"
+        + (f"; {len(gone)} of `removal.py` {sum(gone):.0f} s" if gone else "")
+        + ". They ran side by side, several a GPU, so these are not GPU seconds."
+    )
+
+
+def environment(study: Study) -> str:
+    found = [r for r in (study.base, *study.records) if r.get("versions")]
+    if not found:
+        return "versions not recorded"
+    last = found[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    tests = (study.base.get("counts") or {}).get("test", {})
+    items = ", ".join(f"{n} of {task}" for task, n in tests.items())
+    return f"{last.get('device')}, {versions}, {str(last.get('date'))[:10]}. Test items: {items or 'not recorded'}"
+
+
+def page(study: Study, runs: list[dict[str, Any]]) -> str:
+    """The page; `runs` are those of continual.yaml."""
+    verdicts = {name: (words, *judge(study)) for name, (words, judge) in HYPOTHESES.items()}
+    n_main = len({r["seed"] for r in s.finals(study, M3, ORDERS["A"])})
+    picture = (
+        "\n\n![Tasks in hidden states and in bundle space](../recipes/results/continual/spaces.svg)"
+        if study.spaces
+        else ""
+    )
+    relearning = "\n\n![Relearning](../recipes/results/continual/removal.svg)" if study.removal else ""
+    orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
+    return f"""# Does separation reduce interference?
+
+`python recipes/continual_report.py` writes this page from the records in
+[`recipes/results/continual/`](../recipes/results/continual/), which `recipes/continual.py` and `recipes/removal.py`
+left: SmolLM2-135M-Instruct, {environment(study)}.
+Three tasks are learnt, together ("mixture") or one after another: **memory** (facts), **logic** (reasoning), **meta**
+(telling right answers from wrong). Orders: {orders}.
+Mean ± standard deviation over seeds ({n_main} for the main contrast); intervals are 95 %, bootstrapped over test items
+and over runs, in pairs of one seed and order.
+
+## Verdicts
+
+{tables.table("|hypothesis|verdict", [[name, words, verdict] for name, (words, verdict, _) in verdicts.items()])}
+
+{(chr(10) * 2).join(f"**{name}.** {text}" for name, (_, _, text) in verdicts.items())}
+
+A bundle that nobody touches again cannot forget: with a frozen trunk and the true tag a forgetting of 0 is how it is
+built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
+
+## What routing adds to separate parameters
+
+{bullets(beyond_separate_parameters(study))}
+
+## What surprised
+
+{bullets(surprises(study))}
+
+## What is weak
+
+{bullets(weaknesses(study))}
+
+## All conditions
+
+Modes: *tag*, the task's own bundle (or LoRA) alone; *nearest*, the same with a tag predicted from the prompt;
+*prefix*, it and those learnt before; *uniform*, all at a third; *all*, all at 1. Bold: the mode in which the rate was
+chosen. *average*: accuracy over the three tasks at the end; *learnt*: of every task just after its own phase;
+*forgetting* after Chaudhry et al. (2018), *BWT* and *FWT* after Lopez-Paz & Ranzato (2017); *text*: rise of the loss on
+text nobody trained on. Order A; *s*: seconds of a cell, side by side with others.
+
+{tables.conditions(study)}
+
+{times(study)}
+
+![Accuracy after every phase](../recipes/results/continual/phases.svg)
+
+## Against M0
+
+M0 is one LoRA, trained on the tasks in turn. All orders and seeds that both have.
+
+{tables.against_m0(study)}
+
+## After every phase
+
+{tables.after_every_phase(study)}
+
+## What each phase changed
+
+The interference matrix, order A: the accuracy after a phase minus that before it.
+
+{tables.interference(study)}
+
+## What each bundle can do alone
+
+{tables.specialisation(study)}
+
+## Families of test items
+
+{tables.families(study)}
+
+## Learning rates
+
+{tables.rates(study, runs)}
+
+## What an alpha moves
+
+Accuracy over alpha from 0 to 1; the others all off, or all on.
+
+{tables.alphas(study)}
+
+![Accuracy over alpha](../recipes/results/continual/alphas.svg)
+
+## M0, only smaller
+
+LoRA in sequence, its update scaled so that its last hidden state is as far from the base's, in lengths of it, as the
+bundles' is: what separation must beat.
+
+{tables.shrink(study)}
+
+## Where the tasks lie
+
+Hidden states of test prompts (output of a layer; at the last token, or the mean over the prompt), and what bundles add
+there. *probe*: cross-validated accuracy of a linear classifier of the task; *silhouette* in 30 principal components;
+then the linear CKA of two tasks' covariances (1: they vary along the same directions), and of the same rows in this
+space and in the trunk.
+
+{tables.spaces(study)}{picture}
+
+## Taking a capability out
+
+Three kinds of questions taught at once, one of them removed (`recipes/removal.py`). *the rest*: accuracy on the others.
+Bold: the rate that removes in most seeds and keeps most of the rest. Then a fresh LoRA is taught the removed facts
+again: all of them (accuracy after so many steps), or a third (accuracy on the two thirds it is not shown).
+
+{tables.removal(study)}
+
+{bullets(removal_claims(study))}{relearning}
+
+## Code
+
+HumanEval, greedy, of the few cells it was run for.
+
+{tables.code(study)}
+
+## Not run, or failed
+
+{bullets(not_there(study, runs))}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the records; the pictures go there too"
+    )
+    parser.add_argument("--features", type=Path, help="folder of features: makes spaces.json and spaces.svg anew")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    given = parser.parse_args(argv)
+    study = s.read(given.results)
+    if given.features is not None:
+        study.spaces = _spaces.write(given.features, study.records, given.results)
+    given.page.write_text(page(study, asked()), encoding="utf-8")
+    plots.draw(study, given.results)
+    failed = len(study.failed) + len(study.removal_failed)
+    print(f"wrote {given.page} from {len(study.records)} + {len(study.removal)} cells, {failed} failed")
+
+
+if __name__ == "__main__":
+    main()

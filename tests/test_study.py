@@ -1,0 +1,227 @@
+"""recipes/continual_report.py on records made by hand: its numbers, its verdicts, and whatever may be missing."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import study_records as made
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(RECIPES), *sys.path])
+        import continual_report
+
+        yield continual_report
+
+
+@pytest.fixture
+def read(report, tmp_path):
+    return lambda records: report.s.read(made.write(tmp_path, records))
+
+
+def test_a_whole_study(report, tmp_path, monkeypatch):
+    records = made.study()
+    records += [made.removal(v, r, seed) for seed in (0, 1) for v, r in (("none", 0.0), ("owners", 0.0), ("base", 0.0))]
+    records += [made.removal("ascent", 1e-3, 0, back=0.7), made.removal("never"), made.removal("ascent", 1e-4, 0, 0.5)]
+    made.write(tmp_path / "results", records)
+    for name, gap, bundles in (("base.npz", 1.0, False), ("lora.npz", 1.5, False), ("bundles.npz", 1.5, True)):
+        made.features(tmp_path / "features", name, gap, bundles)
+    lines = (tmp_path / "results/cells.jsonl").read_text().splitlines()
+    with_features = [json.loads(line) for line in lines]
+    for record in with_features:
+        if record.get("seed") == 1 and record.get("order") == made.ORDERS["A"] and record.get("schedule") == "sequence":
+            record["features"] = f"{record['condition']}.npz"
+    made.write(tmp_path / "results", with_features)
+    given = [f"--results={tmp_path / 'results'}", f"--page={tmp_path / 'study.md'}"]
+    monkeypatch.setattr(report, "RUNS", made.write_runs(tmp_path))
+    report.main([*given, f"--features={tmp_path / 'features'}"])
+    page = (tmp_path / "study.md").read_text()
+    assert "nan" not in page.lower().replace("nanochat", "")
+    for picture in ("phases", "alphas", "removal", "spaces"):
+        assert f"{picture}.svg" in page and (tmp_path / f"results/{picture}.svg").stat().st_size
+    for name in ("H1", "H2", "H3", "H4"):
+        assert f"| {name} |" in page
+    assert report.page(report.s.read(tmp_path / "results"), made.RUNS) == page  # without features: from spaces.json
+
+
+def test_the_rate_is_the_one_that_validates_best_and_its_search_cell_is_seed_0(report, read):
+    study = read(made.study())
+    assert report.s.chosen(study, report.s.M3) == 1e-3
+    assert [r["seed"] for r in report.s.finals(study, report.s.M3, report.ORDERS["A"])] == [0, 1, 2]
+    assert len(report.s.finals(study, report.s.M3)) == 9
+    assert not report.s.at_the_edge(study, report.s.M3)
+
+
+def test_a_rate_that_diverged_is_not_chosen(report, read):
+    cells = [made.cell(lr=lr, valid=v, stage="grid") for lr, v in ((1e-4, 0.2), (1e-3, math.nan))]
+    assert report.s.chosen(read([made.base(), *cells]), report.s.M0) == 1e-4
+
+
+def test_forgetting_of_a_run_made_by_hand(report, read):
+    study = read([made.base(), made.cell(keeps=0.5, learns=0.8)])
+    [record] = report.s.finals(study, report.s.M0)
+    found = report.s.measures(study, record, "all")
+    # memory: .8, then half of it twice (.2); logic: .8, then half of what is above the base's .1 (.45)
+    assert found["forgetting"] == pytest.approx(((0.8 - 0.2) + (0.8 - 0.45)) / 2)
+    assert found["bwt"] == pytest.approx(-found["forgetting"])
+    assert found["average"] == pytest.approx((0.2 + 0.45 + 0.8) / 3, abs=0.01)
+    assert found["learnt"] == pytest.approx(0.8)
+    assert found["rise"] == pytest.approx(0.1)
+
+
+def h1_cases(study):
+    import _study_words
+
+    return _study_words.h1_cases(study)
+
+
+def test_h1_calls_what_cannot_forget_trivial_and_judges_the_rest(report, read):
+    study = read(made.study())
+    cases = {words: verdict for words, _, verdict in h1_cases(study)}
+    assert cases["frozen trunk, true tag"] == "trivial"
+    assert cases["no tag, all on"] == "supported"  # 0.7 kept a phase against 0.4
+    assert report.s.reduction(study, report.s.M3, "tag").estimate == pytest.approx(1.0)
+    worse = [made.cell("bundles", seed=n, modes={**made.TAGGED, "all": 0.35, "tag": 0.9}) for n in range(3)]
+    study = read([made.base(), *worse, *(made.cell(seed=n) for n in range(3))])
+    cases = {words: verdict for words, _, verdict in h1_cases(study)}
+    assert cases == {
+        "frozen trunk, true tag": "not exact",
+        "no tag, all on": "not supported",
+        "no tag, all at a third": "not supported",
+        "predicted tag": "supported",
+    }
+
+
+def verdict(report, name, study):
+    return report.HYPOTHESES[name][1](study)[0]
+
+
+def test_h2_wants_every_task(report, read):
+    def pair(**shares):
+        cells = [made.cell("lora", schedule="mixture", seed=n, learns=0.6) for n in range(3)]
+        for n in range(3):
+            record = made.cell("bundles", schedule="mixture", seed=n, learns=0.7, modes={"tag": 1.0})
+            for task, share in shares.items():
+                items = "1" * round(share * made.ITEMS) + "0" * (made.ITEMS - round(share * made.ITEMS))
+                record["phases"][0]["modes"]["tag"][task] |= {"items": items, "accuracy": items.count("1") / len(items)}
+            cells.append(record)
+        return read([made.base(), *cells])
+
+    assert verdict(report, "H2", pair()) == "**supported** (mixture, true tag)"
+    study = pair(logic=0.2)
+    assert verdict(report, "H2", study) == "**not supported** (mixture, true tag)"
+    assert "surely worse: logic" in report.HYPOTHESES["H2"][1](study)[1]
+
+
+def test_h3_wants_the_own_task_to_move_more(report, read):
+    def with_alphas(**moves):
+        return read([made.base(), made.cell("bundles", seed=1, modes=made.TAGGED, alphas=made.alphas(**moves))])
+
+    assert verdict(report, "H3", with_alphas()).startswith("**supported**")
+    assert verdict(report, "H3", with_alphas(own=0.1, other=0.3)).startswith("**not supported**")
+    assert verdict(report, "H3", with_alphas(own=-0.5)).startswith("**not supported**")
+    assert verdict(report, "H3", read(made.study((0,)))) == "not run"
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(1.0, "supported"), (20.0, "not supported")])
+def test_h4_compares_with_trunk_and_m0(report, read, tmp_path, gap, expected):
+    cells = [made.base(), made.cell(seed=1, features="lora.npz")]
+    cells.append(made.cell("bundles", seed=1, modes=made.TAGGED, features="bundles.npz"))
+    study = read(cells)
+    for name, bundles in (("base.npz", False), ("lora.npz", False), ("bundles.npz", True)):
+        made.features(tmp_path / "features", name, gap, bundles)
+    study.spaces = report._spaces.measured(tmp_path / "features", study.records)
+    assert verdict(report, "H4", study).startswith(f"**{expected}**")
+
+
+def test_m0_made_as_small_as_the_bundles(report, read):
+    norms = {"all": dict.fromkeys(made.TASKS, 0.4)}
+    cells = [made.cell(seed=1, shrink=made.shrink(), norms=norms), made.cell("bundles", seed=1)]
+    [found] = report.s.shrunk(read([made.base(), *cells]))
+    assert found["scale"] == pytest.approx(0.5)  # 0.2 of the bundles, 0.4 of the whole M0
+    assert found["average"] == pytest.approx(0.25)
+    assert found["rise"] == pytest.approx(0.1)
+    assert (found["best_scale"], found["best"]) == (0.9, pytest.approx(0.45))  # M0 itself: 0.43
+
+
+def test_what_is_missing_is_said(report, read):
+    broken = {**made.cell("osf", seed=1), "error": "Traceback\n`x`\nRuntimeError: out of memory"}
+    del broken["phases"]
+    few = [made.base(), made.cell(), broken, {**made.removal("rmu", 1e-3), "error": ""}]
+    page = report.page(read(few), made.RUNS)
+    assert "`osf`, A, seed 1, rate 0.001: failed: `RuntimeError: out of memory`" in page
+    assert "- `bundles`, order B: seed 0, 1 not run" in page and "- `lora`: seed 1, 2 not run" in page
+    assert "removal `rmu` 0.001, seed 0: failed: `no message`" in page
+    assert page.count("not run |") == 4  # no hypothesis can be judged
+
+
+def test_a_later_line_mends_an_error_and_not_the_other_way_round(report, read):
+    good = made.cell()
+    bad = {**{k: v for k, v in good.items() if k != "phases"}, "error": "RuntimeError: x"}
+    for lines in ([bad, good], [good, bad], [bad, good, bad]):
+        study = read([made.base(), *lines])
+        assert (len(study.records), len(study.failed)) == (1, 0)
+
+
+@pytest.mark.parametrize("lost", ["items", "domains", "auc", "versions", "norms", "seconds"])
+def test_a_page_without_one_of_the_fields(report, read, lost):
+    def without(value):
+        if isinstance(value, dict):
+            return {k: without(v) for k, v in value.items() if k != lost}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    first, *rest = made.study((0, 1))
+    page = report.page(read([first, *map(without, rest)]), made.RUNS)
+    assert "## Verdicts" in page and "nan" not in page
+
+
+def test_a_study_of_means_and_one_of_items_have_the_same_estimates(report, read):
+    whole = read(made.study())
+    bare = made.study()
+    for record in bare[1:]:
+        for phase in record["phases"]:
+            for mode in phase["modes"].values():
+                for result in mode.values():
+                    result.pop("items", None)
+    means = read(bare)
+    for mode in made.TAGGED:
+        a, b = (report.s.reduction(study, report.s.M3, mode) for study in (whole, means))
+        assert a.estimate == pytest.approx(b.estimate) and a.runs == b.runs == 9
+
+
+def test_no_base(report, read):
+    with pytest.raises(ValueError, match="no record with stage 'base'"):
+        read([made.cell()])
+
+
+def test_removal(report, read):
+    cells = [made.base(), made.removal("none", after=0.8), made.removal("never"), made.removal("base")]
+    cells += [made.removal("ascent", 1e-4, after=0.5), made.removal("ascent", 1e-3, back=0.7), made.removal("owners")]
+    study = read(cells)
+    assert report.s.removal_key(study, "ascent") == 1e-3  # the other did not remove
+    said = " ".join(report.removal_claims(study))
+    assert "answers 0.70 of the part it was not shown, more than bundles" in said
+    assert "base's to the bit" in said
+    curve = [[0, 0.0], [10, 0.4], [20, 0.4], [40, 0.8]]
+    assert report.s.steps_to(curve, 0.2) == pytest.approx(5.0)
+    assert report.s.steps_to(curve, 0.6) == pytest.approx(30.0)
+    assert report.s.steps_to(curve, 0.0) == 0.0
+    assert report.s.steps_to(curve, 0.9) is None
+
+
+def test_nothing_to_forget_is_no_verdict(report, read):
+    still = [made.cell("lora", seed=n, modes={"all": 1.0}) for n in range(2)]
+    study = read([made.base(), *still, *(made.cell("bundles", seed=n, modes=made.TAGGED) for n in range(2))])
+    assert "**open, M0 forgets nothing** (no tag, all on)" in verdict(report, "H1", study)
+
+
+def test_the_page_is_the_one_that_the_records_give(report):
+    """docs/study.md of the committed records."""
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.s.read(report.RESULTS), report.asked())
