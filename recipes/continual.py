@@ -26,23 +26,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import torch
 import transformers
 import yaml
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _continual_data as data_of
-from _continual_data import TASKS, Rows
+from _continual_data import TASKS
 from _continual_measure import Bench
-from _continual_methods import Method, build, lora_size
-from quality import capture
+from _continual_methods import Method, build, lora_size, train_phase
 from quality_data import _data
 
 import peft_bundles
@@ -82,7 +79,9 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
         given |= {**smoke, "common": {**given["common"], **smoke["common"]}}
     for run in given["runs"]:
         if run["condition"] not in given["conditions"]:
-            raise ValueError(f"runs: condition {run['condition']!r} is unknown; known are {sorted(given['conditions'])}.")
+            raise ValueError(
+                f"runs: condition {run['condition']!r} is unknown; known are {sorted(given['conditions'])}."
+            )
         if run["schedule"] not in ("sequence", "mixture"):
             raise ValueError(f"runs: schedule {run['schedule']!r} is unknown; choose sequence or mixture.")
         if unknown := sorted(set(run.get("orders", {})) - set(ORDERS)):
@@ -222,61 +221,7 @@ def next_cell(given: dict[str, Any], cells: list[Cell]) -> Cell | None:
     return None
 
 
-# ---- training ----
-
-
-def train_phase(method: Method, phase: int, batches: Rows, rows: list[tuple[str, str]], what: Cell) -> dict[str, Any]:
-    """AdamW with linear warm-up and decay; every group of parameters is clipped by itself.
-
-    Args:
-        batches: ids (steps, rows, T), the rest (steps, P).
-        rows: task and tag of every row.
-        what: the cell's settings, with "lr".
-    """
-    device, steps = batches.ids.device, len(batches.ids)
-    cuda = device.type == "cuda"
-    groups = method.begin(phase, [tag for _, tag in rows])
-    rates = [torch.zeros((), device=device) for _ in groups]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": rate} for (parameters, _), rate in zip(groups, rates)],
-        lr=rates[0],
-        weight_decay=0.0,
-        capturable=cuda,
-        foreach=cuda,
-    )
-    moved = [p for parameters, _ in groups for p in parameters]
-    batch = Rows(*(t[0].clone() for t in vars(batches).values()))
-    losses = torch.zeros(2, device=device)
-
-    def step() -> None:
-        for parameter in moved:
-            parameter.grad = None
-        loss, extra = method.gradients(batch, lambda: torch.autocast(device.type, torch.bfloat16, enabled=cuda))
-        for parameters, _ in groups:
-            nn.utils.clip_grad_norm_(parameters, what["max_grad_norm"])
-        optimizer.step()
-        losses.copy_(torch.stack([loss, extra]))
-
-    record: dict[str, Any] = {"steps": steps, "loss": []}
-    begin = time.perf_counter()
-    with method.training():
-        run = step
-        if cuda and method.graph:
-            run = capture(step, SimpleNamespace(parameters=moved), optimizer)  # type: ignore[arg-type]
-        for n in range(steps):
-            share = min(1.0, (n + 1) / what["warmup"]) * min(1.0, (steps - n) / max(1, steps - what["warmup"]))
-            for rate, (_, factor) in zip(rates, groups):
-                rate.fill_(what["lr"] * factor * share)
-            for into, source in zip(vars(batch).values(), vars(batches).values()):
-                into.copy_(source[n])
-            run()
-            if (n + 1) % 30 == 0 or n + 1 == steps:
-                record["loss"].append([n + 1, *(round(x, 4) for x in losses.tolist())])
-                if not math.isfinite(record["loss"][-1][1]):
-                    raise FloatingPointError(f"the loss is {record['loss'][-1][1]} at step {n + 1}.")
-    for parameter in method.model.parameters():
-        parameter.grad = None
-    return {**record, "seconds": time.perf_counter() - begin, "graph": run is not step, "moved": sum(p.numel() for p in moved)}
+# ---- one cell ----
 
 
 def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: list[str]) -> dict[str, Any]:
@@ -348,8 +293,9 @@ def extras(
 
 
 def stamp(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    cpu = f"CPU, {torch.get_num_threads()} threads"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": given["command"],
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
@@ -382,6 +328,11 @@ def work(given: dict[str, Any]) -> None:
     own = json.loads(given["samples"].read_text())
     texts = [text for pair in zip(own, bench.data["calibration"]) for text in pair]
     cells = cells_of(given)
+    if given["code"] and given["worker"] == 0 and not any(r["stage"] == "code" for r in read(given["output"])):
+        record = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
+        append(
+            given["output"], {**record, "code": bench.code(Method(base, {}, 0), given["code"]), **stamp(given, device)}
+        )
     while (cell := next_cell(given, cells)) is not None:
         begin = time.perf_counter()
         condition = given["conditions"][cell["condition"]]
@@ -392,8 +343,9 @@ def work(given: dict[str, Any]) -> None:
             record |= run_cell(given, cell, base, bench, texts)
         except Exception:
             record["error"] = traceback.format_exc()[-2500:]
+        lost = "error" in record and not usable(device)
         gc.collect()  # the step's closures, its graph and the model hold each other
-        if device.type == "cuda":
+        if device.type == "cuda" and not lost:
             torch.cuda.empty_cache()
         record |= {"worker": given["worker"], "wall": time.perf_counter() - begin, **stamp(given, device)}
         append(given["output"], record)
@@ -401,6 +353,16 @@ def work(given: dict[str, Any]) -> None:
             write_score(given, record)
         said = record.get("error", "").strip().splitlines()[-1:] or [f"validation {record['validation']['mean']:.3f}"]
         print(name_of(cell), cell["lr"], f"{record['wall']:.1f} s", said[0], flush=True)
+        if lost:
+            os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def usable(device: torch.device) -> bool:
+    """Whether a failed cell has left a device that still computes; if not, only a new process can go on."""
+    try:
+        return bool(torch.ones(1, device=device).sum().item() == 1)
+    except Exception:
+        return False
 
 
 def measure_base(given: dict[str, Any]) -> None:
@@ -408,7 +370,7 @@ def measure_base(given: dict[str, Any]) -> None:
     base, bench, device = open_bench(given, 0)
     what = given["common"]
     if not given["samples"].exists():
-        given["samples"].write_text(json.dumps(bench.samples(what["calibration"]["own"])))
+        given["samples"].write_text(json.dumps(bench.samples(**what["samples"])))
     if any(record["stage"] == "base" for record in read(given["output"])):
         return
     begin = time.perf_counter()
@@ -421,8 +383,6 @@ def measure_base(given: dict[str, Any]) -> None:
     if given.get("features"):
         bench.features(method, given["features"] / "base.npz")
         record["features"] = "base.npz"
-    if given["code"]:
-        record["code"] = bench.code(method, given["code"])
     record["seconds"] = {"total": time.perf_counter() - begin}
     append(given["output"], {**record, **stamp(given, device)})
     print("base:", {t: round(r["accuracy"], 3) for t, r in record["phases"][0]["modes"]["all"].items()}, flush=True)
@@ -457,7 +417,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             path.unlink()
     wanted = {name_of(cell): settings_of(given, cell) for cell in cells_of(given)}
     for record in read(given["output"]):
-        if record["stage"] == "base" or "error" in record:
+        if record["stage"] in ("base", "code") or "error" in record:
             continue
         name = record_name(record)
         if record["settings"] != wanted.get(name, record["settings"]):
