@@ -104,7 +104,7 @@ def calibrated(model: Any) -> Any:
     for layer in model.modules():
         if isinstance(layer, BundleLayer):
             layer.bundle_mean["default"].normal_(0, 0.1)
-            layer.bundle_states["default"] = torch.randn(4096, layer.hidden_size, device=DEVICE).bfloat16()
+            layer.keep_states("default", torch.randn(4096, layer.hidden_size, device=DEVICE))
     return model
 
 

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
+from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .packing import Packing
 
 
-DRAW = 512  # of the states kept by calibration, so many are looked at a step
 MERGE_ERROR = (
     "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
     "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
@@ -37,7 +36,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
     width w is r behind a projection and |support| without.
     bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
-    bundle_states: (N, d), states of calibration text minus mu, for `loudness`; only after `calibrate`, never saved.
+    bundle_states: (N, R), x of states of calibration text, for the quiet penalty (quiet.py); (N, d), those states minus
+    mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
@@ -151,6 +151,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """The trainable weights of one bundle in this layer."""
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
         return [table[bundle] for table in tables if bundle in table]
+
+    def tables(self, adapter: str) -> list[dict[str, nn.Parameter]]:
+        """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
+        # Its own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
+        return [getattr(self, what)[adapter]._parameters for what in self.adapter_layer_names]
 
     def bundle_weights(self, adapter: str) -> list[BundleWeights]:
         """One adapter's bundles as the plain reference takes them (functional.py)."""
@@ -278,18 +283,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         folds, key = call.folds if not torch.is_grad_enabled() else None, (id(self), adapter, dtype, numbers)
         if folds is not None and key in folds:
             return folds[key]
-        basis, scale = self.bundle_basis[adapter].to(dtype), self.bundle_scale[adapter]
+        basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
         with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
-                self.bundle_weight[adapter],
-                self.bundle_weight_out[adapter],
-                self.bundle_down[adapter],
-                self.bundle_up[adapter],
+                *self.tables(adapter),
                 basis,
-                scale.reciprocal() if self._standardised(adapter) else None,
+                scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
                 call.joined if torch.is_grad_enabled() else None,
+                dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
                 owner = packing.index(E.device)["owner"]
@@ -300,26 +303,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             folds[key] = D, E
         return D, E
 
-    def loudness(self, adapter: str, names: list[str]) -> Tensor:
-        """Mean |what the named bundles add|^2 on kept states, over the variance of the states; a scalar.
-
-        Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
-        """
-        packing, states = self.packing(adapter), self.bundle_states[adapter]
-        if len(states) > DRAW:
-            states = states[torch.randint(len(states), (DRAW,), device=states.device)]
-        with torch.autocast(states.device.type, enabled=False):
-            D, E = self._folded(adapter, torch.float32, None, names)
-            a = activate(states.float() @ D, packing.nonlinear)
-            owner, group = (packing.index(states.device)[name] for name in ("owner", "group"))
-            products = (E @ E.T) * (group[:, None] == group[None, :])  # |a E|^2 = a (E E^T) a^T, group by group
-            ours = self.state.call.cached(
-                (packing, "learns", tuple(names)),
-                E,
-                lambda: torch.tensor([float(name in names) for name in packing.names], device=E.device)[owner],
-            )
-            a = a * ours
-            return ((a @ products) * a).sum() / (len(states) * self.bundle_scale[adapter].square().sum())
+    def keep_states(self, adapter: str, states: Tensor) -> None:
+        """Keep states of calibration text, (N, d), for the quiet penalty."""
+        basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
+        standardised, whole = self.state.configs[adapter].input_norm == "standard", bool(self.packing(adapter).full)
+        states = states.to(basis.dtype)
+        states = states - self.bundle_mean[adapter] if standardised else states
+        if not whole:
+            states = (states / scale if standardised else states) @ basis
+        self.bundle_states[adapter] = states.to(torch.bfloat16)
 
     def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
         """(B, 1, 1): 1 for the rows that are ours."""
