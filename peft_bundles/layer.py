@@ -10,6 +10,7 @@ A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
+from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .packing import Packing
 
 
@@ -152,10 +153,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
         return [table[bundle] for table in tables if bundle in table]
 
-    def tables(self, adapter: str) -> list[dict[str, nn.Parameter]]:
+    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
-        # Its own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
-        return [getattr(self, what)[adapter]._parameters for what in self.adapter_layer_names]
+        # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
+        tables = (self.bundle_weight, self.bundle_weight_out, self.bundle_down, self.bundle_up)
+        weight, weight_out, down, up = (table[adapter]._parameters for table in tables)
+        return weight, weight_out, down, up
 
     def bundle_weights(self, adapter: str) -> list[BundleWeights]:
         """One adapter's bundles as the plain reference takes them (functional.py)."""
@@ -219,8 +222,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
         if self._disable_adapters:
             return hidden
-        names, active = self.state.call.adapter_names, self.state.call.active
+        call = self.state.call
+        names, active = call.adapter_names, call.active
         active = self.active_adapters if active is None else active
+        fixed = call.folds is not None and names is None and self.state.budget is None and not self.training
+        if fixed and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._as_planned(hidden, active)
         out = None
         for adapter in active if names is None else dict.fromkeys(names):
             if adapter not in self.bundle_basis or not self.packing(adapter).names:
@@ -230,9 +237,46 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return hidden if out is None else out
         return within_budget(hidden, out, self.state.budget)
 
+    def _as_planned(self, hidden: Tensor, active: Sequence[str]) -> Tensor:
+        """`forward` where nothing can change: what one-token steps pay for is each look-up, and each small kernel."""
+        call, state, dtype = self.state.call, self.state, compute_dtype(hidden)
+        key: Any = (tuple(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device, call.prompts, state.version)
+        found = call.folds.get(self)  # type: ignore[union-attr]
+        if found is None or found[0] != key or found[1] is not call.alphas:
+            given = {**state.set_alphas, **call.alphas}.values()
+            if any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in given):
+                key = ()  # not kept: an optimizer may move it
+            found = call.folds[self] = key, call.alphas, self._plan(hidden, dtype, active)  # type: ignore[index]
+        if not found[2]:
+            return hidden
+        flat = out = hidden.flatten(0, -2)
+        for mean, D, E, nonlinear, alpha in found[2]:
+            a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
+            if alpha is not None:
+                a = (a.view(*hidden.shape[:-1], -1) * alpha).flatten(0, -2)
+            out = torch.addmm(out, a, E) if out.dtype == dtype else out + a @ E
+        return out.view(hidden.shape)
+
+    def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
+        """mu, D, E, the number of non-linear units and their alphas, for every adapter that acts."""
+        plan = []
+        for adapter in active:
+            if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
+                continue
+            packing = self.packing(adapter)
+            numbers, alpha = layer_alphas(
+                self.state, adapter, self.index, hidden, (packing.index(hidden.device)["owner"], dtype)
+            )
+            if numbers is None or any(numbers):
+                mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
+                alpha = None if alpha is None else alpha.to(dtype)
+                plan.append((mean, *self._folded(adapter, dtype, numbers, names), packing.nonlinear, alpha))
+        return plan
+
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
         packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]
-        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden)
+        dtype, owner = compute_dtype(hidden), packing.index(hidden.device)["owner"]
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
         if numbers is not None and not any(numbers):
             return hidden if residual is None else residual
         live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
@@ -243,9 +287,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             gate = route.gate(adapter, hidden)
         if torch.is_grad_enabled():
             self.state.seen.update((adapter, name) for name in live)
-        D, E = self._folded(adapter, compute_dtype(hidden), numbers, live)
-        if alpha is not None:
-            alpha = alpha[..., packing.index(hidden.device)["owner"]]
+        D, E = self._folded(adapter, dtype, numbers, live)
         if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
             mine = self._row_mask([name == adapter for name in rows], hidden)
             alpha = mine if alpha is None else alpha * mine

@@ -196,7 +196,7 @@ class Packing:
         return found
 
     def maps(self, joined: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """What bundles read and write in coordinates of U, (..., 2, H, R), from `join`, or from several layers' stacked."""
+        """What bundles read and write in coordinates of U, (..., 2, H, R); from `join`, or several layers' stacked."""
         index = self.index(joined[0].device)
 
         def lay(flat: Tensor, what: str, *size: int) -> Tensor:

@@ -20,7 +20,7 @@ DRAW = 512  # of the states kept by calibration, so many are looked at a step
 
 
 def loudness(layers: Sequence[BundleLayer], adapter: str, names: list[str]) -> Tensor:
-    """Mean |what the named bundles add|^2 on kept states, over the variance of the states, summed over layers; a scalar.
+    """Mean |what the named bundles add|^2 on kept states, over the states' variance, summed over layers; a scalar.
 
     Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
     """
@@ -38,7 +38,9 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
     kept = [layer.bundle_states[adapter] for layer in layers]
     if len(kept[0]) > DRAW:
-        kept = [states[drawn] for states, drawn in zip(kept, torch.randint(len(kept[0]), (len(kept), DRAW), device=device))]
+        kept = [
+            states[drawn] for states, drawn in zip(kept, torch.randint(len(kept[0]), (len(kept), DRAW), device=device))
+        ]
     states = torch.stack(kept).float()
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
@@ -49,13 +51,13 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
             joined = [packing.join(*layer.tables(adapter), device, names, state.call.joined) for layer in layers]
             maps = packing.maps([torch.stack(each) for each in zip(*joined)], torch.float32)
             reads, writes, factor = *maps.unbind(1), state.configs[adapter].scaling ** 2
-        group = packing.index(device)["group"]
+        owner, group = (packing.index(device)[name] for name in ("owner", "group"))
         # |a E|^2 = a (E E^T) a^T, group by group
         products = (writes @ writes.mT) * (group[:, None] == group[None, :])
         ours = state.call.cached(
             (packing, "learns", tuple(names)),
             products,
-            lambda: torch.tensor([float(n in names) for n in packing.names], device=device)[packing.index(device)["owner"]],
+            lambda: torch.tensor([float(name in names) for name in packing.names], device=device)[owner],
         )
         a = activate(states @ reads.mT, packing.nonlinear) * ours
         variance = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
