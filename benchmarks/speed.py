@@ -116,15 +116,17 @@ def same_rows(shape: str, options: Any) -> Any:
     ids = tokens(shape, *options.batch)
     weights = torch.rand(len(SIGNALS), ids.numel(), device=DEVICE)
 
-    def run(losses: int) -> None:
+    def run(losses: int, ends: Callable[[str], None] = lambda part: None) -> None:
         with precision(), model.route(SIGNALS) if losses > 1 else nullcontext():
             logits = model(input_ids=ids, use_cache=False).logits.float()
             logps = -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
             found = {s: (logps * w).mean() for s, w in zip(SIGNALS, weights)}
+        ends("forward")
         if losses == 1:
             found["lm"].backward()
         elif losses > 1:
             model.routed_backward(found)
+        ends("backward")
         if losses:
             model.finalize_grads()
         else:
@@ -132,7 +134,7 @@ def same_rows(shape: str, options: Any) -> Any:
         model.zero_grad()
 
     for name, count in (("forward", 0), ("one_loss", 1), ("four_losses", len(SIGNALS))):
-        yield name, lambda count=count: (Cell(lambda: run(count)), 0)
+        yield name, lambda count=count: (Cell(lambda: run(count), parts=lambda ends: run(count, ends)), 0)
 
 
 def forward(shape: str, options: Any) -> Any:
