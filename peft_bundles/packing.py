@@ -89,7 +89,7 @@ class Packing:
         names: bundles in the order of the config (the order of alphas and gates).
         nonlinear: number of leading hidden units that pass through the activation.
         owner: bundle number of every hidden unit, (H,).
-        group: the same for groups of bundles that learn from the same signals, (H,).
+        groups: names of bundles that learn from the same signals, and where their hidden units are, as (start, size).
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class Packing:
     ) -> None:
         self.shapes, self.basis_rank = dict(shapes), basis_rank
         self.names = list(shapes)
-        ordered = sorted(self.names, key=lambda name: _ORDER.index(shapes[name].kind))
+        group = dict(zip(self.names, groups if groups is not None else range(len(shapes))))
+        ordered = sorted(self.names, key=lambda name: (_ORDER.index(shapes[name].kind), group[name]))
         self.full = [n for n in ordered if shapes[n].kind == "full"]
         self.projected = [n for n in ordered if shapes[n].kind != "full"]
         projected = projected and bool(self.projected)
@@ -108,7 +109,15 @@ class Packing:
         # Units that pad the matrices to a good size: their columns of D and rows of E are zero, whoever owns them.
         self.padding = align(used) - used
         self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
-        self.group = torch.tensor(groups if groups is not None else list(range(len(shapes))))[self.owner]
+        self.groups: list[tuple[list[str], list[tuple[int, int]]]] = []
+        for number in dict.fromkeys(group.values()):
+            mine = [name for name in ordered if group[name] == number]
+            starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in mine}
+            spans: list[tuple[int, int]] = []
+            for name in mine:  # side by side, within a kind
+                last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
+                spans.append((last[0], last[1] + shapes[name].hidden))
+            self.groups.append((mine, spans))
         if self.nonlinear == used:
             self.nonlinear += self.padding
         self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
@@ -147,7 +156,6 @@ class Packing:
 
         self._index = {
             "owner": self.owner,
-            "group": self.group,
             "constants": torch.tensor([0.0, 1.0]),
             **{f"maps_{k}": v for k, v in laid(joined([*down, *up]), 2 * second, joined(ones)).items()},
             **{f"weight_{k}": v for k, v in laid(joined(weight), self.width * basis_rank, joined([])).items()},

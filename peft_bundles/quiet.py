@@ -51,14 +51,34 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
             joined = [packing.join(*layer.tables(adapter), device, names, state.call.joined) for layer in layers]
             maps = packing.maps([torch.stack(each) for each in zip(*joined)], torch.float32)
             reads, writes, factor = *maps.unbind(1), state.configs[adapter].scaling ** 2
-        owner, group = (packing.index(device)[name] for name in ("owner", "group"))
-        # |a E|^2 = a (E E^T) a^T, group by group
-        products = (writes @ writes.mT) * (group[:, None] == group[None, :])
+        owner = packing.index(device)["owner"]
         ours = state.call.cached(
             (packing, "learns", tuple(names)),
-            products,
+            reads,
             lambda: torch.tensor([float(name in names) for name in packing.names], device=device)[owner],
         )
         a = activate(states @ reads.mT, packing.nonlinear) * ours
+        total = states.new_zeros(len(layers))
+        for members, spans in packing.groups:
+            if not set(members).isdisjoint(names):
+                units = [a.narrow(2, *span) for span in spans], [writes.narrow(1, *span) for span in spans]
+                total = total + _Energy.apply(*(u[0] if len(u) == 1 else torch.cat(u, d) for d, u in zip((2, 1), units)))
         variance = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
-        return (((a @ products) * a).sum((1, 2)) / variance).sum() * (factor / states.shape[1])
+        return (total / variance).sum() * (factor / states.shape[1])
+
+
+class _Energy(torch.autograd.Function):
+    """sum |a E|^2 over rows, for a (L, N, h) and E (L, h, d), as a (E E^T) a^T: (L,). For h below N and d."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, E: Tensor) -> Tensor:
+        product = a @ (E @ E.mT)
+        ctx.save_for_backward(a, E, product)
+        return (product * a).sum((1, 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, E, product = ctx.saved_tensors
+        twice = 2 * grad[:, None, None]
+        return twice * product, twice * ((a.mT @ a) @ E)

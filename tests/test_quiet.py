@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
 from peft_bundles.layer import BundleLayer
-from peft_bundles.quiet import DRAW
+from peft_bundles.quiet import DRAW, _Energy
 
 
 def calibrated(**fields):
@@ -258,3 +258,9 @@ def test_the_default_disturbs_less_than_what_it_replaced():
     assert found["default"][0] < 0.25 * start.item()
     assert found["default"][1] < 0.5 * found["loud"][1]
     assert found["default"][1] < 0.5 * found["projected"][1]
+
+
+def test_energy_and_its_gradient():
+    a, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (2, 3, 7)))
+    torch.testing.assert_close(_Energy.apply(a, E), (a @ E).square().sum((1, 2)))
+    assert torch.autograd.gradcheck(_Energy.apply, (a, E))
