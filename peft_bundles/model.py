@@ -23,6 +23,7 @@ from .config import BundleConfig
 from .layer import MERGE_ERROR, BundleLayer
 from .packing import Packing
 from .prepared import prepare
+from .quiet import loudness
 from .report import BundleReport, report
 
 
@@ -395,9 +396,8 @@ class BundleModel(BaseTuner):
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for adapter, names in learning.items():
             weight = self._state.configs[adapter].quiet
-            for layer in layers if weight else ():
-                if adapter in layer.bundle_states:
-                    total = total + weight * layer.loudness(adapter, names).to(total.device)
+            if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
+                total = total + weight * loudness(kept, adapter, names).to(total.device)
         return total
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:

@@ -64,19 +64,19 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
         batch = max([len(rows or ()), 1, *(shape[0] for shape in shapes if len(shape))])
         tokens = max([1, *(shape[1] for shape in shapes if len(shape) > 1)])
         like = basis.new_empty(batch, tokens, 0, dtype=dtype)
-        numbers, alpha = layer_alphas(state, adapter, layer.index, like)
+        owner = packing.index(basis.device)["owner"]
+        numbers, alpha = layer_alphas(state, adapter, layer.index, like, (owner, dtype))
         if numbers is not None and not any(numbers):
             continue
-        D, E = layer._folded(adapter, dtype, numbers, packing.names)
-        owner = packing.index(basis.device)["owner"]
-        alpha = None if alpha is None else alpha[..., owner]
+        # Tensors of their own: where one lies in a storage is a number too, which would be compiled in.
+        D, E = (tensor.clone() for tensor in layer._folded(adapter, dtype, numbers, packing.names))
         if rows is not None:
             mine = layer._row_mask([name == adapter for name in rows], like)
             alpha = mine.expand(-1, -1, len(owner)) if alpha is None else alpha * mine
         linear = None
         if packing.nonlinear < len(owner):
             linear = torch.arange(len(owner), device=basis.device) >= packing.nonlinear
-        mean = layer.bundle_mean[adapter].to(dtype) if layer._standardised(adapter) else None
+        mean = layer.bundle_mean[adapter] if layer._standardised(adapter) else None
         for tensor, axis in ((D, 1), (E, 0), (linear, 0), (alpha, -1)):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
