@@ -5,7 +5,7 @@
 SmolLM2-135M (as examples/quickstart.py gets it), a preset of six bundles with random weights, composed from six files.
 `load_bundle(..., replace=True)` is timed as a whole (reading, checking, building, switching; also the processor time it
 took of its thread) and the time for which it holds up calls that start, in an idle model and while another thread
-generates.
+generates. Then with compiled decoder blocks: forwards after a change of the set or of an alpha, and programs compiled.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
+from torch._dynamo.utils import counters
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_bundles
 from peft_bundles import BundleConfig
+from peft_bundles.base import find_blocks
 
 
 def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:
@@ -52,6 +54,38 @@ def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:
     use.lock = lock
     found = {"whole_ms": whole, "whole_processor_ms": own, "held_up_ms": held}
     return {name: round(1e3 * statistics.median(values), 3) for name, values in found.items()}
+
+
+def compiled(model: Any, ids: torch.Tensor, names: list[str], folders: list[Path], times: int) -> dict[str, Any]:
+    """Forwards with compiled decoder blocks: after the first, after a replacement, after a new number for an alpha; and
+    how many programs there are before and after all of that."""
+
+    def forward(**alphas: float) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, alphas=alphas).logits.sum().item()
+        return time.perf_counter() - start
+
+    base = model.get_base_model()
+    for name in find_blocks(base):
+        base.get_submodule(name).compile()
+    found: dict[str, list[float]] = {"again": [], "after_a_replacement": [], "after_an_alpha": []}
+    first = forward(b_rl_policy=0.5)
+    programs = counters["stats"]["unique_graphs"]
+    for i in range(times):
+        found["again"].append(forward(b_rl_policy=0.5))
+        peft_bundles.load_bundle(model, folders[i % len(folders)], "b_rl_policy", replace=True)
+        found["after_a_replacement"].append(forward(b_rl_policy=0.5))
+        found["after_an_alpha"].append(forward(b_rl_policy=0.01 * i))
+    peft_bundles.remove_bundle(model, names[0])
+    removed = forward()
+    return {
+        "first_forward_s": round(first, 1),
+        **{f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in found.items()},
+        "after_a_removal_ms": round(1e3 * removed, 1),
+        "programs": programs,
+        "programs_at_the_end": counters["stats"]["unique_graphs"],
+    }
 
 
 class Timed:
@@ -111,6 +145,8 @@ def main() -> None:
         stop.set()
         thread.join()
         result["generations_meanwhile"] = len(tokens)
+        ids = inputs["input_ids"].expand(8, -1).contiguous()
+        result["compiled"] = compiled(composed, ids, names, folders, options.times)
     record = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": "python benchmarks/hot_swap.py",

@@ -1,10 +1,11 @@
 """What bundles cost beside LoRA: time and memory, all in one process, runs interleaved. One JSON record a device.
 
-    python benchmarks/speed.py --output benchmarks/results/speed_h200.json --seconds 6 --total 240
+    python benchmarks/speed.py --output benchmarks/results/speed_h100.json --seconds 3 --total 240
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json --shapes 135m --sections train --batch 8x32
 
-Jobs are (shape, section) pairs, those of the goals first. Each is written to the file when it is done; a job that is
-there already with all its cells is skipped (`--again` measures it once more), one that fails is recorded as an error.
+Jobs are (shape, section) pairs, those of the goals first. Each runs in a process of its own (after an assert on a GPU
+nothing runs there any more) and is written to the file when it is done; a job that is there already with all its cells
+is skipped (`--again` measures it once more), one that fails is recorded as an error.
 `benchmarks/speed_report.py` makes docs/speed.md of the files.
 
 Bundles have LoRA r16's trainable parameters, however many they are (`speed_models.py`), and a made-up calibration: the
@@ -21,6 +22,7 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import peft
@@ -49,11 +52,15 @@ ALPHA = 0.5
 
 @dataclass
 class Cell:
-    """`run` is timed and divided by `steps`; `reset` runs before it, untimed."""
+    """`run` is timed and divided by `steps`; `reset` runs before it, untimed.
+
+    `parts` is called as `run` is, with a function to call with the name of the part that ends there.
+    """
 
     run: Callable[[], Any]
     steps: int = 1
     reset: Callable[[], Any] = lambda: None
+    parts: Callable[[Callable[[str], None]], Any] | None = None
 
 
 def sync() -> None:
@@ -80,17 +87,21 @@ def training(shape: str, name: str, batch: tuple[int, int]) -> tuple[Cell, int]:
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True) if trainable else None
     ids, route = tokens(shape, *batch), [SIGNALS[i * len(SIGNALS) // batch[0]] for i in range(batch[0])]
 
-    def step() -> None:
+    def step(ends: Callable[[str], None] = lambda part: None) -> None:
         with precision(), model.route(route) if routed else nullcontext():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        ends("forward")
         loss.backward()
+        ends("backward")
         if name.startswith("bundles"):
             model.finalize_grads()
+            ends("finalize_grads")
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
+            ends("optimizer")
 
-    return Cell(step), sum(p.numel() for p in trainable)
+    return Cell(step, parts=step), sum(p.numel() for p in trainable)
 
 
 def train(shape: str, options: Any) -> Any:
@@ -105,15 +116,17 @@ def same_rows(shape: str, options: Any) -> Any:
     ids = tokens(shape, *options.batch)
     weights = torch.rand(len(SIGNALS), ids.numel(), device=DEVICE)
 
-    def run(losses: int) -> None:
+    def run(losses: int, ends: Callable[[str], None] = lambda part: None) -> None:
         with precision(), model.route(SIGNALS) if losses > 1 else nullcontext():
             logits = model(input_ids=ids, use_cache=False).logits.float()
             logps = -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
             found = {s: (logps * w).mean() for s, w in zip(SIGNALS, weights)}
+        ends("forward")
         if losses == 1:
             found["lm"].backward()
         elif losses > 1:
             model.routed_backward(found)
+        ends("backward")
         if losses:
             model.finalize_grads()
         else:
@@ -121,7 +134,7 @@ def same_rows(shape: str, options: Any) -> Any:
         model.zero_grad()
 
     for name, count in (("forward", 0), ("one_loss", 1), ("four_losses", len(SIGNALS))):
-        yield name, lambda count=count: (Cell(lambda: run(count)), 0)
+        yield name, lambda count=count: (Cell(lambda: run(count), parts=lambda ends: run(count, ends)), 0)
 
 
 def forward(shape: str, options: Any) -> Any:
@@ -189,7 +202,7 @@ def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
     def step() -> None:
         model(input_ids=next_token, past_key_values=cache, use_cache=True)
 
-    once = step
+    once, holds = step, [step]  # a recorded graph reads the very memory of its inputs, which `step` keeps
     if how == "cuda_graph":
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -203,6 +216,7 @@ def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
         once = recorded.replay
 
     def run() -> None:
+        assert holds
         for _ in range(STEPS):
             once()
 
@@ -319,6 +333,8 @@ def measure(make: Any, options: Any) -> dict[str, Any]:
                 cell.run()
                 sync()
                 found[name]["peak_over_base_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            if cell.parts is not None:
+                found[name]["parts_ms"] = parts(cell.parts, clock)
             cells[name] = cell
         except Exception:
             found[name] = {"error": traceback.format_exc(limit=-4)}
@@ -334,6 +350,24 @@ def measure(make: Any, options: Any) -> dict[str, Any]:
             found[name]["ms"].append(round((clock() - start) / cell.steps * 1e3, 4))
         rounds += 1
     return found
+
+
+def parts(run: Callable[[Callable[[str], None]], Any], clock: Callable[[], float]) -> dict[str, float]:
+    """Medians of three runs of the milliseconds of each part, with a synchronisation after it."""
+    found: dict[str, list[float]] = {}
+    for _ in range(3):
+        sync()
+        last = clock()
+
+        def ends(part: str) -> None:
+            nonlocal last
+            sync()
+            now = clock()
+            found.setdefault(part, []).append((now - last) * 1e3)
+            last = now
+
+        run(ends)
+    return {part: round(median(ms), 3) for part, ms in found.items()}
 
 
 def environment(options: Any) -> dict[str, Any]:
@@ -360,6 +394,7 @@ def main() -> None:
     parser.add_argument("--total", type=float, default=float("inf"), help="start no job after so many seconds")
     parser.add_argument("--process-time", action="store_true", help="on a shared CPU, with one thread: not of the wall")
     parser.add_argument("--again", action="store_true", help="measure jobs that the file has already")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # run the only job here, write its cells there
     options = parser.parse_args()
     began = time.perf_counter()
     options.batch = tuple(int(n) for n in options.batch.split("x"))
@@ -369,31 +404,53 @@ def main() -> None:
         sys.exit(f"unknown {unknown}; shapes {list(SHAPES)}, sections {list(SECTIONS)}, cells {list(TRAIN)}")
     jobs = [(shape, section) for section in sections for shape in shapes]
     jobs = [*(j for j in FIRST if j in jobs), *(j for j in jobs if j not in FIRST)]
+    if options.job is not None:
+        options.job.write_text(json.dumps(run_job(*jobs[0], options)))
+        return
     record = json.loads(options.output.read_text()) if options.output.exists() else {"runs": [], "results": {}}
     record["runs"].append(environment(options))
     for shape, section in jobs:
         have = record["results"].setdefault(shape, {}).get(section, {})
         measured = [c for c, found in have.get("cells", {}).items() if "error" not in found]
         done = have and "error" not in have and (section != "train" or set(cells) <= set(measured))
-        if (done and not options.again) or time.perf_counter() - began > options.total:
+        start = time.perf_counter()
+        left = options.total - (start - began)
+        if (done and not options.again) or left <= 0:
             print(f"{shape} {section}: {'there already' if done else 'no time left'}", flush=True)
             continue
-        start = time.perf_counter()
-        try:
-            weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
-            made = SECTIONS[section](shape, options)
-            found = made if isinstance(made, dict) else {"cells": measure(made, options)}
-            found |= {"batch": options.batch, "base_weights_gib": weights}
-        except Exception:
-            found = {"error": traceback.format_exc(limit=-4)}
-            print(found["error"], flush=True)
-        finally:
-            STACK.close()
+        found = apart(shape, section, options, left)
         record["results"][shape][section] = {**found, "run": len(record["runs"]) - 1}
         temporary = options.output.with_suffix(".part")  # a run that is cut off leaves the earlier file
         temporary.write_text(json.dumps(record, indent=1) + "\n")
         temporary.replace(options.output)
         print(f"{shape} {section}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run_job(shape: str, section: str, options: Any) -> dict[str, Any]:
+    try:
+        weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
+        made = SECTIONS[section](shape, options)
+        found = made if isinstance(made, dict) else {"cells": measure(made, options)}
+        return found | {"batch": options.batch, "base_weights_gib": weights}
+    except Exception:
+        return {"error": traceback.format_exc(limit=-4)}
+    finally:
+        STACK.close()
+
+
+def apart(shape: str, section: str, options: Any, left: float) -> dict[str, Any]:
+    """`run_job` in a process of its own, stopped a minute after `left` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        command = [sys.executable, *sys.argv, "--shapes", shape, "--sections", section, "--job", str(path)]
+        try:
+            code = subprocess.run(command, timeout=None if left == float("inf") else left + 60).returncode
+        except subprocess.TimeoutExpired:
+            return {"error": "stopped: no time left"}
+        found = json.loads(path.read_text()) if path.exists() else {"error": f"the process ended with code {code}"}
+    if "error" in found:
+        print(found["error"], flush=True)
+    return found
 
 
 if __name__ == "__main__":

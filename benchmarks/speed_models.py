@@ -1,7 +1,8 @@
 """The models that benchmarks/speed.py times: Llama shapes of random weights, with LoRA, X-LoRA or bundles.
 
 Cells of a shape share the base model's weights. Bundles share one support of 0.75 d columns, and their hidden units add
-up to LoRA r16's trainable parameters, however many bundles there are. Their calibration is made up: random numbers.
+up to LoRA r16's trainable parameters, however many bundles there are. Their calibration is made up: random numbers, and
+one U for all layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peft_bundles.layer
 from peft_bundles import BundleConfig, BundleLayer
 
 
@@ -29,6 +31,15 @@ SHAPES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
 }
 SIGNALS = ("lm", "preference", "policy", "value")
+
+
+@cache
+def some_basis(hidden_size: int, rank: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(hidden_size, rank, device=DEVICE)).Q.cpu().contiguous()
+
+
+# Drawn in float64 on the CPU as it is, U takes longer than what is measured.
+peft_bundles.layer.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
 
 
 def lora_parameters(rank: int, shape: str) -> int:
@@ -93,7 +104,7 @@ def calibrated(model: Any) -> Any:
     for layer in model.modules():
         if isinstance(layer, BundleLayer):
             layer.bundle_mean["default"].normal_(0, 0.1)
-            layer.bundle_states["default"] = torch.randn(4096, layer.hidden_size, device=DEVICE).bfloat16()
+            layer.keep_states("default", torch.randn(4096, layer.hidden_size, device=DEVICE))
     return model
 
 

@@ -249,9 +249,11 @@ def set_norm_budget(model: nn.Module, tau: float | None) -> None:
 
 
 def layer_alphas(
-    state: BundleState, adapter: str, layer: int, hidden: Tensor
+    state: BundleState, adapter: str, layer: int, hidden: Tensor, units: tuple[Tensor, torch.dtype] | None = None
 ) -> tuple[tuple[float, ...], None] | tuple[None, Tensor]:
     """The alphas of one adapter's bundles in one layer: M numbers where all are numbers, else a tensor (B|1, T|1, M).
+
+    With `units`, the bundle number of every hidden unit (H,) and a dtype, the tensor is theirs, (B|1, T|1, H).
 
     Raises:
         ValueError: alphas given per row (token) for another number of rows (tokens) than `hidden` has.
@@ -265,12 +267,14 @@ def layer_alphas(
 
     def table() -> Tensor:
         columns = [_broadcast(v, n, hidden, call.prompts) for n, v in zip(config.bundles or (), values)]
-        return torch.stack(torch.broadcast_tensors(*columns), -1)
+        found = torch.stack(torch.broadcast_tensors(*columns), -1)
+        return found if units is None else found[..., units[0]]
 
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return None, table()  # a cached graph would be freed by the first backward
     per_layer = any(isinstance(v, tuple) for v in given)
-    return None, call.cached((state.version, adapter, layer if per_layer else None, *hidden.shape[:2]), hidden, table)
+    key = (state.version, adapter, layer if per_layer else None, *hidden.shape[:2], None if units is None else units[1])
+    return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
 
 
 def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> Tensor:

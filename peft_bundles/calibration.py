@@ -173,9 +173,7 @@ def calibrate(
     for layer in layers:
         if not states_only:
             _set_statistics(layer, adapter, config, moments[layer.index])
-        states = moments[layer.index].states()
-        centred = states - layer.bundle_mean[adapter] if config.input_norm == "standard" else states
-        layer.bundle_states[adapter] = centred.to(torch.bfloat16)
+        layer.keep_states(adapter, moments[layer.index].states())
     if states_only:
         return dict(config.calibration or {})
     config.calibration = {

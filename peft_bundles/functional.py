@@ -107,43 +107,46 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Bundles(torch.autograd.Function):
-    """`bundle_forward` with its own backward: row gates on the weight gradients, low-rank activations recomputed.
+    """`bundle_forward` with its own backward: row gates on the weight gradients.
 
     A weight gradient is a sum over tokens, so scaling a token's term by the gate of its row routes it (design.md
-    section 3, guarantee 3). The gradient that flows on to earlier layers is never gated.
+    section 3, guarantee 3). The gradient that flows on to earlier layers is never gated. Kept for backward are the
+    centred states, where D learns, and the hidden units before the activation.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
-        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
-        a = activate(x.flatten(0, -2).to(dtype) @ D.to(dtype), nonlinear).view(*hidden.shape[:-1], -1)
+        x = (hidden if mean is None else hidden - mean.to(hidden.dtype)).flatten(0, -2).to(dtype)
+        s = x @ D.to(dtype)
+        a = activate(s, nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
         out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
-        ctx.save_for_backward(hidden, D, E, mean, alpha, mask)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
         # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
         # passes of one graph (signals.py), which the version check of saved tensors would forbid.
         ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is None
+        ctx.hidden_dtype = hidden.dtype
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        hidden, D, E, mean, alpha, mask = ctx.saved_tensors
+        x, s, D_given, E_given, alpha, mask = ctx.saved_tensors
         needs, dtype, nonlinear = ctx.needs_input_grad, ctx.dtype, ctx.nonlinear
-        D, E = D.to(dtype), E.to(dtype)
-        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
-        x, dy, shape = x.flatten(0, -2).to(dtype), grad.flatten(0, -2).to(dtype), (*hidden.shape[:-1], -1)
-        s = x @ D
-        a = activate(s, nonlinear).view(shape)
-        a = a if mask is None else a * mask.to(dtype)
+        D, E = D_given.to(dtype), E_given.to(dtype)
+        dy, shape = grad.flatten(0, -2).to(dtype), (*grad.shape[:-1], -1)
         da = (dy @ E.T).view(shape)
 
-        d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
-        for factor in (alpha, ctx.gate):
-            a = a if factor is None else a * factor.to(dtype)
-        dE = (a.flatten(0, -2).T @ dy).to(ctx.saved_tensors[2].dtype) if needs[3] else None
+        d_alpha = dE = None
+        if needs[5] or needs[3]:
+            a = activate(s, nonlinear).view(shape)
+            a = a if mask is None else a * mask.to(dtype)
+            d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
+            for factor in (alpha, ctx.gate):
+                a = a if factor is None else a * factor.to(dtype)
+            dE = (a.flatten(0, -2).T @ dy).to(E_given.dtype) if needs[3] else None
         for factor in (alpha, mask):
             da = da if factor is None else da * factor.to(dtype)
         ds = _activate_backward(da.flatten(0, -2), s, nonlinear)
@@ -151,11 +154,12 @@ class _Bundles(torch.autograd.Function):
         if ctx.shared:  # the residual is h itself: one fused product gives both terms
             d_hidden = _add_product(grad, ds.view(shape), D.T) if needs[0] else None
         else:
-            d_hidden = (ds @ D.T).view_as(hidden).to(hidden.dtype) if needs[0] else None
+            d_hidden = (ds @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
             d_residual = grad if needs[1] else None
-        if ctx.gate is not None:
-            ds = (ds.view(shape) * ctx.gate.to(dtype)).flatten(0, -2)
-        dD = (x.T @ ds).to(ctx.saved_tensors[1].dtype) if needs[2] else None
+        dD = None
+        if needs[2]:
+            ds = ds if ctx.gate is None else (ds.view(shape) * ctx.gate.to(dtype)).flatten(0, -2)
+            dD = (ds.T @ x).T.to(D_given.dtype)
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 

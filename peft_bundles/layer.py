@@ -10,6 +10,7 @@ A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from .packing import Packing
 from .prepared import Slot, apply
 
 
-DRAW = 512  # of the states kept by calibration, so many are looked at a step
 MERGE_ERROR = (
     "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
     "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
@@ -38,7 +38,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
     width w is r behind a projection and |support| without.
     bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
-    bundle_states: (N, d), states of calibration text minus mu, for `loudness`; only after `calibrate`, never saved.
+    bundle_states: (N, R), x of states of calibration text, for the quiet penalty (quiet.py); (N, d), those states minus
+    mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
@@ -153,6 +154,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
         return [table[bundle] for table in tables if bundle in table]
 
+    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
+        # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
+        tables = (self.bundle_weight, self.bundle_weight_out, self.bundle_down, self.bundle_up)
+        weight, weight_out, down, up = (table[adapter]._parameters for table in tables)
+        return weight, weight_out, down, up
+
     def bundle_weights(self, adapter: str) -> list[BundleWeights]:
         """One adapter's bundles as the plain reference takes them (functional.py)."""
         return [
@@ -219,8 +227,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return apply(self.slot.ready, hidden)
         if not torch.is_grad_enabled() and torch.compiler.is_compiling():
             self.state.compiled = True  # from the next call on, what a compiled forward reads is prepared
-        names, active = self.state.call.adapter_names, self.state.call.active
+        call = self.state.call
+        names, active = call.adapter_names, call.active
         active = self.active_adapters if active is None else active
+        fixed = call.folds is not None and names is None and self.state.budget is None and not self.training
+        if fixed and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._as_planned(hidden, active)
         out = None
         for adapter in active if names is None else dict.fromkeys(names):
             if adapter not in self.bundle_basis or not self.packing(adapter).names:
@@ -230,9 +242,46 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return hidden if out is None else out
         return within_budget(hidden, out, self.state.budget)
 
+    def _as_planned(self, hidden: Tensor, active: Sequence[str]) -> Tensor:
+        """`forward` where nothing can change: what one-token steps pay for is each look-up, and each small kernel."""
+        call, state, dtype = self.state.call, self.state, compute_dtype(hidden)
+        key: Any = (tuple(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device, call.prompts, state.version)
+        found = call.folds.get(self)  # type: ignore[union-attr]
+        if found is None or found[0] != key or found[1] is not call.alphas:
+            given = {**state.set_alphas, **call.alphas}.values()
+            if any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in given):
+                key = ()  # not kept: an optimizer may move it
+            found = call.folds[self] = key, call.alphas, self._plan(hidden, dtype, active)  # type: ignore[index]
+        if not found[2]:
+            return hidden
+        flat = out = hidden.flatten(0, -2)
+        for mean, D, E, nonlinear, alpha in found[2]:
+            a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
+            if alpha is not None:
+                a = (a.view(*hidden.shape[:-1], -1) * alpha).flatten(0, -2)
+            out = torch.addmm(out, a, E) if out.dtype == dtype else out + a @ E
+        return out.view(hidden.shape)
+
+    def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
+        """mu, D, E, the number of non-linear units and their alphas, for every adapter that acts."""
+        plan = []
+        for adapter in active:
+            if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
+                continue
+            packing = self.packing(adapter)
+            numbers, alpha = layer_alphas(
+                self.state, adapter, self.index, hidden, (packing.index(hidden.device)["owner"], dtype)
+            )
+            if numbers is None or any(numbers):
+                mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
+                alpha = None if alpha is None else alpha.to(dtype)
+                plan.append((mean, *self._folded(adapter, dtype, numbers, names), packing.nonlinear, alpha))
+        return plan
+
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
         packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]
-        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden)
+        dtype, owner = compute_dtype(hidden), packing.index(hidden.device)["owner"]
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
         if numbers is not None and not any(numbers):
             return hidden if residual is None else residual
         live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
@@ -243,9 +292,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             gate = route.gate(adapter, hidden)
         if torch.is_grad_enabled():
             self.state.seen.update((adapter, name) for name in live)
-        D, E = self._folded(adapter, compute_dtype(hidden), numbers, live)
-        if alpha is not None:
-            alpha = alpha[..., packing.index(hidden.device)["owner"]]
+        D, E = self._folded(adapter, dtype, numbers, live)
         if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
             mine = self._row_mask([name == adapter for name in rows], hidden)
             alpha = mine if alpha is None else alpha * mine
@@ -283,18 +330,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         folds, key = call.folds if not torch.is_grad_enabled() else None, (id(self), adapter, dtype, numbers)
         if folds is not None and key in folds:
             return folds[key]
-        basis, scale = self.bundle_basis[adapter].to(dtype), self.bundle_scale[adapter]
+        basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
         with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
-                self.bundle_weight[adapter],
-                self.bundle_weight_out[adapter],
-                self.bundle_down[adapter],
-                self.bundle_up[adapter],
+                *self.tables(adapter),
                 basis,
-                scale.reciprocal() if self._standardised(adapter) else None,
+                scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
                 call.joined if torch.is_grad_enabled() else None,
+                dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
                 owner = packing.index(E.device)["owner"]
@@ -305,26 +350,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             folds[key] = D, E
         return D, E
 
-    def loudness(self, adapter: str, names: list[str]) -> Tensor:
-        """Mean |what the named bundles add|^2 on kept states, over the variance of the states; a scalar.
-
-        Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
-        """
-        packing, states = self.packing(adapter), self.bundle_states[adapter]
-        if len(states) > DRAW:
-            states = states[torch.randint(len(states), (DRAW,), device=states.device)]
-        with torch.autocast(states.device.type, enabled=False):
-            D, E = self._folded(adapter, torch.float32, None, names)
-            a = activate(states.float() @ D, packing.nonlinear)
-            owner, group = (packing.index(states.device)[name] for name in ("owner", "group"))
-            products = (E @ E.T) * (group[:, None] == group[None, :])  # |a E|^2 = a (E E^T) a^T, group by group
-            ours = self.state.call.cached(
-                (packing, "learns", tuple(names)),
-                E,
-                lambda: torch.tensor([float(name in names) for name in packing.names], device=E.device)[owner],
-            )
-            a = a * ours
-            return ((a @ products) * a).sum() / (len(states) * self.bundle_scale[adapter].square().sum())
+    def keep_states(self, adapter: str, states: Tensor) -> None:
+        """Keep states of calibration text, (N, d), for the quiet penalty."""
+        basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
+        standardised, whole = self.state.configs[adapter].input_norm == "standard", bool(self.packing(adapter).full)
+        states = states.to(basis.dtype)
+        states = states - self.bundle_mean[adapter] if standardised else states
+        if not whole:
+            states = (states / scale if standardised else states) @ basis
+        self.bundle_states[adapter] = states.to(torch.bfloat16)
 
     def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
         """(B, 1, 1): 1 for the rows that are ours."""

@@ -22,7 +22,8 @@ from .checkpoints import weights_digest
 from .config import BundleConfig
 from .layer import MERGE_ERROR, BundleLayer
 from .packing import Packing
-from .prepared import prepare
+from .prepared import prepared
+from .quiet import loudness
 from .report import BundleReport, report
 
 
@@ -284,7 +285,7 @@ class BundleModel(BaseTuner):
         call.adapter_names = names if names is not None else before
         try:
             own = alphas(self.model, given) if given is not None else nullcontext()
-            with self._pinned(names or ()), own, self._prepared():
+            with self._pinned(names or ()), own, prepared(self.model, self._layers):
                 yield
         finally:
             call.adapter_names = before
@@ -316,34 +317,6 @@ class BundleModel(BaseTuner):
                 finally:
                     use.swapping.release()
 
-    @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Run the block with what a compiled forward reads, where inference is compiled; see prepared.py."""
-        call, layers = self._state.call, self._layers
-        before = [layer.slot.ready for layer in layers]
-        ready = before[0] if before else None
-        done = ready is not None and ready.generating == (call.prompts is not None)
-        if done or call.active is None or torch.is_grad_enabled() or not self._compiled():
-            yield
-            return
-        first = next(p for p in self.model.parameters() if p.is_floating_point())
-        device = first.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
-        try:
-            for layer in layers:
-                layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
-            yield
-        finally:
-            for layer, earlier in zip(layers, before):
-                layer.slot.ready = earlier
-
-    def _compiled(self) -> bool:
-        """Whether inference with this model is compiled, as far as one can see before it runs."""
-        decoder = getattr(self.model, "base_model", None)
-        parts = [self.model, decoder, *(layer.get_base_layer() for layer in self._layers)]
-        self._state.compiled |= any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
-        return self._state.compiled
-
     def delete_retired(self) -> None:
         """Delete the adapters that are to go and that no call in flight runs with; for who holds `use.swapping`."""
         use = self._state.use
@@ -368,7 +341,7 @@ class BundleModel(BaseTuner):
         before, state.seen = state.seen, set()
         state.call.joined = {} if self.training else None
         try:
-            with self._pinned(), hooks, self._prepared():
+            with self._pinned(), hooks, prepared(self.model, self._layers):
                 output = self.model(*args, **kwargs)
             if self.training and state.seen and getattr(output, "loss", None) is not None:
                 # Where the loss is a sum over this micro-batch's tokens by those of the whole step, so is the penalty.
@@ -395,9 +368,8 @@ class BundleModel(BaseTuner):
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for adapter, names in learning.items():
             weight = self._state.configs[adapter].quiet
-            for layer in layers if weight else ():
-                if adapter in layer.bundle_states:
-                    total = total + weight * layer.loudness(adapter, names).to(total.device)
+            if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
+                total = total + weight * loudness(kept, adapter, names).to(total.device)
         return total
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Folding many small bundles into the two stacked maps D and E (see functional.py) with few kernels.
 
 The bundles' weights are parameters of their own, so that an optimizer can skip one. A forward needs them side by side:
-one `cat` and one `scatter` per kind of weight lay them out as block matrices, whatever the number of bundles.
+one `cat` joins them, one gather lays them out as block matrices, one product with U folds them, whatever their number.
 """
 
 from __future__ import annotations
@@ -21,25 +21,63 @@ _ORDER = ("mlp", "full", "linear", "diag", "identity")
 
 
 class _Join(torch.autograd.Function):
-    """Many weights as one flat tensor; gradients go to those flagged in `learn`, None to the rest.
+    """Many weights and a 0 and a 1 as one flat tensor; gradients go to those flagged in `learn`, None to the rest.
 
     One node for all of them: a node or two per weight is what many small bundles would spend their time on.
     """
 
     @staticmethod
-    def forward(ctx: Any, learn: list[bool], *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, learn: list[bool], constants: Tensor, *parts: Tensor) -> Tensor:
         ctx.learn, ctx.shapes = learn, [p.shape for p in parts]
-        return torch.cat([p.reshape(-1) for p in parts])
+        return torch.cat([*(p.reshape(-1) for p in parts), constants.to(parts[0].dtype)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        flat = grad.split([shape.numel() for shape in ctx.shapes])
-        return None, *(g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
+        flat = grad.split([*(shape.numel() for shape in ctx.shapes), 2])
+        return None, None, *(g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
 
 
-def _flat(like: Tensor, size: int, ones: Tensor | None) -> Tensor:
-    out = like.new_zeros(size)
-    return out if ones is None or not len(ones) else out.index_fill_(0, ones, 1.0)
+class _Lay(torch.autograd.Function):
+    """The entries of joined weights (..., n) at `place` (m,), in `dtype`: (..., m). `index` (n,) is where each went.
+
+    An entry has one place, so the way back is a gather too, and no sum. The constants' gradients are read by nobody.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, place: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.index, ctx.dtype = index, flat.dtype
+        return flat.to(dtype).index_select(-1, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.index_select(-1, ctx.index).to(ctx.dtype), None, None, None
+
+
+class _Fold(torch.autograd.Function):
+    """What bundles read and write in coordinates of U, (2, H, R), as D (d, H) and E (H, d): one product with U.
+
+    U is cast anew in backward: a copy in every layer would be kept until then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, basis: Tensor, scale: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(basis, scale)
+        ctx.scaling, ctx.shape = scaling, maps.shape
+        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], -1)
+        reads, writes = folded.unbind(0)
+        if scale is not None:
+            reads.div_(scale)
+        if scaling != 1.0:
+            writes.mul_(scaling)
+        return reads.T, writes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dD: Tensor, dE: Tensor) -> Any:
+        basis, scale = ctx.saved_tensors
+        reads = dD.T if scale is None else (dD.T / scale).to(dD.dtype)
+        grad = torch.cat([reads, dE if ctx.scaling == 1.0 else dE * ctx.scaling])
+        return (grad @ basis.to(grad.dtype)).view(ctx.shape), None, None, None
 
 
 class Packing:
@@ -51,17 +89,19 @@ class Packing:
         names: bundles in the order of the config (the order of alphas and gates).
         nonlinear: number of leading hidden units that pass through the activation.
         owner: bundle number of every hidden unit, (H,).
-        group: the same for groups of bundles that learn from the same signals, (H,).
+        groups: names of bundles that learn from the same signals, and where their hidden units are, as (start, size).
     """
 
     def __init__(
         self, shapes: Mapping[str, BundleShape], basis_rank: int, projected: bool, groups: list[int] | None = None
     ) -> None:
-        self.shapes, self.basis_rank, self.has_weight = dict(shapes), basis_rank, projected
+        self.shapes, self.basis_rank = dict(shapes), basis_rank
         self.names = list(shapes)
-        ordered = sorted(self.names, key=lambda name: _ORDER.index(shapes[name].kind))
+        group = dict(zip(self.names, groups if groups is not None else range(len(shapes))))
+        ordered = sorted(self.names, key=lambda name: (_ORDER.index(shapes[name].kind), group[name]))
         self.full = [n for n in ordered if shapes[n].kind == "full"]
         self.projected = [n for n in ordered if shapes[n].kind != "full"]
+        projected = projected and bool(self.projected)
         self.before_full = sum(shapes[n].hidden for n in ordered if shapes[n].kind == "mlp")
         self.nonlinear = self.before_full + sum(shapes[n].hidden for n in self.full)
         owners = [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered]
@@ -69,7 +109,15 @@ class Packing:
         # Units that pad the matrices to a good size: their columns of D and rows of E are zero, whoever owns them.
         self.padding = align(used) - used
         self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
-        self.group = torch.tensor(groups if groups is not None else list(range(len(shapes))))[self.owner]
+        self.groups: list[tuple[list[str], list[tuple[int, int]]]] = []
+        for number in dict.fromkeys(group.values()):
+            mine = [name for name in ordered if group[name] == number]
+            starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in mine}
+            spans: list[tuple[int, int]] = []
+            for name in mine:  # side by side, within a kind
+                last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
+                spans.append((last[0], last[1] + shapes[name].hidden))
+            self.groups.append((mine, spans))
         if self.nonlinear == used:
             self.nonlinear += self.padding
         self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
@@ -78,9 +126,9 @@ class Packing:
         weight: list[Tensor] = []
         down: list[Tensor] = []
         up: list[Tensor] = []
-        down_eye: list[Tensor] = []
-        up_eye: list[Tensor] = []
+        ones: list[Tensor] = []
         r0 = h0 = 0
+        second = self.total_hidden * self.width  # what is written lies behind what is read
         for name in self.projected:
             shape = shapes[name]
             r, b = shape.rank, shape.hidden
@@ -91,23 +139,26 @@ class Packing:
             block = hidden[:, None] * self.width + rows[None, :]  # (b, width)
             if shape.kind in ("mlp", "linear"):
                 down.append(block.flatten())
-                up.append(block.T.flatten())  # `up` is (width, b), and E needs its transpose
+                up.append(second + block.T.flatten())  # `up` is (width, b), and E needs its transpose
             else:
-                down_eye.append(block.diagonal())
-                (up if shape.kind == "diag" else up_eye).append(block.diagonal())
+                ones.append(block.diagonal())
+                (up if shape.kind == "diag" else ones).append(second + block.diagonal())
             r0, h0 = r0 + r, h0 + b
 
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts) if parts else torch.arange(0)
 
+        def laid(index: Tensor, size: int, ones: Tensor) -> dict[str, Tensor]:
+            """Which entry of the joined weights, the 0 and the 1 behind them, each place gets; and the way back."""
+            place = torch.full((size,), len(index)).index_fill_(0, ones, len(index) + 1)
+            place.index_copy_(0, index, torch.arange(len(index)))
+            return {"place": place, "back": torch.cat([index, index.new_zeros(2)]) if size else index.new_zeros(0)}
+
         self._index = {
-            "weight": joined(weight),
-            "down": joined(down),
-            "up": joined(up),
-            "down_eye": joined(down_eye),
-            "up_eye": joined(up_eye),
             "owner": self.owner,
-            "group": self.group,
+            "constants": torch.tensor([0.0, 1.0]),
+            **{f"maps_{k}": v for k, v in laid(joined([*down, *up]), 2 * second, joined(ones)).items()},
+            **{f"weight_{k}": v for k, v in laid(joined(weight), self.width * basis_rank, joined([])).items()},
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -119,6 +170,56 @@ class Packing:
                 self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
 
+    def join(
+        self,
+        weight: Mapping[str, Tensor],
+        weight_out: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+        up: Mapping[str, Tensor],
+        device: torch.device,
+        live: Collection[str] | None = None,
+        joined: dict[Any, Any] | None = None,
+    ) -> list[Tensor]:
+        """The projected bundles' weights side by side: down and up, then weight and weight_out if there are any.
+
+        `joined` is for several uses of the same weights in one graph: they share what it keeps, so that each weight
+        gets one gradient and not one from every use to be added up.
+
+        A bundle that is not `live` (None: all are) gets no gradient at all, so that autograd leaves its `.grad` None:
+        AdamW moves a parameter whose gradient is merely zero.
+        """
+        key = (id(down), *(live is None or name in live for name in self.projected))
+        if joined is not None and key in joined:
+            return joined[key]
+        constants, found = self.index(device)["constants"], []
+        for tables in ((down, up), (weight,), (weight_out,)):
+            names = [(table, name) for table in tables for name in self.projected if name in table]
+            if names:
+                learn = [live is None or name in live for _, name in names]
+                parts = [table[name] for table, name in names]
+                if torch.is_grad_enabled():
+                    found.append(_Join.apply(learn, constants, *parts))
+                else:  # the compiler cannot trace the node here, and it would be of no use
+                    found.append(torch.cat([*(p.reshape(-1) for p in parts), constants.to(parts[0].dtype)]))
+            elif not found:
+                found.append(constants)
+        if joined is not None:
+            joined[key] = found
+        return found
+
+    def maps(self, joined: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """What bundles read and write in coordinates of U, (..., 2, H, R); from `join`, or several layers' stacked."""
+        index = self.index(joined[0].device)
+
+        def lay(flat: Tensor, what: str, *size: int) -> Tensor:
+            laid = _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype)
+            return laid.view(*flat.shape[:-1], *size)
+
+        maps = lay(joined[0], "maps", 2, self.total_hidden, self.width)
+        if len(joined) == 1:
+            return maps
+        return maps @ torch.stack([lay(flat, "weight", self.width, self.basis_rank) for flat in joined[1:]], -3)
+
     def fold(
         self,
         weight: Mapping[str, Tensor],
@@ -126,57 +227,27 @@ class Packing:
         down: Mapping[str, Tensor],
         up: Mapping[str, Tensor],
         basis: Tensor,
-        inverse_scale: Tensor | None,
+        scale: Tensor | None,
         scaling: float = 1.0,
         live: Collection[str] | None = None,
-        joined: dict[Any, Tensor] | None = None,
+        joined: dict[Any, Any] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """D (d, H) and E (H, d) in the dtype of `basis`, differentiable in the weights of `live` bundles (None: all).
+        """D (d, H) and E (H, d) in `dtype` (None: that of `basis`), differentiable in the weights of `live` bundles.
 
-        `joined` is for several folds of the same weights in one graph: they share what it keeps, so that each weight
-        gets one gradient and not one from every fold to be added up.
-
-        A bundle that is not live gets no gradient at all, so that autograd leaves its `.grad` None: AdamW moves a
-        parameter whose gradient is merely zero.
+        `live` and `joined`: see `join`.
         """
-        index = self.index(basis.device)
-
-        def blocks(table: Mapping[str, Tensor], where: str, rows: int, columns: int) -> Tensor:
-            names = [name for name in self.projected if name in table]
-            learn = [live is None or name in live for name in names]
-            out = _flat(basis, rows * columns, index.get(f"{where}_eye"))
-            if names:
-                joins, key = {} if joined is None else joined, (id(table), *learn)
-                if key not in joins:
-                    parts = [table[n] for n in names]
-                    # Without gradients the compiler cannot trace the node, nor is it of use.
-                    grad = torch.is_grad_enabled()
-                    joins[key] = _Join.apply(learn, *parts) if grad else torch.cat([p.reshape(-1) for p in parts])
-                out = out.scatter_(0, index[where], joins[key].to(basis.dtype))
-            return out.view(rows, columns)
-
-        def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
-            value = table[name].to(basis.dtype)
-            return value if live is None or name in live else value.detach()
-
-        def product(left: Tensor, right: Tensor) -> Tensor:
-            # beta=0: the first argument is not read. The factor is part of the product, and not one more kernel.
-            if scaling == 1.0:
-                return left @ right
-            return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
-
-        if self.projected:
-            reads = blocks(down, "down", self.total_hidden, self.width)
-            writes = blocks(up, "up", self.total_hidden, self.width)
-            if self.has_weight:
-                W = blocks(weight, "weight", self.width, self.basis_rank)
-                reads = reads @ W
-                writes = writes @ (blocks(weight_out, "weight", self.width, self.basis_rank) if weight_out else W)
-            D, E = basis @ reads.T, product(writes, basis.T)
-        else:
-            D, E = basis.new_zeros(basis.shape[0], self.padding), basis.new_zeros(self.padding, basis.shape[0])
+        dtype = basis.dtype if dtype is None else dtype
+        flat = self.join(weight, weight_out, down, up, basis.device, live, joined)
+        D, E = _Fold.apply(self.maps(flat, dtype), basis, scale, scaling)
         if self.full:
+
+            def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
+                return table[name] if live is None or name in live else table[name].detach()
+
             m = self.before_full
-            D = torch.cat([D[:, :m], *(alone(down, name).T for name in self.full), D[:, m:]], 1)
-            E = torch.cat([E[:m], *(scaling * alone(up, name).T for name in self.full), E[m:]])
-        return D if inverse_scale is None else D * inverse_scale[:, None], E
+            reads = [alone(down, name).T for name in self.full]
+            reads = reads if scale is None else [each / scale[:, None] for each in reads]
+            D = torch.cat([D[:, :m], *(each.to(dtype) for each in reads), D[:, m:]], 1)
+            E = torch.cat([E[:m], *(scaling * alone(up, name).T.to(dtype) for name in self.full), E[m:]])
+        return D, E

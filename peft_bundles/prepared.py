@@ -10,11 +10,13 @@ the first norm budget, all bundles off. (Training compiles what it finds.)
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .alphas import layer_alphas
 from .functional import _add_product, compute_dtype, within_budget
@@ -50,6 +52,37 @@ class Slot(threading.local):
         return Slot, ()  # a copy of the model starts with no call in progress
 
 
+@contextmanager
+def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
+    """Run the block with what compiled inference reads in this thread's slots, where there is a call that needs it."""
+    if torch.is_grad_enabled() or not layers or not _compiled(model, layers):
+        yield
+        return
+    state, before = layers[0].state, [layer.slot.ready for layer in layers]
+    call, ready = state.call, before[0]
+    if call.active is None or (ready is not None and ready.generating == (call.prompts is not None)):
+        yield
+        return
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    device = first.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
+    try:
+        for layer in layers:
+            layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
+        yield
+    finally:
+        for layer, earlier in zip(layers, before):
+            layer.slot.ready = earlier
+
+
+def _compiled(model: nn.Module, layers: Sequence[BundleLayer]) -> bool:
+    """Whether inference is compiled, as far as one can see before it runs; a forward that was traced says so later."""
+    parts = [model, getattr(model, "base_model", None), *(layer.get_base_layer() for layer in layers)]
+    state = layers[0].state
+    state.compiled |= any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+    return state.compiled
+
+
 @torch.compiler.disable
 def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | None, dtype: torch.dtype) -> Prepared:
     """One layer's tensors for a call with these adapters, or with `rows` naming one for each row of the batch."""
@@ -64,19 +97,19 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
         batch = max([len(rows or ()), 1, *(shape[0] for shape in shapes if len(shape))])
         tokens = max([1, *(shape[1] for shape in shapes if len(shape) > 1)])
         like = basis.new_empty(batch, tokens, 0, dtype=dtype)
-        numbers, alpha = layer_alphas(state, adapter, layer.index, like)
+        owner = packing.index(basis.device)["owner"]
+        numbers, alpha = layer_alphas(state, adapter, layer.index, like, (owner, dtype))
         if numbers is not None and not any(numbers):
             continue
-        D, E = layer._folded(adapter, dtype, numbers, packing.names)
-        owner = packing.index(basis.device)["owner"]
-        alpha = None if alpha is None else alpha[..., owner]
+        # Tensors of their own: where one lies in a storage is a number too, which would be compiled in.
+        D, E = (tensor.clone() for tensor in layer._folded(adapter, dtype, numbers, packing.names))
         if rows is not None:
             mine = layer._row_mask([name == adapter for name in rows], like)
             alpha = mine.expand(-1, -1, len(owner)) if alpha is None else alpha * mine
         linear = None
         if packing.nonlinear < len(owner):
             linear = torch.arange(len(owner), device=basis.device) >= packing.nonlinear
-        mean = layer.bundle_mean[adapter].to(dtype) if layer._standardised(adapter) else None
+        mean = layer.bundle_mean[adapter] if layer._standardised(adapter) else None
         for tensor, axis in ((D, 1), (E, 0), (linear, 0), (alpha, -1)):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
@@ -85,17 +118,17 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
     return Prepared(tuple(groups), budget, state.call.prompts is not None)
 
 
-def apply(prepared: Prepared, hidden: Tensor) -> Tensor:
+def apply(ready: Prepared, hidden: Tensor) -> Tensor:
     """The bundles of a layer on hidden, (B, T, d); the same arithmetic as `bundle_forward`, without a backward."""
     out, dtype = hidden, compute_dtype(hidden)
-    for D, E, mean, linear, alpha in prepared.groups:
+    for D, E, mean, linear, alpha in ready.groups:
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         s = x.to(dtype) @ D.to(dtype)
         a = F.gelu(s) if linear is None else torch.where(linear, s, F.gelu(s))
         if alpha is not None:
-            a = a * _fitted(alpha, hidden, prepared.generating).to(dtype)
+            a = a * _fitted(alpha, hidden, ready.generating).to(dtype)
         out = _add_product(out, a, E.to(dtype))
-    return out if prepared.budget is None else within_budget(hidden, out, prepared.budget)
+    return out if ready.budget is None else within_budget(hidden, out, ready.budget)
 
 
 def _fitted(alpha: Tensor, hidden: Tensor, generating: bool) -> Tensor:

@@ -90,7 +90,7 @@ class Route:
             self._places.add((adapter, device))
             live = [name in self._live[adapter] for name in packing.names]
             if self.deferred or not bool((table[..., live] == 1.0).all()):  # others that are not live are constants
-                gate = table.to(device, dtype)[..., packing.index(device)["owner"]]
+                gate = _sent(table.to(dtype), device)[..., packing.index(device)["owner"]]
                 self._gates[adapter, device] = packing, gate
 
     def live(self, adapter: str) -> set[str]:
@@ -129,7 +129,7 @@ class Route:
     def choose(self, signals: set[str] | None) -> None:
         """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""
         for (adapter, device), (packing, gate) in self._gates.items():
-            table = self._table(adapter, signals).to(device, gate.dtype)
+            table = _sent(self._table(adapter, signals).to(gate.dtype), device)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.data.copy_(table[..., packing.index(device)["owner"]])
 
@@ -137,6 +137,11 @@ class Route:
         """Whether some row carries both signals, and they want different gates on it."""
         together = any(a in signals and b in signals for row in self.rows for signals, _ in row)
         return together and self._columns[a] != self._columns[b]
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A table made on the CPU, on the device. Sent as it is, it would hold up the CPU until the GPU gets there."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def check_signals(configs: Mapping[str, BundleConfig], signals: Sequence[str]) -> None:

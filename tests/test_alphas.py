@@ -1,5 +1,6 @@
 """Alphas: where they come from, their shapes, beams, threads."""
 
+import itertools
 import threading
 
 import pytest
@@ -319,3 +320,52 @@ def test_what_is_remembered_of_alphas_does_not_grow_without_end():
             model.set_alphas({"b_one": torch.rand(rows)})
             logits(model, batch(rows, length % 9 + 1))
     assert len(state.call.cache) <= 257
+
+
+@pytest.mark.parametrize("input_norm", ["standard", "none"])
+def test_folded_follows_all_that_may_change(input_norm):
+    """Inside `folded()` each layer keeps what one call looked up; another call's alphas, shapes and adapters differ."""
+    configs = [make(input_norm=input_norm).peft_config["default"] for _ in range(2)]
+    model = get_peft_model(TINY["llama"](), configs[0])
+    peft_bundles.calibrate(model, tokens=256, max_length=32, progress=False)
+    model.add_adapter("other", configs[1])
+    perturb(model, scale=1.0).eval()
+    state, rows, gates = model.base_model._state, torch.rand(3, 3), torch.rand(3, 6, 3)
+    learnt = torch.ones((), requires_grad=True)
+
+    def both(ids, **call):
+        """Logits, after a look at them without what is kept."""
+        found = logits(model, ids, **call)
+        folds, state.call.folds = state.call.folds, None
+        torch.testing.assert_close(found, logits(model, ids, **call), rtol=1e-5, atol=1e-5)
+        state.call.folds = folds
+        return found
+
+    long, short = batch(3, 6), batch(2, 4)
+    with model.folded():
+        found = [
+            both(long),
+            both(long, alphas={"b_one": 0.3}),
+            both(long, alphas={"b_one": rows[:, 0], "b_two": rows[:, 1], "b_three": 2.0}),
+            both(long, alphas=dict(zip(NAMES, gates.unbind(-1)))),
+            both(short),
+            both(short, alphas=dict.fromkeys(NAMES, 0.0)),
+        ]
+        model.set_alphas({"b_one": -1.0})
+        found.append(both(short))
+        model.set_adapter("other")
+        found.append(both(short))
+        model.base_model.set_adapter(["default", "other"])
+        found += [both(short), both(short, adapter_names=["default", "__base__"])]
+        peft_bundles.set_norm_budget(model, 1e-3)
+        found.append(both(short))
+        peft_bundles.set_norm_budget(model, None)
+        model.set_alphas({"b_one": learnt})
+        found.append(both(short))
+        with torch.no_grad():
+            learnt.fill_(0.2)
+        found.append(both(short))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(both(short))
+    for a, b in itertools.pairwise(found):
+        assert a.shape != b.shape or not torch.equal(a, b)

@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
-from peft_bundles.layer import DRAW
+from peft_bundles.layer import BundleLayer
+from peft_bundles.quiet import DRAW, _Energy
 
 
 def calibrated(**fields):
@@ -26,20 +27,55 @@ def added_by(model, layer, names, states):
         return layer(states[None])[0] - states
 
 
-@pytest.mark.parametrize("projection", ["none", "tied"])
+@pytest.mark.parametrize("kinds", ["projected", "with a full one"])
+@pytest.mark.parametrize("projection", ["none", "tied", "free"])
 @pytest.mark.parametrize("input_norm", ["standard", "none"])
-def test_it_is_the_mean_square_of_what_is_added_to_the_kept_states(projection, input_norm):
-    model = calibrated(projection=projection, input_norm=input_norm, quiet=3.0)
+def test_it_is_the_mean_square_of_what_is_added_to_the_kept_states(projection, input_norm, kinds):
+    bundles = dict(bundle_config().bundles)
+    if kinds == "with a full one":
+        bundles["b_full"] = {"rank": 1, "adapter": "full", "bottleneck": 0.1, "signals": {"policy": 1.0}}
+    model = calibrated(projection=projection, input_norm=input_norm, quiet=3.0, bundles=bundles)
     model.train()(input_ids=batch(), labels=batch())  # every bundle may learn
     wanted = 0.0
     for layer in layers(model):
-        centred = layer.bundle_states["default"].float()
-        assert 100 < len(centred) <= DRAW  # so few that all are looked at
-        states = centred + layer.bundle_mean["default"] if input_norm == "standard" else centred
-        for together in (("b_mlp", "b_diag"), ("b_linear",)):  # by what they learn from
+        states = layer.bundle_states["default"].float()
+        assert 100 < len(states) <= DRAW  # so few that all are looked at
+        scale = layer.bundle_scale["default"] if input_norm == "standard" else 1.0
+        if kinds == "projected":  # they are kept in coordinates of U
+            states = states @ layer.bundle_basis["default"].T * scale
+        if input_norm == "standard":
+            states = states + layer.bundle_mean["default"]
+        for together in (("b_mlp", "b_diag"), tuple(bundles)[1:2] + tuple(bundles)[3:]):  # by what they learn from
             added = added_by(model, layer, together, states).square().sum(-1).mean()
             wanted += added / layer.bundle_scale["default"].square().sum()
     torch.testing.assert_close(model.quiet_loss(), 3.0 * wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_kept_states_are_those_of_the_text(monkeypatch):
+    """In coordinates of U: the same penalty, to bfloat16's rounding, as from the states themselves."""
+    given = {}
+    keep = BundleLayer.keep_states
+    monkeypatch.setattr(
+        BundleLayer, "keep_states", lambda self, *args: (given.update({self.index: args[1]}), keep(self, *args))
+    )
+    model = calibrated(quiet=1.0)
+    model.train()(input_ids=batch(), labels=batch())
+    wanted = 0.0
+    for layer in layers(model):
+        for together in (("b_mlp", "b_diag"), ("b_linear",)):
+            added = added_by(model, layer, together, given[layer.index].float()).square().sum(-1).mean()
+            wanted += added / layer.bundle_scale["default"].square().sum()
+    torch.testing.assert_close(model.quiet_loss(), wanted, rtol=1e-2, atol=0)
+
+
+def test_layers_that_kept_different_numbers_of_states_count_alike():
+    model = calibrated(quiet=1.0).train()
+    for layer in layers(model):
+        layer.bundle_states["default"] = layer.bundle_states["default"][:200]
+    model(input_ids=batch(), labels=batch())
+    before = model.quiet_loss()
+    layers(model)[0].bundle_states["default"] = layers(model)[0].bundle_states["default"].repeat(2, 1)
+    torch.testing.assert_close(model.quiet_loss(), before)
 
 
 def test_many_bundles_are_as_loud_as_one_that_adds_the_same():
@@ -83,7 +119,7 @@ def test_a_forward_and_its_penalty_reach_each_weight_by_one_path():
             nodes.add(node)
             stack.extend(child for child, _ in node.next_functions)
     joins = sum("_Join" in type(node).__name__ for node in nodes)
-    assert joins == 2 * len(layers(model))  # down and up
+    assert joins == len(layers(model))  # down and up together
 
 
 def test_micro_batches_of_a_step_add_it_once_between_them():
@@ -222,3 +258,9 @@ def test_the_default_disturbs_less_than_what_it_replaced():
     assert found["default"][0] < 0.25 * start.item()
     assert found["default"][1] < 0.5 * found["loud"][1]
     assert found["default"][1] < 0.5 * found["projected"][1]
+
+
+def test_energy_and_its_gradient():
+    a, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (2, 3, 7)))
+    torch.testing.assert_close(_Energy.apply(a, E), (a @ E).square().sum((1, 2)))
+    assert torch.autograd.gradcheck(_Energy.apply, (a, E))
