@@ -295,22 +295,21 @@ def test_a_resumed_run_is_the_run(tmp_path, mask):
 
 
 def run_of(folder: Path, world: int, mask: str, **fields) -> BundleTrainer:
-    """Rows of 2 on every process: often one process has a topic in a step that the other has not."""
-    size = {
-        "per_device_train_batch_size": 4 // world,
-        "optim": "sgd",
-        "optim_args": "momentum=0.9",
-        "learning_rate": 0.05,
-    }
-    objectives = [LM(texts(), eval_dataset=texts(5)), LM(texts(7), signal="logic")]
-    return trainer(folder, objectives, model(calibrated=True), mask, max_steps=4, **size, **fields)
+    """Often one process has a topic in a step that the other has not; with "hard" one has none at all."""
+    rows = [LM(texts(), eval_dataset=texts(5)), LM(texts(7), signal="logic")]
+    if mask == "hard":
+        rows = LM([{"text": "of law", "topics": ["law"]}, {"text": "of none", "topics": []}], eval_dataset=texts(5))
+    return trainer(
+        folder, rows, model(calibrated=True), mask, max_steps=4, optim="sgd", optim_args="momentum=0.9",
+        per_device_train_batch_size=(2 if mask == "hard" else 4) // world, learning_rate=0.05, **fields,
+    )  # fmt: skip
 
 
 def worker(rank: int, folder: str, port: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     found = {}
-    for mask in ("stochastic", "rate"):
+    for mask in ("stochastic", "rate", "hard"):
         run = run_of(Path(folder), 2, mask, ddp_backend="gloo")
         run.train()
         found[mask] = bundles_of(run.model), run.evaluate()["eval_loss/lm"]
@@ -325,7 +324,7 @@ def test_two_processes_equal_one(tmp_path):
         port = str(free.getsockname()[1])
     mp.spawn(worker, args=(str(tmp_path), port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for mask in ("stochastic", "rate"):
+    for mask in ("stochastic", "rate", "hard"):
         alone = run_of(tmp_path, 1, mask)
         alone.train()
         for name, weights in bundles_of(alone.model).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +117,8 @@ class CheckpointMixin(_Base):
             save_file(tensors, folder / "trunk.safetensors")
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        if self.zero_stage is not None:
-            self.optimizer.optimizer.gather()  # by all processes; one of them writes
-        super()._save_optimizer_and_scheduler(output_dir)
+        with self.optimizer.optimizer.gathered() if self.zero_stage is not None else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)  # by all processes; one of them writes
 
     def _save_objectives(self: Any, folder: Path) -> None:
         tensors, values = {}, {}

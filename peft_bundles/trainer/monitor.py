@@ -40,9 +40,11 @@ def update_norms(model: nn.Module, before: Mapping[str, list[Tensor]]) -> dict[s
 
 
 @contextmanager
-def watch(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
+def watch(model: nn.Module, found: dict[str, list[Tensor]], *, spread: bool = False) -> Iterator[None]:
     """Measure the forwards inside: "alpha/<bundle>", its mean, where it varies "alpha_std/<bundle>", and
     "activation/<bundle>", the size of what the bundle writes, as a part of |h|.
+
+    With `spread` the second is always there: alphas may vary on one process only, what is logged must be alike on all.
 
     The first row's last `SAMPLE` tokens stand for the batch, so it costs little; still, use it on some steps only.
     """
@@ -52,7 +54,7 @@ def watch(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
         assert isinstance(layer, BundleLayer)
         if torch.is_grad_enabled():  # not the reference's forwards
             with torch.no_grad():
-                _measure(layer, args[0].detach(), names, found)
+                _measure(layer, args[0].detach(), names, found, spread)
 
     handles = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, BundleLayer)]
     try:
@@ -63,7 +65,11 @@ def watch(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
 
 
 def _measure(
-    layer: BundleLayer, hidden: Tensor, names: Mapping[tuple[str, str], str], found: dict[str, list[Tensor]]
+    layer: BundleLayer,
+    hidden: Tensor,
+    names: Mapping[tuple[str, str], str],
+    found: dict[str, list[Tensor]],
+    spread: bool,
 ) -> None:
     for adapter in layer.bundle_adapters():
         numbers, tensor = layer_alphas(layer.state, adapter, layer.index, hidden)
@@ -78,6 +84,6 @@ def _measure(
             label, gate = names[adapter, name], table[:1, -SAMPLE:, k, None]
             written = bundle_reference(sample, [weights], basis, mean, scale, gate) - sample
             found.setdefault(f"alpha/{label}", []).append(table[..., k].mean())
-            if tensor is not None:
+            if spread or tensor is not None:
                 found.setdefault(f"alpha_std/{label}", []).append(table[..., k].std(unbiased=False))
             found.setdefault(f"activation/{label}", []).append(written.norm() / sample.norm().clamp_min(1e-12))

@@ -150,6 +150,8 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
             if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
                 model.to(args.device)  # the engine would have
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
+            if self.zero_stage is not None:
+                raise ValueError("deepspeed and fsdp do not go together: take one of them.")
             shard(model, plugin, self.accelerator)
             as_whole(self.accelerator)
             self.is_fsdp_enabled = False  # what transformers would do for it is done: all that trains is whole
@@ -248,7 +250,7 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
             key = (self.args.seed, "forward", self.state.global_step, self._micro, rank, *group)
             with seeded(self.args.device, *key):
                 if self._is_logging_step():
-                    with monitor.watch(model, watched):
+                    with monitor.watch(model, watched, spread=self.topics is not None):
                         losses = self._losses({name: inputs[name] for name in group})
                 else:
                     losses = self._losses({name: inputs[name] for name in group})

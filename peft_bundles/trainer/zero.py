@@ -12,6 +12,7 @@ gradients are accumulated whole, reduced by `finalize_grads` and clipped as with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -39,8 +40,8 @@ class _Groupwise(DeepSpeedZeroOptimizer):
 class ZeroOptimizer(Optimizer):
     """An optimizer whose state lies in parts on all processes.
 
-    Its `state_dict` is that of the given optimizer, whole, so a checkpoint can be resumed with or without ZeRO and on
-    any number of processes; it is what the last `gather` found.
+    Its `state_dict` is that of the given optimizer, whole inside of `gathered`, so a checkpoint can be resumed with or
+    without ZeRO and on any number of processes.
 
     Args:
         optimizer: over float32 parameters, elementwise (`ELEMENTWISE`); it has not stepped yet, and is used up.
@@ -100,7 +101,7 @@ class ZeroOptimizer(Optimizer):
         for hook in self._zero._grad_acc_hooks:  # gradients come by `step`
             hook.remove()
         self._zero._hp_optimizer_states_linked = True  # its debugging views, which want every group to have stepped
-        self._found: dict[int, dict[str, Any]] = {}
+        self._found: dict[int, dict[str, Any]] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -151,9 +152,17 @@ class ZeroOptimizer(Optimizer):
             yield p, offset
             offset += p.numel()
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every process has the state of all, for `state_dict`. All of them must enter."""
+        self._gather()
+        try:
+            yield
+        finally:
+            self._found = None
+
     @torch.no_grad()
-    def gather(self) -> None:
-        """Collect the state from all processes, for `state_dict`. All of them must call it."""
+    def _gather(self) -> None:
         self._found = {}
         world = dist.get_world_size()
         for number, group in enumerate(self._inner.param_groups):
@@ -173,13 +182,20 @@ class ZeroOptimizer(Optimizer):
                 }
 
     def state_dict(self) -> dict[str, Any]:
-        """As the given optimizer's would be, with the state that `gather` found last."""
+        """As the given optimizer's would be.
+
+        Raises:
+            RuntimeError: it has stepped, and this is not called inside of `gathered`.
+        """
+        if self._found is None and self._inner.state:
+            raise RuntimeError("the state lies on several processes: let all of them enter gathered() first.")
+        found = self._found or {}
         groups: list[dict[str, Any]] = []
         state: dict[int, Any] = {}
         count = 0
         for group, whole in zip(self.param_groups, self._whole):
             groups.append({**_fields(group), "params": list(range(count, count + len(whole)))})
-            state |= {count + i: self._found[id(p)] for i, p in enumerate(whole) if id(p) in self._found}
+            state |= {count + i: found[id(p)] for i, p in enumerate(whole) if id(p) in found}
             count += len(whole)
         return {"state": state, "param_groups": groups}
 
