@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -63,44 +64,56 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """The cells of one worker, a line each as soon as it is done."""
-    start, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    """The cells of one worker, a line each as soon as it is done; exit status 1 if one of them failed."""
+    start, failed = time.perf_counter(), 0
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32: the model is so small that casting to bf16 would cost time
     transformers.logging.set_verbosity_error()
-    folder = args.model or _data.model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = read(args.data)
+    data, folder = read(args.data), args.model or _data.model_folder()
     for part, mode, seed in cells(args):
+        name = f"{part}, {mode}, seed {seed}"
         if time.perf_counter() - start > args.limit:
-            print(f"{part}, {mode}, seed {seed}: not started, the time is up", flush=True)
+            print(f"{name}: not started, the time is up", flush=True)
             continue
-        begun = time.perf_counter()
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-        transformers.set_seed(seed)
-        model: Any = get_peft_model(base, BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=seed))
-        calibration = {
-            **CALIBRATION,
-            "tokens": max(int(CALIBRATION["tokens"] * min(args.scale, 1)), 2000),
-            "batch_size": 64 if device == "cuda" else 8,
-        }
-        calibrate(model, data["calibration"], tokenizer, seed=seed, progress=False, **calibration)
-        model.eval()
-        bench = Bench(model, tokenizer, data, seed, args.scale, args.steps)
-        trained = mode == "trained"
-        found = rollouts(bench, trained) if part == ROLLOUTS else {part: bench.run(PARTS[part], trained)}
-        record = {
-            "part": part, "mode": mode, "seed": seed, "signals": found,
-            "steps": args.steps if trained else None, "scale": args.scale, "calibration": calibration,
-            "seconds": round(time.perf_counter() - begun, 1),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *sys.argv]),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
-        }  # fmt: skip
+        try:
+            record = run(part, mode, seed, args, data, folder)
+        except Exception:  # the others may well work
+            failed = 1
+            print(f"{name}: failed\n{traceback.format_exc()}", flush=True)
+            continue
         with args.output.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        print(f"{part}, {mode}, seed {seed}: {record['seconds']} s", flush=True)
+        print(f"{name}: {record['seconds']} s", flush=True)
+    if failed:
+        sys.exit(1)
+
+
+def run(part: str, mode: str, seed: int, args: argparse.Namespace, data: Any, folder: Path) -> dict[str, Any]:
+    """One cell, with a model of its own."""
+    begun, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    transformers.set_seed(seed)
+    model: Any = get_peft_model(base, BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=seed))
+    calibration = {
+        **CALIBRATION,
+        "tokens": max(int(CALIBRATION["tokens"] * min(args.scale, 1)), 2000),
+        "batch_size": 64 if device == "cuda" else 8,
+    }
+    calibrate(model, data["calibration"], tokenizer, seed=seed, progress=False, **calibration)
+    model.eval()
+    bench = Bench(model, tokenizer, data, seed, args.scale, args.steps)
+    trained = mode == "trained"
+    return {
+        "part": part, "mode": mode, "seed": seed,
+        "signals": rollouts(bench, trained) if part == ROLLOUTS else {part: bench.run(PARTS[part], trained)},
+        "steps": args.steps if trained else None, "scale": args.scale, "calibration": calibration,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ NUMBER = re.compile(r"-?\d+")
 FAMILIES: dict[str, Callable[[random.Random], tuple[str, int]]] = {
     "sums": lambda rng: _sum(rng.randint(2, 60), rng.randint(2, 60)),
     "differences": lambda rng: _sum(rng.randint(30, 99), -rng.randint(2, 29)),
-    "products": lambda rng: (f"{(a := rng.randint(3, 99))} * {(b := rng.randint(2, 9))} =", a * b),
+    "products": lambda rng: (f"{(a := rng.randint(2, 30))} * {(b := rng.randint(2, 12))} =", a * b),
 }
 EXAMPLES = 4  # worked ones before a question
 Rows = list[dict[str, Any]]

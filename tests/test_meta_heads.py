@@ -54,13 +54,13 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(meta_heads_rollouts, "SAMPLES", 2)
     solutions = [
         {"question": f"{i} + {i}?", "answer": f"It is {2 * i + wrong}", "correct": not wrong, "model": model}
-        for i in range(80)
-        for wrong, model in ((0, "a"), (1, "b"))
+        for i in range(160)
+        for wrong, model in enumerate("ab" if i % 2 else "ba")
     ]
     text = [f"piece {i} of a text with {i * i} words in it" for i in range(14)]
     data = {
         "documents": {f"document {d}": [f"{d} {piece}" for piece in text] for d in range(30)},
-        "calibration": [f"the {i} cats sit on the mat and {i * 7 % 11} dogs lie on it" for i in range(80)],
+        "calibration": [f"the {i} cats sit on the mat and {i * 7 % 11} dogs lie on it" for i in range(160)],
         "solutions": solutions,
     }
     with gzip.open(tmp_path / "data.json.gz", "wt") as file:
