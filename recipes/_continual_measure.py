@@ -164,7 +164,8 @@ class Bench:
             p = scores["p"].double()
             truth = torch.tensor([item[1] == "Yes" for item in self.items["test"][task][: len(p)]])
             apart = p[truth][:, None] - p[~truth][None, :]
-            found["auc"] = ((apart.sign() + 1) / 2).mean().item()
+            if apart.numel():  # a few items may be of one class
+                found["auc"] = ((apart.sign() + 1) / 2).mean().item()
             found["brier"] = (p - truth.double()).square().mean().item()
         return {k: round(v, 5) for k, v in found.items()} | {"items": "".join("01"[int(x)] for x in right)}
 

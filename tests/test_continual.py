@@ -217,6 +217,39 @@ def test_all_conditions_draw_the_same_rows_of_a_task(modules):
     assert torch.equal(ids[where + 1], target)  # each position is the one before its target
 
 
+def test_judged_questions_come_right_and_wrong(modules):
+    _, data_of, _ = modules
+    facts = [
+        [f"In which town was {n} Smith born?", town, "biographies"] for n, town in zip(["Ann", "Bob"], ["Ely", "Rye"])
+    ]
+    facts += [["What is the profession of Ann Smith?", "baker", "biographies"]]
+    facts += [["What is the profession of Bob Smith?", "nurse", "biographies"]]
+    sums = [[f"{n} + 1 =", str(n + 1), "chain_sum"] for n in range(3, 9)]
+    found = data_of.judge({"biographies": facts, "chain_sum": sums}, lambda q, a: True, 2)
+    assert len(found) == 2 * (2 * len(facts)) + 2 * len(sums)
+    for question, answer, family in found:
+        given = question.split("Proposed answer: ")[1].split("\n")[0]
+        asked = question.split("\n")[0].removeprefix("Question: ")
+        right = next(a for q, a, _ in facts + sums if q == asked)
+        assert (given == right) == (answer == "Yes")
+        if family == "biographies":  # a town for a town
+            assert (given in ("Ely", "Rye")) == ("town" in asked)
+
+
+def test_a_leak_is_an_error(modules):
+    _, data_of, _ = modules
+    good = continual_data.data()
+    data_of.check(good)
+    for task, split in (("logic", "test"), ("meta", "validation")):
+        bad = copy.deepcopy(good)
+        bad["train"][task].append(bad[split][task][0])
+        with pytest.raises(ValueError, match=f"{split} question of {task} is trained on"):
+            data_of.check(bad)
+    good["validation"]["memory"].append(good["test"]["memory"][0])
+    with pytest.raises(ValueError, match="asked in validation and in test"):
+        data_of.check(good)
+
+
 # ---- a run ----
 
 
