@@ -30,7 +30,8 @@ WORDS = dict(
     line.split(": ")
     for line in """place: parallel to the {} | first: layers from {} of depth on | last: layers up to {} of depth
 input=none: raw input | input=centred: centred, not scaled | input=rms: RMS-normed | whiten: whitened | rank: R = {} d
-input=next_norm: next block's norm, centred | basis: {} basis | basis=identity: no basis (all of d) | tokens: {} tokens
+input=next_norm: next block's norm, centred | basis: {} basis | basis=identity: no basis (all of d)
+basis=shared: null basis of the mean over layers, one for all | act=diag: a factor a column | tokens: {} tokens
 cut: null basis up to {} of the variance | train_basis: basis trained | out: writes to all of d | act: {} activation
 act=shrink: one-sided threshold | act=shrink_both: two-sided threshold | act=shrink_square: squared threshold
 out=quiet: writes along the Fisher matrix's eigenvectors | threshold: at {} deviations | decay: weight decay {}
@@ -75,7 +76,8 @@ def read() -> None:
                 step |= {name: step[f"domain/{name}"] - base[f"domain/{name}"] for name in DOMAINS}
                 step["rise"] = fmean(step[name] for name in DOMAINS)
             cells.setdefault(key, []).append(record)
-    devices = {f"{r['environment']['device']}, {r['environment']['date']}": None for r in records if "environment" in r}
+    found = [r["environment"] for r in records if r.get("environment")]
+    devices = {f"{e['device']}, {e['date']}": None for e in found}
     environment = {**last["environment"], "devices": "; ".join(devices)}
     RUN.update(cells=cells, diverged=diverged, broken=broken, base=base, environment=environment)
 
