@@ -333,8 +333,8 @@ def measure(make: Any, options: Any) -> dict[str, Any]:
                 cell.run()
                 sync()
                 found[name]["peak_over_base_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            if cell.parts is not None:
-                found[name]["parts_ms"] = parts(cell.parts, clock)
+                if cell.parts is not None:
+                    found[name]["parts_ms"] = parts(cell.parts, clock)
             cells[name] = cell
         except Exception:
             found[name] = {"error": traceback.format_exc(limit=-4)}

@@ -6,12 +6,13 @@ one `cat` joins them, one gather lays them out as block matrices, one product wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .basis import BundleShape, align
 
@@ -27,14 +28,21 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, learn: list[bool], constants: Tensor, *parts: Tensor) -> Tensor:
-        ctx.learn, ctx.shapes = learn, [p.shape for p in parts]
-        return torch.cat([*(p.reshape(-1) for p in parts), constants.to(parts[0].dtype)])
+    def forward(ctx: Any, learn: Sequence[bool], constants: Tensor, *parts: Tensor) -> Tensor:
+        ctx.learn, ctx.parts = learn, parts
+        constants = constants.to(parts[0].dtype)
+        if torch.compiler.is_compiling():
+            return torch.cat([*(part.reshape(-1) for part in parts), constants])
+        return _flatten_dense_tensors((*parts, constants))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        flat = grad.split([*(shape.numel() for shape in ctx.shapes), 2])
-        return None, None, *(g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
+        if torch.compiler.is_compiling():
+            pieces = grad.split([*(part.numel() for part in ctx.parts), 2])
+            found = [piece.view(part.shape) for piece, part in zip(pieces, ctx.parts)]
+        else:
+            found = _unflatten_dense_tensors(grad[:-2], ctx.parts)
+        return None, None, *(found if all(ctx.learn) else (g if is_on else None for g, is_on in zip(found, ctx.learn)))
 
 
 class _Lay(torch.autograd.Function):
@@ -188,15 +196,17 @@ class Packing:
         A bundle that is not `live` (None: all are) gets no gradient at all, so that autograd leaves its `.grad` None:
         AdamW moves a parameter whose gradient is merely zero.
         """
-        key = (id(down), *(live is None or name in live for name in self.projected))
+        live = frozenset(self.projected if live is None else live)
+        key = (id(down), live)
         if joined is not None and key in joined:
             return joined[key]
         constants, found = self.index(device)["constants"], []
         for tables in ((down, up), (weight,), (weight_out,)):
-            names = [(table, name) for table in tables for name in self.projected if name in table]
-            if names:
-                learn = [live is None or name in live for _, name in names]
-                found.append(_Join.apply(learn, constants, *(table[name] for table, name in names)))
+            names = [[name for name in self.projected if name in table] for table in tables]
+            if any(names):
+                parts = [table[name] for table, mine in zip(tables, names) for name in mine]
+                learn = [name in live for mine in names for name in mine]
+                found.append(_Join.apply(learn, constants, *parts))
             elif not found:
                 found.append(constants)
         if joined is not None:

@@ -62,7 +62,9 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
         for members, spans in packing.groups:
             if not set(members).isdisjoint(names):
                 units = [a.narrow(2, *span) for span in spans], [writes.narrow(1, *span) for span in spans]
-                total = total + _Energy.apply(*(u[0] if len(u) == 1 else torch.cat(u, d) for d, u in zip((2, 1), units)))
+                total = total + _Energy.apply(
+                    *(u[0] if len(u) == 1 else torch.cat(u, d) for d, u in zip((2, 1), units))
+                )
         variance = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
         return (total / variance).sum() * (factor / states.shape[1])
 
