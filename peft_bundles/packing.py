@@ -46,7 +46,7 @@ class _Join(torch.autograd.Function):
 
 
 class _Lay(torch.autograd.Function):
-    """The entries of joined weights (..., n) at `place` (m,), in `dtype`: (..., m). `index` (n,) is where each went.
+    """The entries of joined weights (n,) at `place` (m,), in `dtype`: (m,). `index` (n,) is where each went.
 
     An entry has one place, so the way back is a gather too, and no sum. The constants' gradients are read by nobody.
     """
@@ -54,11 +54,11 @@ class _Lay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, place: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.index, ctx.dtype = index, flat.dtype
-        return flat.to(dtype).index_select(-1, place)
+        return flat.to(dtype).index_select(0, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.index_select(-1, ctx.index).to(ctx.dtype), None, None, None
+        return grad.index_select(0, ctx.index).to(ctx.dtype), None, None, None
 
 
 class _Fold(torch.autograd.Function):
@@ -178,17 +178,18 @@ class Packing:
                 self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
 
-    def join(
+    def maps(
         self,
         weight: Mapping[str, Tensor],
         weight_out: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
         up: Mapping[str, Tensor],
         device: torch.device,
+        dtype: torch.dtype,
         live: Collection[str] | None = None,
         joined: dict[Any, Any] | None = None,
-    ) -> list[Tensor]:
-        """The projected bundles' weights side by side: down and up, then weight and weight_out if there are any.
+    ) -> Tensor:
+        """What the projected bundles read and write in coordinates of U, (2, H, R), in `dtype`.
 
         `joined` is for several uses of the same weights in one graph: they share what it keeps, so that each weight
         gets one gradient and not one from every use to be added up.
@@ -197,34 +198,34 @@ class Packing:
         AdamW moves a parameter whose gradient is merely zero.
         """
         live = frozenset(self.projected if live is None else live)
-        key = (id(down), live)
-        if joined is not None and key in joined:
-            return joined[key]
-        constants, found = self.index(device)["constants"], []
-        for tables in ((down, up), (weight,), (weight_out,)):
-            names = [[name for name in self.projected if name in table] for table in tables]
-            if any(names):
-                parts = [table[name] for table, mine in zip(tables, names) for name in mine]
-                learn = [name in live for mine in names for name in mine]
-                found.append(_Join.apply(learn, constants, *parts))
-            elif not found:
-                found.append(constants)
-        if joined is not None:
-            joined[key] = found
-        return found
-
-    def maps(self, joined: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """What bundles read and write in coordinates of U, (..., 2, H, R); from `join`, or several layers' stacked."""
-        index = self.index(joined[0].device)
+        joined, key, laid = {} if joined is None else joined, (id(down), live), (id(down), live, dtype)
+        if laid in joined:
+            return joined[laid]
+        index = self.index(device)
 
         def lay(flat: Tensor, what: str, *size: int) -> Tensor:
-            laid = _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype)
-            return laid.view(*flat.shape[:-1], *size)
+            return _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype).view(size)
 
-        maps = lay(joined[0], "maps", 2, self.total_hidden, self.width)
-        if len(joined) == 1:
-            return maps
-        return maps @ torch.stack([lay(flat, "weight", self.width, self.basis_rank) for flat in joined[1:]], -3)
+        if key not in joined:
+            joined[key] = [
+                self._join(tables, live, index["constants"])
+                for tables in ((down, up), (weight,), (weight_out,))
+                if tables[0] or tables[0] is down
+            ]
+        flat, *projectors = joined[key]
+        maps = lay(flat, "maps", 2, self.total_hidden, self.width)
+        if projectors:
+            maps = maps @ torch.stack([lay(each, "weight", self.width, self.basis_rank) for each in projectors])
+        joined[laid] = maps
+        return maps
+
+    def _join(self, tables: Sequence[Mapping[str, Tensor]], live: Collection[str], constants: Tensor) -> Tensor:
+        """The projected bundles' weights of some tables side by side, (n + 2,)."""
+        names = [[name for name in self.projected if name in table] for table in tables]
+        if not any(names):
+            return constants
+        parts = [table[name] for table, mine in zip(tables, names) for name in mine]
+        return _Join.apply([name in live for mine in names for name in mine], constants, *parts)
 
     def fold(
         self,
@@ -241,11 +242,11 @@ class Packing:
     ) -> tuple[Tensor, Tensor]:
         """D (d, H) and E (H, d) in `dtype` (None: that of `basis`), differentiable in the weights of `live` bundles.
 
-        `live` and `joined`: see `join`.
+        `live` and `joined`: see `maps`.
         """
         dtype = basis.dtype if dtype is None else dtype
-        flat = self.join(weight, weight_out, down, up, basis.device, live, joined)
-        D, E = _Fold.apply(self.maps(flat, dtype), basis, scale, scaling)
+        maps = self.maps(weight, weight_out, down, up, basis.device, dtype, live, joined)
+        D, E = _Fold.apply(maps, basis, scale, scaling)
         if self.full:
 
             def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
