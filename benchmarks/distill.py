@@ -134,9 +134,9 @@ def sentence(record: dict[str, Any]) -> str:
         for kind, scores in found["scores"].items()
     )
     return (
-        f"for both bundles of the demo, {seeds[0]['steps']} steps take the KL to the bundled model on held-out text from "
-        f"{text(found['kl']['base'])} (the base model) to {text(found['kl']['lora'])} nats a token and the share of tokens "
-        f"with the same likeliest next one from {text(found['agreement']['base'])} to "
+        f"for both bundles of the demo, {seeds[0]['steps']} steps take the KL to the bundled model on held-out text "
+        f"from {text(found['kl']['base'])} (the base model) to {text(found['kl']['lora'])} nats a token and the share "
+        f"of tokens with the same likeliest next one from {text(found['agreement']['base'])} to "
         f"{text(found['agreement']['lora'])}. Held-out loss of base, LoRA and bundles: {losses} ({len(seeds)} seeds; "
         "[`benchmarks/results/distill.json`](benchmarks/results/distill.json))."
     )
