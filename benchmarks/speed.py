@@ -3,9 +3,10 @@
     python benchmarks/speed.py --output benchmarks/results/speed_h100.json --seconds 3 --total 240
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json --shapes 135m --sections train --batch 8x32
 
-Jobs are (shape, section) pairs, those of the goals first. Each runs in a process of its own (after an assert on a GPU
-nothing runs there any more) and is written to the file when it is done; a job that is there already with all its cells
-is skipped (`--again` measures it once more), one that fails is recorded as an error.
+Jobs are (shape, section) pairs, those of the goals first. Each is written to the file when it is done; a job that is
+there already with all its cells is skipped (`--again` measures it once more), one that fails is recorded as an error.
+They run in a process beside; where one breaks the GPU (after an assert nothing runs there any more), the rest runs in a
+new one.
 `benchmarks/speed_report.py` makes docs/speed.md of the files.
 
 Bundles have LoRA r16's trainable parameters, however many they are (`speed_models.py`), and a made-up calibration: the
@@ -48,6 +49,7 @@ TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quie
 TRAIN += ("bundles_64", "lora_r64", "lora_4x4", "xlora")
 PROMPT, STEPS = 128, 16  # decode: tokens in the cache, and steps a timing
 ALPHA = 0.5
+BROKEN = 3  # exit code: the GPU is lost for this process
 
 
 @dataclass
@@ -281,6 +283,8 @@ def kernels(shape: str, name: str, what: str, batch: tuple[int, int]) -> dict[st
             out = inner.model.layers[0](hidden, position_embeddings=angles)
         if training:
             out.backward(torch.ones_like(out))
+            model.zero_grad()
+            hidden.grad = None
 
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
     with model.folded() if name.startswith("bundles") and not training else nullcontext():
@@ -291,21 +295,21 @@ def kernels(shape: str, name: str, what: str, batch: tuple[int, int]) -> dict[st
             for _ in range(5):
                 run()
             sync()
-    model.zero_grad()
     found = []
     for event in seen.key_averages():
         us = event.self_device_time_total if CUDA else event.self_cpu_time_total
         if us and (not CUDA or "CUDA" in str(event.device_type)):
-            found.append({"name": event.key[:120], "calls": event.count / 5, "us": round(us / 5, 2)})
+            found.append({"name": event.key[:200], "calls": event.count / 5, "us": round(us / 5, 2)})
     found.sort(key=lambda kernel: -kernel["us"])
     total = {"us": round(sum(k["us"] for k in found), 2), "calls": sum(k["calls"] for k in found)}
-    return {**total, "kernels": found[:25]}
+    return {**total, "kernels": found[:60]}
 
 
 SECTIONS: dict[str, Callable[..., Any]] = {
     s.__name__: s for s in (train, same_rows, decode, graphs, forward, generate, swap, profile)
 }
-FIRST = [("1.2b", "train"), ("1.2b", "same_rows"), ("135m", "train"), ("1.2b", "decode"), ("1.2b", "graphs")]
+FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "graphs", "profile", "forward", "generate", "swap")]
+FIRST += [(shape, section) for shape in ("135m", "3b", "360m") for section in ("train", "decode", "same_rows")]
 STACK = ExitStack()  # what a section keeps open
 
 
@@ -333,8 +337,8 @@ def measure(make: Any, options: Any) -> dict[str, Any]:
                 cell.run()
                 sync()
                 found[name]["peak_over_base_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            if cell.parts is not None:
-                found[name]["parts_ms"] = parts(cell.parts, clock)
+                if cell.parts is not None:
+                    found[name]["parts_ms"] = parts(cell.parts, clock)
             cells[name] = cell
         except Exception:
             found[name] = {"error": traceback.format_exc(limit=-4)}
@@ -371,8 +375,9 @@ def parts(run: Callable[[Callable[[str], None]], Any], clock: Callable[[], float
 
 
 def environment(options: Any) -> dict[str, Any]:
+    command = " ".join(["python", *sys.argv]).replace(str(options.output), f"benchmarks/results/{options.output.name}")
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command,
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
         "load": None if CUDA else round(os.getloadavg()[0], 1),
@@ -394,7 +399,8 @@ def main() -> None:
     parser.add_argument("--total", type=float, default=float("inf"), help="start no job after so many seconds")
     parser.add_argument("--process-time", action="store_true", help="on a shared CPU, with one thread: not of the wall")
     parser.add_argument("--again", action="store_true", help="measure jobs that the file has already")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # run the only job here, write its cells there
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)  # here, as a part of that run
+    parser.add_argument("--jobs", help=argparse.SUPPRESS)
     options = parser.parse_args()
     began = time.perf_counter()
     options.batch = tuple(int(n) for n in options.batch.split("x"))
@@ -404,53 +410,76 @@ def main() -> None:
         sys.exit(f"unknown {unknown}; shapes {list(SHAPES)}, sections {list(SECTIONS)}, cells {list(TRAIN)}")
     jobs = [(shape, section) for section in sections for shape in shapes]
     jobs = [*(j for j in FIRST if j in jobs), *(j for j in jobs if j not in FIRST)]
-    if options.job is not None:
-        options.job.write_text(json.dumps(run_job(*jobs[0], options)))
-        return
-    record = json.loads(options.output.read_text()) if options.output.exists() else {"runs": [], "results": {}}
-    record["runs"].append(environment(options))
-    for shape, section in jobs:
-        have = record["results"].setdefault(shape, {}).get(section, {})
+    jobs = [tuple(job.split("/")) for job in options.jobs.split(",")] if options.jobs else jobs
+    if options.run is not None:
+        return work(jobs, options)
+    save(options.output, run=environment(options))
+    for shape, section in list(jobs):
+        have = load(options.output)["results"].get(shape, {}).get(section, {})
         measured = [c for c, found in have.get("cells", {}).items() if "error" not in found]
-        done = have and "error" not in have and (section != "train" or set(cells) <= set(measured))
-        start = time.perf_counter()
-        left = options.total - (start - began)
-        if (done and not options.again) or left <= 0:
-            print(f"{shape} {section}: {'there already' if done else 'no time left'}", flush=True)
-            continue
-        found = apart(shape, section, options, left)
-        record["results"][shape][section] = {**found, "run": len(record["runs"]) - 1}
-        temporary = options.output.with_suffix(".part")  # a run that is cut off leaves the earlier file
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.replace(options.output)
-        print(f"{shape} {section}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def run_job(shape: str, section: str, options: Any) -> dict[str, Any]:
-    try:
-        weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
-        made = SECTIONS[section](shape, options)
-        found = made if isinstance(made, dict) else {"cells": measure(made, options)}
-        return found | {"batch": options.batch, "base_weights_gib": weights}
-    except Exception:
-        return {"error": traceback.format_exc(limit=-4)}
-    finally:
-        STACK.close()
-
-
-def apart(shape: str, section: str, options: Any, left: float) -> dict[str, Any]:
-    """`run_job` in a process of its own, stopped a minute after `left` seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        command = [sys.executable, *sys.argv, "--shapes", shape, "--sections", section, "--job", str(path)]
+        if have and "error" not in have and not options.again and (section != "train" or set(cells) <= set(measured)):
+            print(f"{shape} {section}: there already", flush=True)
+            jobs.remove((shape, section))
+    run, code = len(load(options.output)["runs"]) - 1, 0
+    while jobs and (left := options.total - (time.perf_counter() - began)) > 0:
+        options_here = ["--total", str(left), "--run", str(run), "--jobs", ",".join("/".join(job) for job in jobs)]
         try:
-            code = subprocess.run(command, timeout=None if left == float("inf") else left + 60).returncode
+            limit = None if left == float("inf") else left + 60
+            code = subprocess.run([sys.executable, *sys.argv, *options_here], timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            return {"error": "stopped: no time left"}
-        found = json.loads(path.read_text()) if path.exists() else {"error": f"the process ended with code {code}"}
-    if "error" in found:
-        print(found["error"], flush=True)
-    return found
+            code = -1
+        results = load(options.output)["results"]
+        jobs = [
+            (shape, section) for shape, section in jobs if results.get(shape, {}).get(section, {}).get("run") != run
+        ]
+        if not code:
+            break
+        if jobs and code != BROKEN:
+            save(options.output, *jobs.pop(0), {"error": f"the process ended with code {code}", "run": run})
+    for shape, section in jobs:
+        print(f"{shape} {section}: no time left", flush=True)
+
+
+def work(jobs: list[tuple[str, str]], options: Any) -> None:
+    """Run the jobs in this process, as long as there is time and the GPU is well."""
+    began = time.perf_counter()
+    for shape, section in jobs:
+        start = time.perf_counter()
+        if start - began > options.total:
+            return
+        try:
+            weights = sum(p.nbytes for p in base_model(shape).parameters()) / 2**30
+            made = SECTIONS[section](shape, options)
+            found = made if isinstance(made, dict) else {"cells": measure(made, options)}
+            found |= {"batch": options.batch, "base_weights_gib": weights}
+        except Exception:
+            found = {"error": traceback.format_exc(limit=-4)}
+            print(found["error"], flush=True)
+        STACK.close()
+        save(options.output, shape, section, {**found, "run": options.run})
+        print(f"{shape} {section}: {time.perf_counter() - start:.0f} s", flush=True)
+        found = made = None
+        adapted.cache_clear()
+        try:
+            sync()
+        except Exception:
+            sys.exit(BROKEN)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"runs": [], "results": {}}
+
+
+def save(path: Path, shape: str = "", section: str = "", found: Any = None, run: Any = None) -> None:
+    """Add a run, or what a job found, to the file."""
+    record = load(path)
+    if run is not None:
+        record["runs"].append(run)
+    else:
+        record["results"].setdefault(shape, {})[section] = found
+    temporary = path.with_suffix(".part")  # a run that is cut off leaves the earlier file
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ python benchmarks/speed_report.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = {"gpu": "benchmarks/results/speed_h200.json", "cpu": "benchmarks/results/speed_cpu.json"}
 Cells = dict[str, Any]
 
 NAMES = {
@@ -33,8 +33,15 @@ FULL = [8, 1024]  # the goals' batch
 
 
 def read() -> dict[str, Any]:
-    paths = {device: ROOT / path for device, path in RESULTS.items()}
-    return {device: json.loads(path.read_text(encoding="utf-8")) for device, path in paths.items() if path.exists()}
+    """Path -> record of every measurement: GPUs first, the newest of them first of all."""
+    paths = sorted(ROOT.glob("benchmarks/results/speed_*.json"))
+    records = {path.relative_to(ROOT).as_posix(): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    newest = sorted(records.items(), key=lambda item: item[1]["runs"][-1]["date"], reverse=True)
+    return dict(sorted(newest, key=lambda item: on_cpu(item[1])))
+
+
+def on_cpu(record: Any) -> bool:
+    return record["runs"][-1]["device"].startswith("CPU")
 
 
 def cells(record: Any, shape: str, section: str) -> Cells:
@@ -67,44 +74,92 @@ def memory_ratio(job: Any, name: str) -> list[float]:
     return [peak(job["cells"], name, weights) / peak(job["cells"], "base", weights)]
 
 
-def goals(gpu: Any, cpu: Any) -> Iterator[tuple[str, str, list[float] | None]]:
-    """What is asked, the bound, and the ratios found (None: not measured)."""
+class Goal(NamedTuple):
+    """What is asked, the bound, the ratios found (None: not measured), and where the time goes."""
 
-    def compared(record: Any, shape: str, section: str, name: str, other: str) -> list[float] | None:
-        found = cells(record, shape, section)
+    what: str
+    bound: str
+    found: list[float] | None
+    where: str = ""
+
+
+def goals(record: Any) -> Iterator[Goal]:
+    """Of one GPU's record."""
+
+    def compared(section: str, name: str, other: str) -> list[float] | None:
+        found = cells(record, "1.2b", section)
         return ratios(found, name, other) if {name, other} <= found.keys() else None
 
-    training = cells(gpu, "1.2b", "train")
-    yield "15 bundles routed / base", "1.05", compared(gpu, "1.2b", "train", "bundles_15_routed", "base")
-    yield "15 bundles routed / LoRA r16", "0.85", compared(gpu, "1.2b", "train", "bundles_15_routed", "lora_r16")
-    yield "64 bundles / 1 bundle", "1.05", compared(gpu, "1.2b", "train", "bundles_64", "bundles_1")
-    yield "rows routed / unrouted", "1.02", compared(gpu, "1.2b", "train", "bundles_15_routed", "bundles_15")
-    same = cells(gpu, "1.2b", "same_rows")
+    def goal(what: str, bound: str, section: str, name: str, other: str, where: str = "") -> Goal:
+        return Goal(what, bound, compared(section, name, other), where)
+
+    training, many = parts(record, "bundles_15_routed", "base"), parts(record, "bundles_64", "bundles_1")
+    block, token = kernels(record, "train"), kernels(record, "token")
+    yield goal("15 bundles routed / base", "1.05", "train", "bundles_15_routed", "base", f"{training} {block}")
+    yield goal("15 bundles routed / LoRA r16", "0.85", "train", "bundles_15_routed", "lora_r16", training)
+    yield goal("64 bundles / 1 bundle", "1.05", "train", "bundles_64", "bundles_1", many)
+    yield goal("rows routed / unrouted", "1.02", "train", "bundles_15_routed", "bundles_15", training)
+    same = cells(record, "1.2b", "same_rows")
     several = {"forward", "one_loss", "four_losses"} <= same.keys()
     floor = f"{median(floors(same)):.3f}" if several else "floor of the run"
-    yield "four same-row losses / one", floor, ratios(same, "four_losses", "one_loss") if several else None
-    both = {"base", "bundles_15"} <= training.keys()
-    yield (
-        "peak memory, 15 bundles / base",
-        "1.05",
-        memory_ratio(gpu["results"]["1.2b"]["train"], "bundles_15") if both else None,
-    )
-    yield "decode, batch 1, eager / base", "1.20", compared(gpu, "1.2b", "decode", "bundles_15/1", "base/1")
-    graphed = compared(gpu, "1.2b", "graphs", "bundles_15/cuda_graph", "base/cuda_graph")
-    yield "decode, batch 1, CUDA graph / base", "1.05", graphed
-    rows = compared(gpu, "1.2b", "decode", "bundles_15_row_alphas/64", "bundles_15_one_alpha/64")
-    yield "decode, batch 64, alphas by row / one alpha", "1.00", rows
-    yield (
-        "135M on a CPU (`--batch` below): 15 bundles / LoRA r16",
-        "1.00",
-        compared(cpu, "135m", "train", "bundles_15", "lora_r16"),
+    over = ""
+    if several:
+        times = {name: median(cell["ms"]) for name, cell in same.items()}
+        lowest = times["forward"] + 4 * (times["one_loss"] - times["forward"])
+        over = f"{times['four_losses'] - lowest:.1f} ms over one forward and four backwards of {lowest:.1f} ms."
+    yield Goal("four same-row losses / one", floor, ratios(same, "four_losses", "one_loss") if several else None, over)
+    both = {"base", "bundles_15"} <= cells(record, "1.2b", "train").keys()
+    memory = memory_ratio(record["results"]["1.2b"]["train"], "bundles_15") if both else None
+    yield Goal("peak memory, 15 bundles / base", "1.05", memory)
+    yield goal("decode, batch 1, eager / base", "1.20", "decode", "bundles_15/1", "base/1", token)
+    name = "decode, batch 1, CUDA graph / base"
+    yield goal(name, "1.05", "graphs", "bundles_15/cuda_graph", "base/cuda_graph", token)
+    name = "decode, batch 64, alphas by row / one alpha"
+    where = "Alphas by row are one more product a block; one alpha for all is folded into E."
+    yield goal(name, "1.00", "decode", "bundles_15_row_alphas/64", "bundles_15_one_alpha/64", where)
+
+
+def cpu_goal(record: Any) -> Goal | None:
+    found = cells(record, "135m", "train")
+    if not {"bundles_15", "lora_r16"} <= found.keys():
+        return None
+    rows, length = record["results"]["135m"]["train"]["batch"]
+    where = ""
+    if "bundles_15_quiet0" in found:
+        where = f"Without the quiet penalty {median(ratios(found, 'bundles_15_quiet0', 'lora_r16')):.3f}."
+    what = f"135M on a CPU, batch {rows} x {length}: 15 bundles / LoRA r16"
+    return Goal(what, "1.00", ratios(found, "bundles_15", "lora_r16"), where)
+
+
+def parts(record: Any, name: str, other: str) -> str:
+    """What each part of a training step takes more than another's, with a synchronisation after each part."""
+    found = cells(record, "1.2b", "train")
+    if not all("parts_ms" in found.get(n, {}) for n in (name, other)):
+        return ""
+    a, b = found[name]["parts_ms"], found[other]["parts_ms"]
+    more = ", ".join(f"{part.replace('_', ' ')} {ms - b.get(part, 0.0):+.1f} ms" for part, ms in a.items())
+    return f"Part by part, each waited for: {more}."
+
+
+def kernels(record: Any, what: str) -> str:
+    found = record["results"].get("1.2b", {}).get("profile", {}).get("profile", {})
+    if not {f"base/{what}", f"bundles_15/{what}"} <= found.keys():
+        return ""
+    base, ours = found[f"base/{what}"], found[f"bundles_15/{what}"]
+    return (
+        f"On the GPU a block's kernels take {ours['us']:.0f} us instead of {base['us']:.0f} "
+        f"({ours['calls']:.0f} kernels instead of {base['calls']:.0f})."
     )
 
 
-def verdict(bound: str, found: list[float] | None) -> str:
-    if found is None:
+def met(goal: Goal) -> bool:
+    return goal.found is not None and median(goal.found) <= float(goal.bound)
+
+
+def verdict(goal: Goal) -> str:
+    if goal.found is None:
         return "not measured"
-    return "met" if median(found) <= float(bound) else "**not met**"
+    return "met" if met(goal) else "**not met**"
 
 
 def job_tables(record: Any) -> Iterator[str]:
@@ -140,49 +195,94 @@ def table(shape: str, section: str, job: Any) -> Iterator[str]:
         yield f"\nThe floor (F + 4B) / (F + B) of this run: {spread(floors(measured))}."
 
 
+def short(name: str) -> str:
+    """A kernel's name without its template: the kernel, what it does to an element, of which type."""
+    plain = name.replace("at::native::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+    kernel = re.split(r"[<(]", plain)[0]
+    does = re.search(
+        r"(CUDAFunctor\w*|\w*Functor|\w+_kernel_cuda|\w+KernelImpl|\w+_kernel_impl)\b", plain[len(kernel) :]
+    )
+    kind = re.search(r"BFloat16|Half|float|double|long|bool", plain[len(kernel) :])
+    return " ".join([kernel, *([does[1]] if does else []), *([kind[0]] if kind else [])])
+
+
 def profile(shape: str, job: Any) -> Iterator[str]:
+    found = job["profile"]
     yield f"\n### {shape}, one decoder block, kernel by kernel\n"
     yield f"`train`: forward and backward of batch {job['batch'][0]} x {job['batch'][1]}; `token`: one.\n"
     yield "| | time, us | kernels |\n|---|---|---|"
-    for name, found in job["profile"].items():
-        yield f"| {name} | {found['us']:.0f} | {found['calls']:.0f} |"
-    for name, found in job["profile"].items():
-        if name.startswith("bundles"):
-            yield f"\n{name}, the slowest:\n\n| kernel | calls | us |\n|---|---|---|"
-            for kernel in found["kernels"][:15]:
-                yield f"| `{kernel['name'][:80].replace('|', ' ')}` | {kernel['calls']:.0f} | {kernel['us']:.0f} |"
+    for name, one in found.items():
+        yield f"| {name} | {one['us']:.0f} | {one['calls']:.0f} |"
+    for what in ("train", "token"):
+        names = [name for name in ("base", "bundles_15") if f"{name}/{what}" in found]
+        table: dict[str, dict[str, list[float]]] = {}
+        for name in names:
+            for kernel in found[f"{name}/{what}"]["kernels"]:
+                sums = table.setdefault(short(kernel["name"]), {}).setdefault(name, [0.0, 0.0])
+                sums[0] += kernel["calls"]
+                sums[1] += kernel["us"]
+        yield f"\n`{what}`, calls and us, by kernel: those that take most in either, and those that bundles add to:\n"
+        yield "| kernel |" + "".join(f" {name} |" for name in names) + "\n|---|" + "---|" * len(names)
+
+        def us(sums: dict[str, list[float]], name: str) -> float:
+            return sums.get(name, [0.0, 0.0])[1]
+
+        def weight(row: tuple[str, dict[str, list[float]]]) -> float:
+            base, ours = us(row[1], "base"), us(row[1], "bundles_15")
+            return max(10 * (ours - base), ours, base)
+
+        for kernel, sums in sorted(table.items(), key=weight, reverse=True)[:24]:
+            cells = [f" {sums[n][0]:.0f}: {sums[n][1]:.1f} |" if n in sums else " |" for n in names]
+            yield f"| `{kernel[:90].replace('|', ' ')}` |" + "".join(cells)
 
 
 def page(records: dict[str, Any]) -> str:
+    gpus = {path: record for path, record in records.items() if not on_cpu(record)}
     lines = [
         "# Speed",
         "",
         "`python benchmarks/speed_report.py` writes this page from the files named below; `benchmarks/speed.py`",
-        "measures them. Every table is of one process, its cells interleaved; a ratio is a median over rounds of the",
+        "measures them. Every table is of one run, its cells interleaved; a ratio is a median over rounds of the",
         "ratio within a round, with its smallest and largest. Weights are random. Bundles have LoRA r16's trainable",
         "parameters, however many they are; their quiet penalty is in every training step unless a row says no. A",
         "training step is forward, backward and AdamW; the base's is forward and backward to the embeddings.",
         "",
         "## Goals",
         "",
-        "One H200, Llama shape of 1.2 B, batch 8 x 1024, unless a row says otherwise.",
+        "Llama shape of 1.2 B, batch 8 x 1024, unless a row says otherwise; the newest measurement decides.",
         "",
-        "| | at most | measured (min to max) | |",
-        "|---|---|---|---|",
     ]
-    for what, bound, found in goals(records.get("gpu"), records.get("cpu")):
-        lines.append(f"| {what} | {bound} | {spread(found, 3) if found else ''} | {verdict(bound, found)} |")
-    job = (records.get("gpu") or {"results": {}})["results"].get("1.2b", {}).get("train", {})
-    if job and job.get("batch") != FULL:
-        lines.append(f"\nMeasured at batch {job['batch'][0]} x {job['batch'][1]}.")
-    for device, record in records.items():
-        path = RESULTS[device]
+    names = [f"{record['runs'][-1]['device']}, {record['runs'][-1]['date']}" for record in gpus.values()]
+    by_file = [list(goals(record)) for record in gpus.values()]
+    ours = [goal for goal in map(cpu_goal, (r for r in records.values() if on_cpu(r))) if goal]
+    lines.append(f"| | at most | {' | '.join(names or ['measured'])} | |")
+    lines.append("|---|---|" + "---|" * max(len(names), 1) + "---|")
+    newest = by_file[0] if by_file else []
+    for number, goal in enumerate(newest):
+        found = [spread(each[number].found, 3) if each[number].found else "" for each in by_file]  # type: ignore[arg-type]
+        lines.append(f"| {goal.what} | {goal.bound} | {' | '.join(found)} | {verdict(goal)} |")
+    for goal in ours:
+        found = [spread(goal.found, 3), *[""] * (len(names) - 1)]  # type: ignore[arg-type]
+        lines.append(f"| {goal.what} | {goal.bound} | {' | '.join(found)} | {verdict(goal)} |")
+    missed = [goal for goal in (*newest, *ours) if goal.found and not met(goal)]
+    if missed:
+        lines += ["", "Not met, by how much, and where the time goes:", ""]
+    for goal in missed:
+        over = median(goal.found) - float(goal.bound)  # type: ignore[arg-type]
+        lines.append(f"- {goal.what}: {over:.3f} above. {goal.where}".rstrip())
+    for path, record in gpus.items():
+        job = record["results"].get("1.2b", {}).get("train", {})
+        if job and job.get("batch") != FULL:
+            lines.append(f"\n`{path}` was measured at batch {job['batch'][0]} x {job['batch'][1]}.")
+    for path, record in records.items():
         lines += ["", f"## {record['runs'][-1]['device']}: [`{path}`](../{path})", ""]
-        lines += ["| command | date | load before | versions |", "|---|---|---|---|"]
+        lines += ["| command | date | commit | load before | versions |", "|---|---|---|---|---|"]
         for run in record["runs"]:
             versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-            lines.append(f"| `{run['command']}` | {run['date']} | {run['load'] or ''} | {versions} |")
-        if device == "cpu":
+            lines.append(
+                f"| `{run['command']}` | {run['date']} | {run.get('commit', '')} | {run['load'] or ''} | {versions} |"
+            )
+        if on_cpu(record):
             lines += [
                 "",
                 "Taken beside other jobs on the same cores: only the ratios mean something, and they are noisy.",

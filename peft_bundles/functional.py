@@ -163,25 +163,58 @@ class _Bundles(torch.autograd.Function):
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 
-def walk(loss: Tensor) -> tuple[list[Tensor], list[Any], bool]:
-    """What the graph of a loss reaches: its leaves, the routes of its bundle operations, whether parts are compiled."""
-    leaves: dict[int, Tensor] = {}
-    routes: list[Any] = []
-    compiled = False
-    visited: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
+@dataclass
+class Reach:
+    """What a graph reaches: its nodes, its leaves, the routes of its bundle operations, whether parts are compiled."""
+
+    nodes: set[Any] = field(default_factory=set)
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    routes: dict[Any, None] = field(default_factory=dict)
+    compiled: bool = False
+
+
+def walk(losses: Sequence[Tensor]) -> list[Reach]:
+    """What the graph of each loss reaches. What several share below one node is walked once for all but the first."""
+    kinds: dict[type, str] = {}
+    known: dict[Any, Reach] = {}
+    seen: set[Any] = set()
+
+    def kind_of(node: Any) -> str:
         if isinstance(node, _Bundles._backward_cls):  # type: ignore[attr-defined]
-            routes.append(cast(Any, node).route)
-        compiled |= "CompiledFunction" in type(node).__name__
-        if (variable := getattr(node, "variable", None)) is not None:
-            leaves.setdefault(id(variable), variable)
-        stack.extend(child for child, _ in node.next_functions)
-    return list(leaves.values()), list(dict.fromkeys(routes)), compiled
+            return "bundles"
+        if hasattr(node, "variable"):
+            return "leaf"
+        return "compiled" if "CompiledFunction" in type(node).__name__ else ""
+
+    def reach(root: Any, fresh: bool) -> Reach:
+        found, stack = Reach(), [root]
+        while stack:
+            node = stack.pop()
+            if node is None or node in found.nodes:
+                continue
+            if fresh and node in seen:
+                below = known[node] = known.get(node) or reach(node, False)
+                found.nodes |= below.nodes
+                found.leaves.update(below.leaves)
+                found.routes.update(below.routes)
+                found.compiled |= below.compiled
+                continue
+            found.nodes.add(node)
+            kind = kinds.get(type(node))
+            kind = kinds.setdefault(type(node), kind_of(node)) if kind is None else kind
+            if kind == "bundles":
+                found.routes[cast(Any, node).route] = None
+            elif kind == "leaf":
+                found.leaves.setdefault(id(node.variable), node.variable)
+            found.compiled |= kind == "compiled"
+            stack.extend(child for child, _ in node.next_functions)
+        return found
+
+    reached = []
+    for loss in losses:
+        reached.append(reach(loss.grad_fn, bool(seen)))
+        seen |= reached[-1].nodes
+    return reached
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -285,13 +286,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if numbers is not None and not any(numbers):
             return hidden if residual is None else residual
         live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
-        if numbers is not None:  # a bundle that is off learns nothing
+        if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
             live = [name for name, number in zip(live, numbers) if number]
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden)
         if torch.is_grad_enabled():
-            self.state.seen.update((adapter, name) for name in live)
+            self.state.seen.update(zip(itertools.repeat(adapter), live))
         D, E = self._folded(adapter, dtype, numbers, live)
         if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
             mine = self._row_mask([name == adapter for name in rows], hidden)

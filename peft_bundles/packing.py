@@ -6,12 +6,13 @@ one `cat` joins them, one gather lays them out as block matrices, one product wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .basis import BundleShape, align
 
@@ -27,18 +28,25 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, learn: list[bool], constants: Tensor, *parts: Tensor) -> Tensor:
-        ctx.learn, ctx.shapes = learn, [p.shape for p in parts]
-        return torch.cat([*(p.reshape(-1) for p in parts), constants.to(parts[0].dtype)])
+    def forward(ctx: Any, learn: Sequence[bool], constants: Tensor, *parts: Tensor) -> Tensor:
+        ctx.learn, ctx.parts = learn, parts
+        constants = constants.to(parts[0].dtype)
+        if torch.compiler.is_compiling():
+            return torch.cat([*(part.reshape(-1) for part in parts), constants])
+        return _flatten_dense_tensors((*parts, constants))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        flat = grad.split([*(shape.numel() for shape in ctx.shapes), 2])
-        return None, None, *(g.view(s) if learn else None for g, s, learn in zip(flat, ctx.shapes, ctx.learn))
+        if torch.compiler.is_compiling():
+            pieces = grad.split([*(part.numel() for part in ctx.parts), 2])
+            found = [piece.view(part.shape) for piece, part in zip(pieces, ctx.parts)]
+        else:
+            found = _unflatten_dense_tensors(grad[:-2], ctx.parts)
+        return None, None, *(found if all(ctx.learn) else (g if is_on else None for g, is_on in zip(found, ctx.learn)))
 
 
 class _Lay(torch.autograd.Function):
-    """The entries of joined weights (..., n) at `place` (m,), in `dtype`: (..., m). `index` (n,) is where each went.
+    """The entries of joined weights (n,) at `place` (m,), in `dtype`: (m,). `index` (n,) is where each went.
 
     An entry has one place, so the way back is a gather too, and no sum. The constants' gradients are read by nobody.
     """
@@ -46,11 +54,11 @@ class _Lay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, place: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.index, ctx.dtype = index, flat.dtype
-        return flat.to(dtype).index_select(-1, place)
+        return flat.to(dtype).index_select(0, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.index_select(-1, ctx.index).to(ctx.dtype), None, None, None
+        return grad.index_select(0, ctx.index).to(ctx.dtype), None, None, None
 
 
 class _Fold(torch.autograd.Function):
@@ -170,17 +178,18 @@ class Packing:
                 self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
 
-    def join(
+    def maps(
         self,
         weight: Mapping[str, Tensor],
         weight_out: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
         up: Mapping[str, Tensor],
         device: torch.device,
+        dtype: torch.dtype,
         live: Collection[str] | None = None,
         joined: dict[Any, Any] | None = None,
-    ) -> list[Tensor]:
-        """The projected bundles' weights side by side: down and up, then weight and weight_out if there are any.
+    ) -> Tensor:
+        """What the projected bundles read and write in coordinates of U, (2, H, R), in `dtype`.
 
         `joined` is for several uses of the same weights in one graph: they share what it keeps, so that each weight
         gets one gradient and not one from every use to be added up.
@@ -188,37 +197,37 @@ class Packing:
         A bundle that is not `live` (None: all are) gets no gradient at all, so that autograd leaves its `.grad` None:
         AdamW moves a parameter whose gradient is merely zero.
         """
-        key = (id(down), *(live is None or name in live for name in self.projected))
-        if joined is not None and key in joined:
-            return joined[key]
-        constants, found = self.index(device)["constants"], []
-        for tables in ((down, up), (weight,), (weight_out,)):
-            names = [(table, name) for table in tables for name in self.projected if name in table]
-            if names:
-                learn = [live is None or name in live for _, name in names]
-                parts = [table[name] for table, name in names]
-                if torch.is_grad_enabled():
-                    found.append(_Join.apply(learn, constants, *parts))
-                else:  # the compiler cannot trace the node here, and it would be of no use
-                    found.append(torch.cat([*(p.reshape(-1) for p in parts), constants.to(parts[0].dtype)]))
-            elif not found:
-                found.append(constants)
-        if joined is not None:
-            joined[key] = found
-        return found
-
-    def maps(self, joined: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """What bundles read and write in coordinates of U, (..., 2, H, R); from `join`, or several layers' stacked."""
-        index = self.index(joined[0].device)
+        live = frozenset(self.projected if live is None else live)
+        joined, key, laid = {} if joined is None else joined, (id(down), live), (id(down), live, dtype)
+        if laid in joined:
+            return joined[laid]
+        index = self.index(device)
 
         def lay(flat: Tensor, what: str, *size: int) -> Tensor:
-            laid = _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype)
-            return laid.view(*flat.shape[:-1], *size)
+            return _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype).view(size)
 
-        maps = lay(joined[0], "maps", 2, self.total_hidden, self.width)
-        if len(joined) == 1:
-            return maps
-        return maps @ torch.stack([lay(flat, "weight", self.width, self.basis_rank) for flat in joined[1:]], -3)
+        if key not in joined:
+            joined[key] = [
+                self._join(tables, live, index["constants"])
+                for tables in ((down, up), (weight,), (weight_out,))
+                if tables[0] or tables[0] is down
+            ]
+        flat, *projectors = joined[key]
+        maps = lay(flat, "maps", 2, self.total_hidden, self.width)
+        if projectors:
+            maps = maps @ torch.stack([lay(each, "weight", self.width, self.basis_rank) for each in projectors])
+        joined[laid] = maps
+        return maps
+
+    def _join(self, tables: Sequence[Mapping[str, Tensor]], live: Collection[str], constants: Tensor) -> Tensor:
+        """The projected bundles' weights of some tables side by side, (n + 2,)."""
+        names = [[name for name in self.projected if name in table] for table in tables]
+        if not any(names):
+            return constants
+        parts = [table[name] for table, mine in zip(tables, names) for name in mine]
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # where it cannot trace the node
+            return torch.cat([*(part.reshape(-1) for part in parts), constants.to(parts[0].dtype)])
+        return _Join.apply([name in live for mine in names for name in mine], constants, *parts)
 
     def fold(
         self,
@@ -235,11 +244,11 @@ class Packing:
     ) -> tuple[Tensor, Tensor]:
         """D (d, H) and E (H, d) in `dtype` (None: that of `basis`), differentiable in the weights of `live` bundles.
 
-        `live` and `joined`: see `join`.
+        `live` and `joined`: see `maps`.
         """
         dtype = basis.dtype if dtype is None else dtype
-        flat = self.join(weight, weight_out, down, up, basis.device, live, joined)
-        D, E = _Fold.apply(self.maps(flat, dtype), basis, scale, scaling)
+        maps = self.maps(weight, weight_out, down, up, basis.device, dtype, live, joined)
+        D, E = _Fold.apply(maps, basis, scale, scaling)
         if self.full:
 
             def alone(table: Mapping[str, Tensor], name: str) -> Tensor:

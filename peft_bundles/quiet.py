@@ -41,24 +41,27 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
         kept = [
             states[drawn] for states, drawn in zip(kept, torch.randint(len(kept[0]), (len(kept), DRAW), device=device))
         ]
-    states = torch.stack(kept).float()
+    # Autocast's dtype, as the forward has it: they share what they make of the weights (packing.py).
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+    states = torch.stack(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
-            folded = [layer._folded(adapter, torch.float32, None, names) for layer in layers]
+            folded = [layer._folded(adapter, dtype, None, names) for layer in layers]
             D, E = (torch.stack(each) for each in zip(*folded))
             reads, writes, factor = D.mT, E, 1.0
         else:
-            joined = [packing.join(*layer.tables(adapter), device, names, state.call.joined) for layer in layers]
-            maps = packing.maps([torch.stack(each) for each in zip(*joined)], torch.float32)
+            given = device, dtype, names, state.call.joined
+            maps = torch.stack([packing.maps(*layer.tables(adapter), *given) for layer in layers])
             reads, writes, factor = *maps.unbind(1), state.configs[adapter].scaling ** 2
         owner = packing.index(device)["owner"]
         ours = state.call.cached(
             (packing, "learns", tuple(names)),
             reads,
-            lambda: torch.tensor([float(name in names) for name in packing.names], device=device)[owner],
+            lambda: torch.tensor([float(n in names) for n in packing.names], device=device, dtype=dtype)[owner],
         )
         a = activate(states @ reads.mT, packing.nonlinear) * ours
-        total = states.new_zeros(len(layers))
+        total = states.new_zeros(len(layers), dtype=torch.float32)
         for members, spans in packing.groups:
             if not set(members).isdisjoint(names):
                 units = [a.narrow(2, *span) for span in spans], [writes.narrow(1, *span) for span in spans]
@@ -76,11 +79,11 @@ class _Energy(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, E: Tensor) -> Tensor:
         product = a @ (E @ E.mT)
         ctx.save_for_backward(a, E, product)
-        return (product * a).sum((1, 2))
+        return (product * a).sum((1, 2), dtype=torch.promote_types(a.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, E, product = ctx.saved_tensors
-        twice = 2 * grad[:, None, None]
+        twice = (2 * grad[:, None, None]).to(a.dtype)
         return twice * product, twice * ((a.mT @ a) @ E)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, check_checkpointing, state_of
 from .config import BundleConfig
-from .functional import walk
+from .functional import Reach, walk
 from .layer import BundleLayer
 from .packing import Packing
 
@@ -227,13 +227,9 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
     for layer in model.modules():
         if isinstance(layer, BundleLayer):
             for adapter in layer.bundle_adapters():
-                # Dicts first: looking a weight up in its module costs more than the rest, and finalize_grads does it.
-                kinds = [
-                    dict(getattr(layer, what)[adapter].named_parameters(remove_duplicate=False))
-                    for what in layer.adapter_layer_names
-                ]
+                kinds = layer.tables(adapter)
                 for name in layer.packing(adapter).names:
-                    table.setdefault((adapter, name), []).extend(kind[name] for kind in kinds if name in kind)
+                    table.setdefault((adapter, name), []).extend([kind[name] for kind in kinds if name in kind])
     return table
 
 
@@ -261,7 +257,8 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:
             raise ValueError(f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)}.")
-        leaves[signal], routes[signal] = _reach(state, signal, loss)
+    for signal, reach in zip(losses, walk(list(losses.values()))):
+        leaves[signal], routes[signal] = list(reach.leaves.values()), _routes(state, signal, reach)
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
     used = list(dict.fromkeys(r for found in routes.values() for r in found))
 
@@ -281,20 +278,19 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     state.waiting = [r for r in state.waiting if r not in used]
 
 
-def _reach(state: BundleState, signal: str, loss: Tensor) -> tuple[list[Tensor], list[Route]]:
-    """The leaves of a loss's graph, and the routes of the forwards it comes from; none if they ran outside any."""
-    leaves, found, compiled = walk(loss)
-    routes = [r for r in found if r is not None]
-    if routes and None in found:
+def _routes(state: BundleState, signal: str, reach: Reach) -> list[Route]:
+    """The routes of the forwards that a loss comes from; none if they ran outside any."""
+    routes = [r for r in reach.routes if r is not None]
+    if routes and None in reach.routes:
         raise ValueError(f"losses[{signal!r}] mixes forwards inside and outside route(); use one loss for each.")
     if stray := [r.signals for r in routes if signal not in r.signals]:
         raise ValueError(f"losses[{signal!r}] belong to no row of its forward, whose signals are {stray[0]}.")
-    if compiled and not routes and any(0 < w < 1 for w in routing_column(state.configs, signal)):
+    if reach.compiled and not routes and any(0 < w < 1 for w in routing_column(state.configs, signal)):
         raise RuntimeError(
             f"losses[{signal!r}] comes from a compiled forward, whose graph does not tell how it was routed, and the "
             "signal has attenuated owners. Run the forward under route() with a tuple of signals, or use .backward()."
         )
-    return leaves, routes
+    return routes
 
 
 def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[list[str]]:
@@ -371,13 +367,12 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
     if waiting:
         raise RuntimeError("rows with several signals wait for their losses: call routed_backward({signal: loss}).")
     table = bundle_parameters(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     seen = torch.tensor([key in seen_here for key in table], dtype=torch.int32)
     if _several_ranks():
         seen = seen.to(next(model.parameters()).device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         if reduce:
-            reduce_gradients(parameters)
+            reduce_gradients([p for p in model.parameters() if p.requires_grad])
     if not bool(seen.any()):
         return  # no forward with gradients since the last call
     learnt = [key for key, flag in zip(table, seen.tolist()) if flag]

@@ -60,6 +60,14 @@ def test_a_card_without_metadata_is_no_obstacle(hub, tmp_path):
     assert b"library_name: peft" in hub.files("me/ml")["README.md"]
 
 
+def test_a_card_to_push_is_all_there_is_to_say(hub, tmp_path):
+    for given, message in ({}, "must be a folder with a README.md"), ({"data": "sums"}, "leaves no use for results"):
+        with pytest.raises(ValueError, match=message):
+            peft_bundles.push_bundle(attached(), "b_mlp", "me/ml", card=tmp_path, **given)
+        (tmp_path / "README.md").write_text("a card")
+    assert not hub.requests
+
+
 def test_a_local_base_model_is_not_told(tmp_path):
     TINY["llama"]().save_pretrained(tmp_path / "secret" / "base")
     model = get_peft_model(TINY["llama"]().from_pretrained(tmp_path / "secret" / "base"), bundle_config())

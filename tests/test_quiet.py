@@ -260,6 +260,22 @@ def test_the_default_disturbs_less_than_what_it_replaced():
     assert found["default"][1] < 0.5 * found["projected"][1]
 
 
+def test_under_autocast_it_is_the_same_to_its_rounding():
+    model, ids = calibrated().train(), batch()
+    found = []
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(input_ids=ids)
+            loss = model.quiet_loss()
+        loss.backward()
+        found.append((loss, torch.cat([p.grad.flatten() for p in weights(model).values()])))
+    (exact, grad), (loss, rounded) = found
+    assert loss.dtype == torch.float32 and rounded.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+    assert 0 < (rounded - grad).norm() / grad.norm() < 2e-2
+
+
 def test_energy_and_its_gradient():
     a, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (2, 3, 7)))
     torch.testing.assert_close(_Energy.apply(a, E), (a @ E).square().sum((1, 2)))

@@ -28,9 +28,22 @@ def test_the_page_is_the_one_that_the_measurements_give(report):
 
 
 def test_a_goal_is_met_at_its_bound_and_not_above(report):
-    assert report.verdict("1.05", [1.2, 1.05, 0.9]) == "met"
-    assert report.verdict("1.05", [1.2, 1.0501, 0.9]) == "**not met**"
-    assert report.verdict("1.05", None) == "not measured"
+    assert report.verdict(report.Goal("", "1.05", [1.2, 1.05, 0.9])) == "met"
+    assert report.verdict(report.Goal("", "1.05", [1.2, 1.0501, 0.9])) == "**not met**"
+    assert report.verdict(report.Goal("", "1.05", None)) == "not measured"
+
+
+def test_a_missed_goal_is_on_the_page_with_by_how_much(report):
+    run = {"device": "NVIDIA Some GPU", "date": "2030-01-01", "command": "", "versions": {}, "load": None}
+    ms = {"base": [10.0], "lora_r16": [13.0], "bundles_15": [11.0], "bundles_15_routed": [12.0]}
+    found = {name: {"ms": value, "trainable": 0, "peak_over_base_weights_gib": 1.0} for name, value in ms.items()}
+    found["base"]["parts_ms"] = {"forward": 4.0, "backward": 6.0}
+    found["bundles_15_routed"]["parts_ms"] = {"forward": 4.5, "backward": 6.25, "optimizer": 0.5}
+    job = {"cells": found, "batch": [8, 1024], "base_weights_gib": 2.0, "run": 0}
+    page = report.page({"benchmarks/results/speed_some.json": {"runs": [run], "results": {"1.2b": {"train": job}}}})
+    assert "| 15 bundles routed / base | 1.05 | 1.200 (1.200 to 1.200) | **not met** |" in page
+    assert "0.150 above. Part by part, each waited for: forward +0.5 ms, backward +0.2 ms, optimizer +0.5 ms." in page
+    assert "| peak memory, 15 bundles / base | 1.05 | 1.000 (1.000 to 1.000) | met |" in page
 
 
 def test_the_floor_is_of_one_forward_and_four_backwards(report):
