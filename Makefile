@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TRL ?= 1.12.0 1.14.0 newest
 TESTS = tests/test_trainer.py tests/test_ppo.py tests/test_resume.py tests/test_trunk_and_clamp.py tests/test_bad_input.py \
-	tests/test_meta_signals.py tests/test_sharding.py tests/test_zero.py
+	tests/test_meta_signals.py tests/test_sharding.py tests/test_zero.py tests/test_trainer_topics.py
 
 .PHONY: compat
 compat:

@@ -94,7 +94,7 @@ def zero_stage(args: BundleTrainingConfig, accelerator: Any) -> int | None:
     if stage not in (0, 1, 2):
         raise ValueError(
             f"DeepSpeed: zero_optimization.stage={stage!r} does not go with bundles, whose weights stay whole; set it "
-            " to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
+            "to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
         )
     for field in ("offload_optimizer", "offload_param"):
         if (device := (zero.get(field) or {}).get("device", "none")) not in (None, "none"):

@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
@@ -82,6 +83,10 @@ class ZeroOptimizer(Optimizer):
         optimizer.param_groups = split
         self._inner = optimizer
         device = self._parts[0][0].device
+        if (found := get_accelerator().device_name()) != device.type:
+            raise ValueError(
+                f"DeepSpeed works on {found!r}, but the model is on {device}; set DS_ACCELERATOR={device.type}."
+            )
         if device.type == "cpu":  # would be compiled at first use, and gloo does
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
