@@ -109,7 +109,10 @@ def sides(o: MetaCorrectness, parts: Parts, test: Rows, groups: np.ndarray) -> d
         for name, score in zip(gaps, kinds):
             right, wrong = score.chunk(2)
             gaps[name].append((right > wrong).float() + 0.5 * (right == wrong).float())
-    return {name: interval(mean(array(values)), groups) for name, values in gaps.items()}
+    marks = {name: array(values) for name, values in gaps.items()}
+    found: dict[str, Any] = {name: interval(mean(values), groups) for name, values in marks.items()}
+    found["accuracy less the likelier side's"] = interval(mean(marks["accuracy"] - marks["the likelier side"]), groups)
+    return found
 
 
 class MeanOfTokens(MetaCorrectness):

@@ -70,10 +70,13 @@ LINES = [
          ("by a row's own mean",)),
     Line("advantage in its group: correlation on new prompts", "rollouts", ("advantage", "group"), "correlation", 0,
          ("simple/all but the length", "simple/length of the whole")),
-    Line("the same at the last token", "rollouts", ("advantage", "group"), "correlation at the last token", 0),
+    Line("the same, with surprise", "rollouts", ("advantage", "group, with surprise"), "correlation", 0),
+    Line("the same at the last token, without", "rollouts", ("advantage", "group"),
+         "correlation at the last token", 0),
     Line("the same, R2 of all tokens", "rollouts", ("advantage", "group"), "R2", 0),
     Line("advantage of a value baseline (GAE): correlation", "rollouts", ("advantage", "gae"), "correlation", 0,
          ("simple/all but the length", "simple/length of the whole")),
+    Line("the same, with surprise", "rollouts", ("advantage", "gae, with surprise"), "correlation", 0),
     Line("curiosity: next state, R2", "rollouts", ("curiosity",), "R2", 0),
 ]  # fmt: skip
 

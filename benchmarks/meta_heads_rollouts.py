@@ -89,9 +89,12 @@ def rollouts(bench: Bench, trained: bool) -> dict[str, Any]:
         else:
             width = known.after.shape[1]
             bases = {"subspace": subspace(bench.model, "advantage"), "whole state": torch.eye(width)}
+            expected: dict[str, Any] = {}
             for where, basis in bases.items():
-                head = SubspaceHead(basis, 1, "all").to(bench.forward.device)
-                cells[where] = measured(head_alone(head, known, held, true[0]), true[1], held)
+                for outputs, into in ((1, cells), (2, expected)):
+                    head = SubspaceHead(basis, outputs, "all").to(bench.forward.device)
+                    into[where] = measured(head_alone(head, known, held, true[0]), true[1], held)
+            found["advantage"][f"{kind}, with surprise"] = expected
             cells["simple"] = simple(known, held, true)
         found["advantage"][kind] = cells
     if not trained:
@@ -187,11 +190,23 @@ def _with_one(states: Tensor) -> Tensor:
 
 
 def head_alone(head: SubspaceHead, known: Rollout, held: Rollout, true: np.ndarray) -> np.ndarray:
-    """What a head says of the held-out tokens, fitted to the advantages of the others."""
+    """What a head says of the held-out tokens, fitted to the advantages of the others.
+
+    With a second output a(h_t) + w(h_{t-1}) log p_t, as `MetaCorrectness` reads: an advantage is of an action, and how
+    expected the action was is in the state before it, not in the one after.
+    """
     wanted = torch.from_numpy(true).to(known.after.device)
-    fit(head, lambda i: advantage_error(head, _two(known, i), wanted[i, None])[0].mean(), shuffled(len(wanted)), EPOCHS)
+
+    def said(rollout: Rollout, places: Tensor) -> Tensor:
+        end = head(rollout.after[places])
+        if end.shape[1] == 1:
+            return end[:, 0]
+        logprobs = torch.from_numpy(rollout.simple["log-probability"]).to(end.device)[places]
+        return end[:, 0] + head(rollout.before[places])[:, 1] * logprobs
+
+    fit(head, lambda i: 0.5 * (said(known, i) - wanted[i]).square().mean(), shuffled(len(wanted)), EPOCHS)
     with torch.no_grad():
-        return head(held.after)[:, 0].cpu().numpy()
+        return said(held, torch.arange(len(held.ids))).cpu().numpy()
 
 
 def train(bench: Bench, head: SubspaceHead, known: Rollout, held: Rollout) -> np.ndarray:
