@@ -46,6 +46,7 @@ MEASURE_AT = (150,)  # and at the end
 ROWS = {"biographies": 10, "codes": 10, "reasoning": 12, "gsm": 8, "plays": 8}  # of a batch of 48
 OWN_HELD_OUT = 64  # rows of the base's own samples that nobody calibrates on
 DOMAIN_LENGTH = 128
+CHUNK = 25  # rows of a forward when measuring; several workers share a GPU
 SWEEPS = Path(__file__).with_name("quality_sweeps.json")
 
 
@@ -144,9 +145,9 @@ def evaluate(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]
         right = torch.ones(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
         loss = kl = torch.zeros((), device=rows.ids.device)
         length = rows.ids.shape[1]
-        for start in range(0, len(rows.ids), 100):
-            mine = (rows.row >= start) & (rows.row < start + 100)
-            ids, where = rows.ids[start : start + 100], rows.where[mine] - start * length
+        for start in range(0, len(rows.ids), CHUNK):
+            mine = (rows.row >= start) & (rows.row < start + CHUNK)
+            ids, where = rows.ids[start : start + CHUNK], rows.where[mine] - start * length
             target = rows.target[mine]
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
                 logits = logits_at(built, ids, where).float()
@@ -163,6 +164,23 @@ def evaluate(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]
             found[name] = loss.item() / count
         if name.startswith(("domain", "own")):
             found["kl/" + name.split("/")[1]] = kl.item() / count
+    if next(iter(sets.values())).ids.is_cuda:
+        torch.cuda.empty_cache()  # for the other workers
+    return found
+
+
+def tagged(built: Built, base: Any, sets: dict[str, Rows]) -> dict[str, float]:
+    """With one bundle on: "tag/<set>", what is learnt with that of the set's own kind, and "<kind>/domain/<name>"."""
+    found = {}
+    domains = {name: rows for name, rows in sets.items() if name.startswith("domain")}
+    for kind in ROWS:
+        own = {n: rows for n, rows in sets.items() if n in (f"learn/{kind}", f"text/{kind}")}
+        if kind == "reasoning":  # one bundle for all its families
+            families = {n for n in sets if n.startswith("learn/") and n.split("/")[1] not in ROWS}
+            own = {n: rows for n, rows in sets.items() if n in families}
+        with built.tag(kind):  # type: ignore[misc]
+            found |= {f"tag/{name}": value for name, value in evaluate(built, base, own).items()}
+            found |= {f"{kind}/{name}": value for name, value in evaluate(built, base, domains).items()}
     return found
 
 
@@ -200,7 +218,8 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
 
     run = step
     if cuda and built.graph:
-        run = capture(step, built, optimizer)
+        with built.rows():
+            run = capture(step, built, optimizer)
     record: dict[str, Any] = {"loss": []}
     begin = time.perf_counter()
     spent = 0.0
@@ -208,7 +227,10 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
         rate.fill_(lr * min(1.0, (n + 1) / WARMUP) * max(0.0, (steps - n) / (steps - WARMUP) if n >= WARMUP else 1.0))
         for into, source in zip(vars(fixed).values(), vars(batches).values()):
             into.copy_(source[n])
-        run()
+        if built.progress is not None:
+            built.progress.fill_(n / steps)
+        with built.rows():
+            run()
         if (n + 1) % 25 == 0:
             record["loss"].append([round(x, 4) for x in losses.tolist()])
             if not math.isfinite(record["loss"][-1][0]):
@@ -216,7 +238,11 @@ def train(built: Built, base: Any, batches: Rows, lr: float, steps: int, sets: d
                 break
         if n + 1 in MEASURE_AT or n + 1 == steps:
             pause = time.perf_counter()
+            if built.progress is not None and n + 1 == steps:
+                built.progress.fill_(1.0)
             record[str(n + 1)] = evaluate(built, base, sets)
+            if built.tag is not None:
+                record[str(n + 1)] |= tagged(built, base, sets)
             spent += time.perf_counter() - pause
     record["seconds"] = time.perf_counter() - begin - spent
     return record
@@ -345,7 +371,8 @@ def prepare(args: argparse.Namespace) -> None:
             )
         rows[f"own_{name}"] = sampled.cpu()
     rows["own"] = torch.stack([rows[f"own_{name}"] for name in starts], 1).flatten(0, 1)
-    rows["both"] = torch.stack([rows["own"][:1000], rows["mixture"][:1000]], 1).flatten(0, 1)
+    most = min(len(rows["own"]) - OWN_HELD_OUT, len(rows["mixture"]))
+    rows["both"] = torch.stack([rows["own"][:most], rows["mixture"][:most]], 1).flatten(0, 1)
     save_file(rows, args.calibration)
     sets = {name: r.to(device) for name, r in evaluation_sets(data, tokenizer, rows["own"]).items()}
     built = Built(
@@ -376,7 +403,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--worker", type=int)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--samples", type=int, default=1024, help="rows of each kind of own samples")
+    parser.add_argument("--samples", type=int, default=2048, help="rows of each kind of own samples")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no cell after so many seconds")
     parser.add_argument("--until", type=float)
     args = parser.parse_args()

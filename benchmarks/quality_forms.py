@@ -45,6 +45,7 @@ class Form:
     first: float = 0.0  # layers from this share of the depth on ...
     last: float = 1.0  # ... up to this one
     scale: float = 1.0
+    ramp: float = 1.0  # times the scale at the first step; from there to the whole scale in a straight line
     quiet: float = 0.0  # weight of the penalty on what the adapter adds on calibration states
     kl: float = 0.0  # weight of the KL to the base on the base's own samples, through the whole model
     metric: str = "kl"  # kl: half delta^T G delta, nats a token; norm: |delta|^2 over the stream's variance
@@ -70,9 +71,11 @@ class Statistics:
 class FormLayer(nn.Module):
     """The adapter of one decoder layer."""
 
-    def __init__(self, form: Form, stats: Statistics, hidden: int, norm_weight: Tensor | None, seed: int) -> None:
+    def __init__(
+        self, form: Form, stats: Statistics, hidden: int, norm_weight: Tensor | None, seed: int, progress: Tensor
+    ) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.progress = form, progress
         d = stats.mean.shape[0]
         variance = stats.covariance.diagonal().clamp_min(0)
         deviation = variance.sqrt().clamp_min(1e-3 * variance.sqrt().median())
@@ -170,6 +173,7 @@ class FormLayer(nn.Module):
             a = {"gelu": F.gelu, "relu": F.relu, "linear": lambda t: t}[form.act](s)
         y = a @ self.up.T
         y = (y @ self.W if form.projector else y) @ self.back * form.scale
+        y = y if form.ramp == 1 else y * (form.ramp + (1 - form.ramp) * self.progress)
         if form.novelty is not None:
             norms = ((h.float() - self.raw_mean) @ self.white).square().mean(-1, keepdim=True)
             y = y * torch.sigmoid((norms - self.limit) / (0.25 * self.width))
@@ -284,16 +288,22 @@ def _norm_weight(model: Any, index: int, form: Form) -> Tensor | None:
 
 
 def attach(
-    model: Any, rows: Tensor, form: Form, seed: int, statistics: list[Statistics] | None = None
+    model: Any,
+    rows: Tensor,
+    form: Form,
+    seed: int,
+    statistics: list[Statistics] | None = None,
+    progress: Tensor | None = None,
 ) -> nn.ModuleList:
-    """Freeze the model, put a `FormLayer` at every chosen layer, and return them."""
+    """Freeze the model, put a `FormLayer` at every chosen layer, and return them. `progress`: (), for `ramp`."""
+    done = torch.ones((), device=rows.device) if progress is None else progress
     statistics = statistics if statistics is not None else measure(model, rows, form)
     model.requires_grad_(False)
     d, n = model.config.hidden_size, len(model.model.layers)
     chosen = [i for i in range(n) if form.first <= i / n < form.last]
 
     def make(hidden: int, index: int) -> FormLayer:
-        return FormLayer(form, statistics[index], hidden, _norm_weight(model, index, form), 1_000 * seed + index)
+        return FormLayer(form, statistics[index], hidden, _norm_weight(model, index, form), 1_000 * seed + index, done)
 
     def size(hidden: int) -> int:
         # One layer is enough, but for a spectrum cut, where ranks differ.

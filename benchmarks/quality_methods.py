@@ -51,6 +51,9 @@ class Built:
     graph: bool = True
     decay: float = 0.0
     context: Any = field(default_factory=nullcontext)  # around the training
+    rows: Callable[[], Any] = nullcontext  # around a step: what holds for the rows of a training batch only
+    tag: Callable[[str], Any] | None = None  # what a row of a kind runs with where its kind is known
+    progress: Tensor | None = None  # (), the share of the steps that are done; `train` keeps it
 
 
 def form_of(method: str) -> dict[str, Any] | None:
@@ -79,10 +82,14 @@ def build_bundles(
     seed: int,
     kinds: list[str],
 ) -> Built:
-    """The package's own bundles. `options`: fields of BundleConfig, and source, tokens, bundles, routed, kl."""
-    options = {"source": "both", "tokens": "20000", "bundles": "1", "routed": "", "kl": "", **options}
+    """The package's own bundles. `options`: fields of BundleConfig, and source, tokens, bundles, routed, owners, kl.
+
+    routed: a bundle for every kind of row. owners: while training, a row sees the bundle of its own kind only.
+    """
+    options = {"source": "both", "tokens": "20000", "bundles": "1", "routed": "", "owners": "", "kl": "", **options}
     source, tokens, count = options.pop("source"), int(options.pop("tokens")), int(options.pop("bundles"))
-    routed, kl = bool(options.pop("routed")), float(options.pop("kl") or 0)
+    owners, kl = bool(options.pop("owners")), float(options.pop("kl") or 0)
+    routed = bool(options.pop("routed")) or owners
     fields: dict[str, Any] = {
         name: value if isinstance(getattr(BundleConfig(), name), str) else float(value)
         for name, value in options.items()
@@ -109,7 +116,13 @@ def build_bundles(
         return model.quiet_loss() + whole
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Built(model, lambda ids: _trunk(inner, ids), parameters, extra, context=route)
+    built = Built(model, lambda ids: _trunk(inner, ids), parameters, extra, context=route)
+    if routed:
+        built.tag = lambda kind: model.alphas({f"b_{name}": float(name == kind) for name in names})
+    if owners:
+        gates = {f"b_{name}": torch.tensor([float(name == kind) for kind in kinds]) for name in names}
+        built.rows = lambda: model.alphas(gates)
+    return built
 
 
 def build(
@@ -136,12 +149,13 @@ def build(
         key = (form.place, form.input if form.input in ("rms", "next_norm") else "", form.source, form.tokens)
         if key not in _measured:
             _measured[key] = measure(copy.deepcopy(base), rows, form)
-        layers = attach(model, rows, form, seed, _measured[key])
+        progress = torch.ones((), device=rows.device)
+        layers = attach(model, rows, form, seed, _measured[key], progress)
         extra = (lambda: form.quiet * penalty(layers)) if form.quiet else None
         if form.kl:
             extra = kl_to_base(model, base, calibration["own"], form.kl)
         parameters = [p for p in layers.parameters() if p.requires_grad]
-        return Built(model, lambda ids: _trunk(model, ids), parameters, extra, decay=form.decay)
+        return Built(model, lambda ids: _trunk(model, ids), parameters, extra, decay=form.decay, progress=progress)
     if method == "full":
         return Built(model, lambda ids: _trunk(model, ids), list(model.parameters()))
     name, _, weight = method.partition("_kl")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,13 +36,16 @@ act=shrink: one-sided threshold | act=shrink_both: two-sided threshold | act=shr
 out=quiet: writes along the Fisher matrix's eigenvectors | threshold: at {} deviations | decay: weight decay {}
 learn_threshold: threshold trained | freeze_down: keys random and frozen | projector: tied projector of {} R
 novelty: gate that opens above quantile {} of novelty | centre: mean output on calibration text subtracted
-norm_budget: delta at most {} of the state | scale: output times {} | quiet: penalty {} | metric: on squared length
+norm_budget: delta at most {} of the state
+ramp: from {} times its scale to the whole of it | scale: output times {}
+quiet: penalty {} | metric: on squared length
 kl: KL to the base {} through the whole model | source=mixture: calibrated on other domains
 source=own_user: calibrated on own chat samples | source=both: calibrated on own samples and other domains
 source: calibrated on `{}`""".replace(" | ", "\n").splitlines()
 )
 # The first of these that has a field of the row is its question. Thresholded rows are the adapter's, if no other's.
-QUESTIONS = [("Place", "place first last"), ("Calibration text", "source tokens"), ("Quiet penalty", "metric kl")]
+QUESTIONS = [("Adapter", "ramp norm_budget")]
+QUESTIONS += [("Place", "place first last"), ("Calibration text", "source tokens"), ("Quiet penalty", "metric kl")]
 QUESTIONS += [("Input", "novelty"), ("Adapter", "threshold"), ("Input", "input whiten")]
 QUESTIONS += [("Basis", "basis out cut train_basis rank"), ("Adapter", "act projector centre decay norm_budget scale")]
 CURVES = """lora_r16|LoRA r16|#1f5fa8|o / lora_r64|LoRA r64 (19.5 M)|#6aa5dc|o / dora_r16|DoRA r16|#3aa6a0|s
@@ -71,7 +75,9 @@ def read() -> None:
                 step |= {name: step[f"domain/{name}"] - base[f"domain/{name}"] for name in DOMAINS}
                 step["rise"] = fmean(step[name] for name in DOMAINS)
             cells.setdefault(key, []).append(record)
-    RUN.update(cells=cells, diverged=diverged, broken=broken, base=base, environment=last["environment"])
+    devices = {f"{r['environment']['device']}, {r['environment']['date']}": None for r in records if "environment" in r}
+    environment = {**last["environment"], "devices": "; ".join(devices)}
+    RUN.update(cells=cells, diverged=diverged, broken=broken, base=base, environment=environment)
 
 
 def mean(key: Key, measure: str, step: str = "300") -> float:
@@ -118,6 +124,43 @@ def numbers(key: Key) -> list[str]:
     if key in RUN["diverged"]:
         return ["", f"diverged by step {RUN['diverged'][key][0]['diverged']}", ""]
     return [f"{mean(key, 'score'):.3f}", f"{mean(key, 'rise'):.3f}", r(key)]
+
+
+KINDS = ("biographies", "codes", "reasoning", "gsm", "plays")
+SEPARATE = ("bundles:quiet=20,routed=1", TUNED), ("bundles:quiet=20,owners=1", TUNED)
+
+
+def with_tag(record: dict[str, Any]) -> dict[str, float]:
+    """What a cell with a bundle a kind has learnt where each set runs with its own kind's bundle alone, and the mean
+    rise of the domains with one bundle on."""
+    last, base = record["300"], RUN["base"]
+    reasoning = fmean(last[f"tag/learn/{family}"] for family in FAMILIES)
+    rises = [last[f"{kind}/domain/{name}"] - base[f"domain/{name}"] for kind in KINDS for name in DOMAINS]
+    return {
+        "codes": last["tag/learn/codes"],
+        "score": (last["tag/learn/biographies"] + last["tag/learn/codes"] + 2 * reasoning) / 4,
+        "plays": last["tag/text/plays"],
+        "rise": fmean(rises),
+        "ratio": fmean(rises) / lora_at((last["tag/learn/biographies"] + last["tag/learn/codes"] + 2 * reasoning) / 4),
+    }
+
+
+def separate_table() -> str:
+    """One bundle for every kind of row: all on, and each set with its own bundle alone."""
+
+    def said(values: list[float], digits: int) -> str:
+        return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+    rows = []
+    for key, words in zip(SEPARATE, ("all bundles", "its own bundle only")):
+        whole = [n(key, measure, digits) for measure, digits in (("score", 3), ("text/plays", 2), ("rise", 3))]
+        tags = [with_tag(record) for record in RUN["cells"][key]]
+        alone = [said([tag[m] for tag in tags], d) for m, d in (("score", 3), ("plays", 2), ("rise", 3), ("ratio", 2))]
+        rows.append([words, str(len(tags)), *whole, r(key), *alone])
+    one = [n(OURS, measure, digits) for measure, digits in (("score", 3), ("text/plays", 2), ("rise", 3))]
+    rows.append(["one bundle for all rows", str(len(RUN["cells"][OURS])), *one, r(OURS), "", "", "", ""])
+    head = "a row sees, in training|seeds|learning|plays, loss|rise|ratio|learning, own|plays, own|rise, one on"
+    return table(head + "|ratio, one on", rows)
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -171,8 +214,10 @@ def tried(question: str) -> str:
             fields |= {"metric"} if {"threshold", "quiet"} <= fields else set()
             found = next((name for name, names in QUESTIONS if fields & set(names.split())), "Quiet penalty")
         else:
-            many = key in (OURS, LOUDER, PLAIN) or "bundles=" in key[0] or "routed" in key[0]
+            many = key in (OURS, LOUDER, PLAIN) or "bundles=" in key[0] or "routed" in key[0] or "owners" in key[0]
+            text = key == OURS or re.match("bundles:quiet=20,(tokens|source)=", key[0])
             found = "One bundle against many" if many else ""
+            found = question if text and question == "Calibration text" else found
             words = f"the package, seeds: {len(records)}"
         if found == question:
             size = records[0]["trainable"] / every[LORA][0]["trainable"]
@@ -236,8 +281,8 @@ def page() -> str:
     return f"""# Learning against disturbance
 
 `python benchmarks/quality_report.py` writes this page; every number is from [`{CELLS}`](../{CELLS}). A cell is a
-method, a rate and a seed (`benchmarks/quality.py`): SmolLM2-135M-Instruct, 300 steps of 48 examples, one
-{env["device"]} of two, torch {env["torch"]}, transformers {env["transformers"]}, peft {env["peft"]}, {env["date"]};
+method, a rate and a seed (`benchmarks/quality.py`): SmolLM2-135M-Instruct, 300 steps of 48 examples, one GPU
+({env["devices"]}), torch {env["torch"]}, transformers {env["transformers"]}, peft {env["peft"]};
 data as `benchmarks/quality_data.py` writes them, md5 {env["data_md5"]}.
 
 ## What was asked, and the short answer
@@ -303,6 +348,14 @@ makes the source `cool`. Without a basis R says nothing, so the two thresholded 
 twice.
 
 {chr(10).join(map(tried, QUESTION_ORDER.split(", ")))}
+### A bundle for every kind of row
+
+Five bundles of a fifth of the hidden units each, routed one kind of row each (biographies, codes, reasoning, gsm,
+plays). All on; and "own", every set with its own kind's bundle alone (as where the kind is known); "one on", the
+domains with one of the five on, mean over the five.
+
+{separate_table()}
+
 ## What set which default
 
 Rows with their rate: learning / rise / ratio.
@@ -343,9 +396,7 @@ help most on chat, other text elsewhere; more text does not help, {row("bundles:
 
 ## Still to be run
 
-- Full grids of rates for `dora_r16`, `rslora_r16`, `osf_r16`, `ia3`; more seeds for rows with one.
-- Routed bundles with the owners' forward table: each row sees only the bundles that own its signal.
-- Calibration on more than 120,000 tokens (500,000 were asked for), and a schedule of the output's scale.
+- More seeds for rows with one.
 - Diverged, and not repeated at a lower rate unless the tables above have it: \
 {", ".join(f"`{key[0]}` {key[1]:g}" for key in RUN["diverged"])}.
 - Out of GPU memory (repeated below unless a later run made up for it): {broken}.

@@ -15,11 +15,11 @@ import datetime
 import gzip
 import json
 import random
-import statistics
 import sys
 import time
 import warnings
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import peft
@@ -34,6 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import _data
+from semantic_report import draw, spread, sweeps
 
 import peft_bundles
 from peft_bundles import BundleConfig
@@ -50,8 +51,6 @@ FIXED = (  # what makes two cells the same
     *("seed", "topics", "overlap", "size", "rank", "signal_rank", "mask", "gate_forward", "tau"),
     *("steps", "rows", "length", "learning_rate", "warmup", "max_grad_norm", "calibration", "test_rows", "model"),
 )
-SWEPT = ("overlap", "size", "rank", "topics", "signal_rank")
-NEIGHBOURS = ("ml", "programming")  # the two topics that are near each other
 
 
 # ---- settings ----
@@ -284,26 +283,6 @@ def own_samples(base: Any, tokenizer: Any, count: int, length: int) -> list[str]
 # ---- results ----
 
 
-def summary(matrix: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What the matrix says, all as differences of held-out loss (negative: better).
-
-    own: a topic with its own bundle alone, against none. transfer: with another topic's bundle alone. neighbours:
-    the same between ml and programming only (NaN without them). all: with all six. other: text of no topic, all.
-    """
-    topics = [topic for topic in matrix if topic != "other"]
-    gain = {t: {c: matrix[t][c] - matrix[t]["none"] for c in (*topics, "all")} for t in matrix}
-    pairs = [(a, b) for a in topics for b in topics if a != b]
-    near = [(a, b) for a, b in pairs if {a, b} == set(NEIGHBOURS)]
-    mean = lambda values: statistics.fmean(values) if values else float("nan")  # noqa: E731
-    return {
-        "own": mean([gain[t][t] for t in topics]),
-        "transfer": mean([gain[a][b] for a, b in pairs]),
-        "neighbours": mean([gain[a][b] for a, b in near]),
-        "all": mean([gain[t]["all"] for t in topics]),
-        "other": gain["other"]["all"],
-    }
-
-
 def show(record: dict[str, Any]) -> None:
     """The matrix of one cell: the loss with no topic bundle, and the difference that each, or all, make."""
     matrix, cell = record["matrix"], record["cell"]
@@ -317,45 +296,14 @@ def show(record: dict[str, Any]) -> None:
     print(drawn)
 
 
-def swept(records: list[dict[str, Any]], knob: str) -> dict[Any, dict[str, tuple[float, float]]]:
-    """Its value -> quantity -> (mean, deviation over seeds), of cells that differ from the default only there."""
-    found: dict[Any, list[dict[str, float]]] = {}
-    for record in records:
-        if set(record["cell"]) <= {knob}:
-            found.setdefault(record["settings"][knob], []).append(summary(record["matrix"]))
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0  # noqa: E731
-    return {
-        value: {q: (statistics.fmean(v), spread(v)) for q in rows[0] for v in [[row[q] for row in rows]]}
-        for value, rows in sorted(found.items())
-    }
-
-
 def show_sweeps(records: list[dict[str, Any]], folder: Path) -> None:
     """Tables and plots of every knob that has more than one value."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sweeps = {knob: found for knob in SWEPT if len(found := swept(records, knob)) > 1}
-    if not sweeps:
-        return
-    figure, axes = pyplot.subplots(1, len(sweeps), figsize=(4 * len(sweeps), 3.5), squeeze=False, layout="constrained")
-    for axis, (knob, values) in zip(axes.flat, sweeps.items()):
-        quantities = list(next(iter(values.values())))
-        drawn = Table(knob, *quantities, title=f"change of held-out loss against none, by {knob}")
+    for knob, values in sweeps(records).items():
+        drawn = Table(knob, *next(iter(values.values())), title=f"change of held-out loss against none, by {knob}")
         for value, row in values.items():
-            drawn.add_row(str(value), *(f"{mean:+.3f} ± {spread:.3f}" for mean, spread in row.values()))
+            drawn.add_row(str(value), *(f"{fmean(found):+.3f} ± {spread(found):.3f}" for found in row.values()))
         print(drawn)
-        for quantity in quantities:
-            means, spreads = zip(*(row[quantity] for row in values.values()))
-            axis.errorbar(list(values), means, spreads, marker="o", capsize=3, label=quantity)
-        axis.axhline(0, color="gray", linewidth=0.5)
-        axis.set(xlabel=knob, ylabel="change of held-out loss")
-    axes[0, 0].legend(fontsize="small")
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"sweeps.{kind}", dpi=120)
-    pyplot.close(figure)
+    draw(records, folder)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
