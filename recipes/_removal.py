@@ -21,6 +21,9 @@ from quality_data import PROMPT
 from quality_methods import LINEARS, PEFT_METHODS, Built, _trunk
 
 
+LOGITS = 3200  # places whose logits are there at once, when measuring
+
+
 # ---- rows ----
 
 
@@ -68,9 +71,11 @@ def answered(built: Built, rows: Rows, base: Any = None) -> dict[str, Any]:
     """{"right" (N,): greedy decoding gives the answer, "loss": of a counted token, "kl": of base || model there}."""
     right = torch.ones(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
     loss, kl, length = 0.0, 0.0, rows.ids.shape[1]
-    for start in range(0, len(rows.ids), 100):
-        mine = (rows.row >= start) & (rows.row < start + 100)
-        ids, where, target = rows.ids[start : start + 100], rows.where[mine] - start * length, rows.target[mine]
+    most = int(rows.row.bincount().max()) if len(rows.row) else 1
+    step = max(1, min(100, LOGITS // most))  # rows of a forward; several workers share a GPU
+    for start in range(0, len(rows.ids), step):
+        mine = (rows.row >= start) & (rows.row < start + step)
+        ids, where, target = rows.ids[start : start + step], rows.where[mine] - start * length, rows.target[mine]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             logits = logits_at(built, ids, where).float()
             if base is not None:
@@ -94,6 +99,8 @@ def measure(built: Built, base: Any, tests: dict[str, Rows], forget: str) -> dic
         found["accuracy"][kind] = float(got["right"].float().mean())
         if kind == forget:
             found |= {"forget_loss": round(got["loss"], 5), "forget_kl": round(got["kl"], 5)}
+    if next(iter(tests.values())).ids.is_cuda:
+        torch.cuda.empty_cache()  # for the other workers
     return found
 
 
