@@ -88,6 +88,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"runs: orders {unknown} are unknown; choose of {sorted(ORDERS)}.")
         if ("rates" in run) == ("rate_of" in run):
             raise ValueError(f"runs: {run} needs either rates (a list) or rate_of (another run's condition).")
+    given["all_runs"] = given["runs"]  # a rate may come from a condition that --only leaves out
     if only := flags["only"]:
         if unknown := sorted(set(only) - set(given["conditions"])):
             raise ValueError(f"--only {unknown}: known are {sorted(given['conditions'])}.")
@@ -401,7 +402,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         given["data"] = cache_folder() / "continual.json.gz"
         if not given["data"].exists():
             data_of.prepare(given["data"], given["common"]["length"])
-    given["all_runs"] = yaml.safe_load(given["config"].read_text())["runs"] + given["runs"]
     given["md5"] = hashlib.md5(given["data"].read_bytes()).hexdigest()
     given["command"] = " ".join(["recipes/continual.py", *(sys.argv[1:] if argv is None else argv)])
     given["claims"], given["scores"] = given["scratch"] / "claims", given["scratch"] / "scores"
