@@ -216,7 +216,7 @@ def next_cell(given: dict[str, Any], cells: list[Cell]) -> Cell | None:
                 waiting = True
             elif not math.isnan(lr) and claim(given, cell):
                 return {**cell, "lr": lr}
-        if not waiting or given["final"]:
+        if not waiting:
             return None
         time.sleep(1.0)
     return None
@@ -426,6 +426,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         (given["claims"] / name).touch()
         if record["stage"] == "grid":
             write_score(given, record)
+    planned = [[cell["condition"], cell["schedule"]] for cell in cells_of(given) if cell["stage"] == "grid"]
+    for cell in cells_of(given):
+        if "rate_of" in cell and cell["rate_of"] not in planned and best_rate(given, cell["rate_of"]) is None:
+            raise ValueError(f"the rate of {name_of(cell)} is not known: run the grid of {cell['rate_of']} first.")
     measure_base(given)
     if given["workers"] <= 1:
         work({**given, "worker": 0})

@@ -343,6 +343,13 @@ def test_other_settings_are_other_cells(whole, run):
     assert len(run("other", runs, "--only", "lora", steps=1)) == len(whole) + 1
 
 
+def test_a_rate_that_nobody_looks_for_is_an_error(run):
+    with pytest.raises(ValueError, match=r"run the grid of \['bundles', 'sequence'\] first"):
+        run("none", RUNS, "--final")
+    with pytest.raises(ValueError, match=r"rate of mistag\|mixture\|A\|0\|best is not known"):
+        run("none", RUNS, "--only", "mistag")
+
+
 def test_a_failed_cell_is_recorded_and_stops_nothing(run, modules, monkeypatch):
     monkeypatch.setattr(modules[2].Lora, "extra", lambda self: torch.full((), float("nan")) * self.own[0].sum())
     records = run("failed", [RUNS[1], {**RUNS[0], "rates": [1e-2], "orders": {"A": 1}}])
