@@ -140,8 +140,7 @@ def cells_of(given: dict[str, Any]) -> list[Cell]:
 
 
 def name_of(cell: Cell) -> str:
-    rate = cell["lr"] if cell["stage"] == "grid" else "best"
-    return "|".join(map(str, (cell["condition"], cell["schedule"], cell["order"], cell["seed"], rate)))
+    return "|".join(str(cell.get(key, "best")) for key in ("condition", "schedule", "order", "seed", "lr"))
 
 
 def settings_of(given: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -209,13 +208,11 @@ def next_cell(given: dict[str, Any], cells: list[Cell]) -> Cell | None:
     while time.time() < given["until"]:
         waiting = False
         for cell in cells:
-            if (given["claims"] / name_of(cell)).exists():
-                continue
-            lr = cell.get("lr", None) or best_rate(given, cell["rate_of"])
+            lr = cell["lr"] if cell["stage"] == "grid" else best_rate(given, cell["rate_of"])
             if lr is None:
                 waiting = True
-            elif not math.isnan(lr) and claim(given, cell):
-                return {**cell, "lr": lr}
+            elif not math.isnan(lr) and claim(given, found := {**cell, "lr": lr}):
+                return found
         if not waiting:
             return None
         time.sleep(1.0)
@@ -415,12 +412,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
-    wanted = {name_of(cell): settings_of(given, cell) for cell in cells_of(given)}
+    wanted = {(cell["condition"], cell["schedule"]): settings_of(given, cell) for cell in cells_of(given)}
     for record in read(given["output"]):
         if record["stage"] in ("base", "code") or "error" in record:
             continue
         name = record_name(record)
-        if record["settings"] != wanted.get(name, record["settings"]):
+        if record["settings"] != wanted.get((record["condition"], record["schedule"]), record["settings"]):
             print(f"{name}: the output has it with other settings; it is run again.", flush=True)
             continue
         (given["claims"] / name).touch()
