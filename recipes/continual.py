@@ -88,6 +88,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"runs: orders {unknown} are unknown; choose of {sorted(ORDERS)}.")
         if ("rates" in run) == ("rate_of" in run):
             raise ValueError(f"runs: {run} needs either rates (a list) or rate_of (another run's condition).")
+    given["all_runs"] = given["runs"]  # a rate may come from a condition that --only leaves out
     if only := flags["only"]:
         if unknown := sorted(set(only) - set(given["conditions"])):
             raise ValueError(f"--only {unknown}: known are {sorted(given['conditions'])}.")
@@ -139,8 +140,7 @@ def cells_of(given: dict[str, Any]) -> list[Cell]:
 
 
 def name_of(cell: Cell) -> str:
-    rate = cell["lr"] if cell["stage"] == "grid" else "best"
-    return "|".join(map(str, (cell["condition"], cell["schedule"], cell["order"], cell["seed"], rate)))
+    return "|".join(str(cell.get(key, "best")) for key in ("condition", "schedule", "order", "seed", "lr"))
 
 
 def settings_of(given: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -208,14 +208,12 @@ def next_cell(given: dict[str, Any], cells: list[Cell]) -> Cell | None:
     while time.time() < given["until"]:
         waiting = False
         for cell in cells:
-            if (given["claims"] / name_of(cell)).exists():
-                continue
-            lr = cell.get("lr", None) or best_rate(given, cell["rate_of"])
+            lr = cell["lr"] if cell["stage"] == "grid" else best_rate(given, cell["rate_of"])
             if lr is None:
                 waiting = True
-            elif not math.isnan(lr) and claim(given, cell):
-                return {**cell, "lr": lr}
-        if not waiting or given["final"]:
+            elif not math.isnan(lr) and claim(given, found := {**cell, "lr": lr}):
+                return found
+        if not waiting:
             return None
         time.sleep(1.0)
     return None
@@ -401,7 +399,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         given["data"] = cache_folder() / "continual.json.gz"
         if not given["data"].exists():
             data_of.prepare(given["data"], given["common"]["length"])
-    given["all_runs"] = yaml.safe_load(given["config"].read_text())["runs"] + given["runs"]
     given["md5"] = hashlib.md5(given["data"].read_bytes()).hexdigest()
     given["command"] = " ".join(["recipes/continual.py", *(sys.argv[1:] if argv is None else argv)])
     given["claims"], given["scores"] = given["scratch"] / "claims", given["scratch"] / "scores"
@@ -415,17 +412,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
-    wanted = {name_of(cell): settings_of(given, cell) for cell in cells_of(given)}
+    wanted = {(cell["condition"], cell["schedule"]): settings_of(given, cell) for cell in cells_of(given)}
     for record in read(given["output"]):
         if record["stage"] in ("base", "code") or "error" in record:
             continue
         name = record_name(record)
-        if record["settings"] != wanted.get(name, record["settings"]):
+        if record["settings"] != wanted.get((record["condition"], record["schedule"]), record["settings"]):
             print(f"{name}: the output has it with other settings; it is run again.", flush=True)
             continue
         (given["claims"] / name).touch()
         if record["stage"] == "grid":
             write_score(given, record)
+    planned = [[cell["condition"], cell["schedule"]] for cell in cells_of(given) if cell["stage"] == "grid"]
+    for cell in cells_of(given):
+        if "rate_of" in cell and cell["rate_of"] not in planned and best_rate(given, cell["rate_of"]) is None:
+            raise ValueError(f"the rate of {name_of(cell)} is not known: run the grid of {cell['rate_of']} first.")
     measure_base(given)
     if given["workers"] <= 1:
         work({**given, "worker": 0})

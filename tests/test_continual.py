@@ -335,12 +335,24 @@ def test_a_resumed_run_does_what_is_missing(whole, run):
     name = lambda r: (r["condition"], r["order"], r["seed"], r["lr"])  # noqa: E731
     lost, found = json.loads(lines[3]), again[-1]
     assert name(lost) == name(found) and lost["phases"][0]["modes"] == found["phases"][0]["modes"]
+    more = run("parts", [{**RUNS[1], "rates": [1e-2, 1e-9]}, RUNS[0]])  # one rate more
+    best = max(
+        (r for r in more if r["condition"] == "lora" and r["stage"] == "grid"), key=lambda r: r["validation"]["mean"]
+    )
+    assert [r["lr"] for r in more[len(again) :]] == ([1e-9, 1e-9] if best["lr"] == 1e-9 else [1e-9])
 
 
 def test_other_settings_are_other_cells(whole, run):
     (run.folder / "other.jsonl").write_bytes((run.folder / "whole.jsonl").read_bytes())
     runs = [{"condition": "lora", "schedule": "sequence", "rates": [1e-2], "seeds": 1}]
     assert len(run("other", runs, "--only", "lora", steps=1)) == len(whole) + 1
+
+
+def test_a_rate_that_nobody_looks_for_is_an_error(run):
+    with pytest.raises(ValueError, match=r"run the grid of \['bundles', 'sequence'\] first"):
+        run("none", RUNS, "--final")
+    with pytest.raises(ValueError, match=r"rate of mistag\|mixture\|A\|0\|best is not known"):
+        run("none", RUNS, "--only", "mistag")
 
 
 def test_a_failed_cell_is_recorded_and_stops_nothing(run, modules, monkeypatch):
