@@ -1,7 +1,7 @@
 """The bundle operation for a few tokens in two kernels (Triton), where plain PyTorch takes six: what decoding pays for.
 
-y = h + (alpha * act((h - mu) D)) E as in functional.py, rounded where it is rounded there. A program reads its part of D
-or E for one token, so this is for few of them; with many, matrix products are faster.
+y = h + (alpha * act((h - mu) D)) E as in functional.py, rounded where it is rounded there. A program reads its part of
+D or E for one token, so this is for few of them; with many, matrix products are faster.
 """
 
 from __future__ import annotations
