@@ -71,7 +71,7 @@ class _Fold(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, basis: Tensor, scale: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(basis, scale)
         ctx.scaling, ctx.shape = scaling, maps.shape
-        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], -1)
+        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], len(basis))
         reads, writes = folded.unbind(0)
         if scale is not None:
             reads.div_(scale)
