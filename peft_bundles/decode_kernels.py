@@ -6,6 +6,9 @@ D or E for one token, so this is for few of them; with many, matrix products are
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,19 @@ def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
     if triton is None or not hidden.is_cuda or hidden.shape[0] * hidden.shape[1] > TOKENS:
         return False
     here = hidden.device.index == torch.cuda.current_device()  # where Triton launches
-    return here and hidden.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
+    return here and hidden.dtype == dtype and dtype in (torch.bfloat16, torch.float16) and _builds(hidden.device)
+
+
+@cache
+def _builds(device: torch.device) -> bool:
+    """Whether Triton can build kernels here: it needs a C compiler, and a GPU that it knows."""
+    h = torch.zeros(1, 1, 16, device=device, dtype=torch.float16)
+    try:
+        few_tokens(h, h, None, h[0].T, h[0], 1, None)
+    except Exception as error:
+        warnings.warn(f"Triton cannot build kernels here ({error}); a few tokens take plain PyTorch's.", stacklevel=2)
+        return False
+    return True
 
 
 if triton is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_bundles import decode_kernels
 from peft_bundles.decode_kernels import fits
 
 
@@ -48,6 +49,12 @@ def test_they_give_what_the_plain_operation_gives():
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", COMPARE], cwd=ROOT, env=env, check=True)
+
+
+def test_where_they_cannot_be_built_they_are_not_used():
+    decode_kernels._builds.cache_clear()
+    with pytest.warns(UserWarning, match="Triton cannot build kernels here"):
+        assert not decode_kernels._builds(torch.device("cpu"))  # nor can they run on a CPU
 
 
 def test_they_are_for_a_gpu_only():
