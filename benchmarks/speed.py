@@ -376,8 +376,10 @@ def parts(run: Callable[[Callable[[str], None]], Any], clock: Callable[[], float
 
 def environment(options: Any) -> dict[str, Any]:
     command = " ".join(["python", *sys.argv]).replace(str(options.output), f"benchmarks/results/{options.output.name}")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
         "command": command,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),  # none in a copy without history
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
         "load": None if CUDA else round(os.getloadavg()[0], 1),
