@@ -95,7 +95,7 @@ device. What the columns mean is in [README.md](../README.md).
   and of preferences {value(MAIN, "RL off", "preference")} of {value(MAIN, "all on", "preference")}. Without routing
   nothing can be: there the same switch leaves {value(unrouted, "RL off", "exact")} exact answers.
 - The reward then is {value(MAIN, "RL off", "reward")} (by run: {offs}), the base's {value(MAIN, "all off", "reward")}:
-  what the bundles of text and preferences make of the prompts, mostly whether they answer with a bare number.
+  what the bundles of text and preferences alone make of the prompts.
 - **It has a price.** Trained while the others were off, the bundles of text do not know them: with all on the LM loss
   is {value(MAIN, "all on", "plays_loss")}, with RL's off {value(MAIN, "RL off", "plays_loss")}, and one shared adapter
   has {value(shared, "all on", "plays_loss")}. Trained while all were on it is {value(alone, "all on", "plays_loss")},
