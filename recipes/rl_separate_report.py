@@ -2,7 +2,8 @@
 
     python recipes/rl_separate_report.py
 
-A run is the `results.json` that recipes/rl_separate.py leaves, named VARIANT_FORWARD_RATE_SEED.json.
+A run is the `results.json` that recipes/rl_separate.py leaves, named VARIANT_FORWARD_RATE_SEED.json; the same seed on
+another device has the device's name behind it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Key = tuple[str, str, float]
 
 
 def read() -> dict[Key, list[dict[str, Any]]]:
-    """(variant, forward, learning rate) -> runs, one a seed."""
+    """(variant, forward, learning rate) -> runs."""
     runs = defaultdict(list)
     for path in sorted((RESULTS / "rl_separate").glob("*.json")):
         run = json.loads(path.read_text())
@@ -62,6 +63,9 @@ def table(label: str, runs: list[dict[str, Any]]) -> str:
 def page(runs: dict[Key, list[dict[str, Any]]]) -> str:
     first = runs[MAIN][0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    every = [run for found in runs.values() for run in found]
+    devices = "; ".join(sorted({f"{run['device']}, {run['date'][:10]}" for run in every}))
+    most = max(len(found) for found in runs.values())
     rates = "\n".join(
         f"| {variant}, {forward} | {rate:g} | {len(found)} | {numbers(found, 'all on')} |"
         for (variant, forward, rate), found in sorted(runs.items())
@@ -70,14 +74,15 @@ def page(runs: dict[Key, list[dict[str, Any]]]) -> str:
     def value(key: Key, setting: str, column: str) -> str:
         return cell([run["table"][setting][column] for run in runs[key]])
 
+    offs = ", ".join(f"{run['table']['RL off']['reward']:.2f}" for run in runs[MAIN])
     shared, alone, unrouted = ("shared_adapter", "all", 2.5e-4), ("separate", "all", 5e-4), ("unrouted", "all", 5e-4)
     return f"""# rl_separate: what came out
 
 `python recipes/rl_separate_report.py` writes this page from the runs in [`rl_separate/`](rl_separate/), which have
 their settings, versions, promises and whole histories. {first["steps"]} steps with rows of all three kinds each,
-{first["trainable_parameters"]:,} trainable parameters everywhere, {first["device"]}, {versions},
-{first["date"][:10]}; mean ± standard deviation over {len(runs[MAIN])} seeds. What the columns mean is in
-[README.md](../README.md).
+{first["trainable_parameters"]:,} trainable parameters everywhere; {devices}; {versions}.
+Mean ± standard deviation over 3 seeds, in the first table over {most} runs: seeds 0 and 2 ran once more on the other
+device. What the columns mean is in [README.md](../README.md).
 
 {(chr(10) * 2).join(table(label, runs[key]) for key, label in LABELS.items())}
 
@@ -86,10 +91,11 @@ their settings, versions, promises and whole histories. {first["steps"]} steps w
 ## What it says
 
 - PPO learns: right answers from {value(MAIN, "all off", "exact")} (the base) to {value(MAIN, "all on", "exact")}.
-- **What RL taught can be switched off.** With RL's bundles off the reward is {value(MAIN, "RL off", "reward")}, the
-  base's is {value(MAIN, "all off", "reward")}; exact answers {value(MAIN, "RL off", "exact")}. What is left of
-  preferences: {value(MAIN, "RL off", "preference")} of {value(MAIN, "all on", "preference")}. Without routing nothing
-  can be: there the same switch leaves {value(unrouted, "RL off", "exact")} exact answers.
+- **What RL taught can be switched off.** With RL's bundles off {value(MAIN, "RL off", "exact")} exact answers are left,
+  and of preferences {value(MAIN, "RL off", "preference")} of {value(MAIN, "all on", "preference")}. Without routing
+  nothing can be: there the same switch leaves {value(unrouted, "RL off", "exact")} exact answers.
+- The reward then is {value(MAIN, "RL off", "reward")} (by run: {offs}), the base's {value(MAIN, "all off", "reward")}:
+  what the bundles of text and preferences alone make of the prompts.
 - **It has a price.** Trained while the others were off, the bundles of text do not know them: with all on the LM loss
   is {value(MAIN, "all on", "plays_loss")}, with RL's off {value(MAIN, "RL off", "plays_loss")}, and one shared adapter
   has {value(shared, "all on", "plays_loss")}. Trained while all were on it is {value(alone, "all on", "plays_loss")},
@@ -104,7 +110,7 @@ their settings, versions, promises and whole histories. {first["steps"]} steps w
 
 All on. Controls have one rate for everything; bundles of their own have multipliers (`rl_separate.yaml`).
 
-| variant, forward | rate | seeds | {" | ".join(COLUMNS.values())} |
+| variant, forward | rate | runs | {" | ".join(COLUMNS.values())} |
 |{"---|" * (len(COLUMNS) + 3)}
 {rates}
 """
