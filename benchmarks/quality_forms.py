@@ -31,11 +31,11 @@ class Form:
     place: str = "block"  # block | mlp (parallel to it, reads its normed input) | attention (the same)
     input: str = "standard"  # none | centred | standard | rms | next_norm
     whiten: bool = False
-    basis: str = "null"  # random | pca | null | identity
+    basis: str = "null"  # random | pca | null | shared (null, one for all layers) | identity
     rank: float = 0.5  # R as a fraction of d
     cut: float | None = None  # instead of a rank: the directions that carry this share of the variance, from the bottom
     out: str = "tied"  # tied (U^T) | identity | quiet (directions the output distribution is least sensitive to)
-    act: str = "gelu"  # gelu | relu | linear | gated | square | shrink | shrink_both | shrink_square
+    act: str = "gelu"  # gelu | relu | linear | gated | square | shrink | shrink_both | shrink_square | diag (c x)
     threshold: float = 2.0  # of shrink, in deviations on calibration text
     learn_threshold: bool = False
     freeze_down: bool = False  # random keys, trained values: twice the hidden units
@@ -72,7 +72,14 @@ class FormLayer(nn.Module):
     """The adapter of one decoder layer."""
 
     def __init__(
-        self, form: Form, stats: Statistics, hidden: int, norm_weight: Tensor | None, seed: int, progress: Tensor
+        self,
+        form: Form,
+        stats: Statistics,
+        hidden: int,
+        norm_weight: Tensor | None,
+        seed: int,
+        progress: Tensor,
+        shared: Tensor | None,
     ) -> None:
         super().__init__()
         self.form, self.progress = form, progress
@@ -83,13 +90,13 @@ class FormLayer(nn.Module):
         scale = deviation if form.input == "standard" else torch.ones_like(deviation)
         mean = torch.zeros_like(stats.mean) if form.input in ("none", "rms") else stats.mean
         correlation = stats.covariance / torch.outer(scale, scale)
-        values, vectors = torch.linalg.eigh(correlation.double())
+        values, vectors = torch.linalg.eigh(correlation.double() if shared is None else shared)
         values, vectors = values.clamp_min(1e-6 * values.max()), vectors
         generator = torch.Generator().manual_seed(seed)
         rank = int(form.rank * d)
         if form.cut is not None:
             rank = int((values.cumsum(0) / values.sum() <= form.cut).sum().clamp_min(8))
-        if form.basis == "null":
+        if form.basis in ("null", "shared"):
             values, vectors = values[:rank], vectors[:, :rank]
         elif form.basis == "pca":
             values, vectors = values[-rank:], vectors[:, -rank:]
@@ -138,6 +145,8 @@ class FormLayer(nn.Module):
         self.down2 = uniform(hidden, inner) if form.act == "gated" else None
         out_rows = inner if form.projector else self.back.shape[0]
         self.up = nn.Parameter(torch.zeros(out_rows, hidden, device=mean.device))
+        if form.act == "diag":
+            self.down, self.up = None, nn.Parameter(torch.zeros(inner, device=mean.device))
         if form.novelty is not None:
             whitened = (stats.bank.float() - stats.mean.float()) @ (
                 vectors / scale.double()[:, None] / values.sqrt()
@@ -158,6 +167,8 @@ class FormLayer(nn.Module):
         x = (x - self.mean) @ self.x_map
         if form.projector:
             x = x @ self.W.T
+        if form.act == "diag":
+            return self.limited(x * self.up @ self.back * form.scale, h)
         s = x @ self.down.T
         if form.act.startswith("shrink"):
             deviation = torch.einsum("hr,rq,hq->h", self.down, self.x_covariance, self.down).sqrt()
@@ -177,10 +188,13 @@ class FormLayer(nn.Module):
         if form.novelty is not None:
             norms = ((h.float() - self.raw_mean) @ self.white).square().mean(-1, keepdim=True)
             y = y * torch.sigmoid((norms - self.limit) / (0.25 * self.width))
-        if form.norm_budget is not None:
-            limit = form.norm_budget * h.float().norm(dim=-1, keepdim=True)
-            y = y * (limit / (y.float().norm(dim=-1, keepdim=True) + 1e-6)).clamp_max(1.0)
-        return y
+        return self.limited(y, h)
+
+    def limited(self, y: Tensor, h: Tensor) -> Tensor:
+        if self.form.norm_budget is None:
+            return y
+        limit = self.form.norm_budget * h.float().norm(dim=-1, keepdim=True)
+        return y * (limit / (y.float().norm(dim=-1, keepdim=True) + 1e-6)).clamp_max(1.0)
 
     def delta(self, h: Tensor) -> Tensor:
         y = self(h)
@@ -302,8 +316,15 @@ def attach(
     d, n = model.config.hidden_size, len(model.model.layers)
     chosen = [i for i in range(n) if form.first <= i / n < form.last]
 
+    shared = None
+    if form.basis == "shared":
+        deviations = [stats.covariance.diagonal().clamp_min(1e-12).sqrt() for stats in statistics]
+        parts = [stats.covariance / torch.outer(d, d) for stats, d in zip(statistics, deviations)]
+        shared = torch.stack(parts).mean(0).double()
+
     def make(hidden: int, index: int) -> FormLayer:
-        return FormLayer(form, statistics[index], hidden, _norm_weight(model, index, form), 1_000 * seed + index, done)
+        norm_weight = _norm_weight(model, index, form)
+        return FormLayer(form, statistics[index], hidden, norm_weight, 1_000 * seed + index, done, shared)
 
     def size(hidden: int) -> int:
         # One layer is enough, but for a spectrum cut, where ranks differ.
@@ -315,7 +336,9 @@ def attach(
         )
 
     one, two = size(8), size(16)  # linear in the hidden units, but for a projector
-    if form.projector:
+    if form.act == "diag":
+        hidden = 0
+    elif form.projector:
         hidden = max(8, int(form.bottleneck * form.projector * form.rank * d))
     else:
         hidden = max(8, round((form.budget - (2 * one - two)) / ((two - one) / 8)))
