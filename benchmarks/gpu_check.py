@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
-from peft_bundles.functional import bundle_reference
+from peft_bundles.decode_kernels import fits
+from peft_bundles.functional import activate, bundle_reference
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -98,6 +99,45 @@ def correctness() -> dict[str, Any]:
         results.append((out.detach(), h.grad, layer.bundle_up["default"]["b_policy"].grad.clone()))
         model.zero_grad()
     found["compiled_worst_relative_error"] = max(float((a - b).norm() / a.norm()) for a, b in zip(*results))
+    return found | decoding()
+
+
+@torch.no_grad()
+def decoding() -> dict[str, Any]:
+    """A few tokens through the kernels of `decode_kernels.py`: against float64, and replayed as a CUDA graph."""
+    model = get_peft_model(
+        llama(SMALL, torch.bfloat16),
+        BundleConfig(preset="full_modular", task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False,
+    ).eval()
+    perturb(model)
+    layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
+    found: dict[str, Any] = {}
+    for rows, alphas in ((1, {}), (8, {}), (8, {"b_policy": torch.linspace(0, 1, 8)})):
+        hidden = torch.randn(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
+        with model.alphas(alphas):
+            D, E = layer._folded("default", torch.float64, None, [])
+            owner = layer.packing("default").owner.cuda()
+            alpha = torch.ones(rows, 1, 15, device="cuda", dtype=torch.float64)
+            if alphas:
+                alpha[:, 0, list(model.peft_config["default"].bundles).index("b_policy")] = alphas["b_policy"].cuda()
+            nonlinear = layer.packing("default").nonlinear
+            wanted = (activate(hidden.double() @ D, nonlinear) * alpha[..., owner]) @ E
+            plain = layer(hidden)
+            with model.folded():
+                assert fits(hidden, torch.bfloat16)
+                few = layer(hidden)
+        for name, got in (("plain", plain), ("few_tokens", few)):
+            error = float((got.double() - hidden.double() - wanted).norm() / wanted.norm())
+            found[f"decode_{name}_relative_error_{rows}{'_by_row' if alphas else ''}"] = error
+    hidden = torch.randn(1, 1, 256, device="cuda", dtype=torch.bfloat16)
+    with model.folded():
+        expected = layer(hidden)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(hidden)
+        graph.replay()
+    found["graph_replay_equals_eager"] = torch.equal(out, expected)
     return found
 
 

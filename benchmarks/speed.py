@@ -309,7 +309,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     s.__name__: s for s in (train, same_rows, decode, graphs, forward, generate, swap, profile)
 }
 FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "graphs", "profile", "forward", "generate", "swap")]
-FIRST += [(shape, section) for shape in ("135m", "3b", "360m") for section in ("train", "decode", "same_rows")]
+FIRST += [(shape, section) for section in ("train", "decode", "same_rows") for shape in ("135m", "360m", "3b")]
 STACK = ExitStack()  # what a section keeps open
 
 
@@ -376,8 +376,10 @@ def parts(run: Callable[[Callable[[str], None]], Any], clock: Callable[[], float
 
 def environment(options: Any) -> dict[str, Any]:
     command = " ".join(["python", *sys.argv]).replace(str(options.output), f"benchmarks/results/{options.output.name}")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
         "command": command,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),  # none in a copy without history
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
         "load": None if CUDA else round(os.getloadavg()[0], 1),

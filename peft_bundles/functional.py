@@ -139,14 +139,26 @@ class _Bundles(torch.autograd.Function):
         dy, shape = grad.flatten(0, -2).to(dtype), (*grad.shape[:-1], -1)
         da = (dy @ E.T).view(shape)
 
+        # Units outside have a gate of 0 in this pass (`Route.choose`).
+        first, last = getattr(ctx.gate, "units", (0, s.shape[-1]))
+        gate = None if ctx.gate is None else ctx.gate[..., first:last].to(dtype)
+
+        def learnt(units: Tensor, states: Tensor, like: Tensor) -> Tensor:
+            """units^T states, (H, d), with the gate on the units."""
+            units = units.view(shape)[..., first:last]
+            part = (units if gate is None else units * gate).flatten(0, -2).T @ states
+            whole = part if len(part) == s.shape[-1] else part.new_zeros(s.shape[-1], part.shape[1])
+            if whole is not part:
+                whole[first:last] = part
+            return whole.to(like.dtype)
+
         d_alpha = dE = None
         if needs[5] or needs[3]:
             a = activate(s, nonlinear).view(shape)
             a = a if mask is None else a * mask.to(dtype)
             d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
-            for factor in (alpha, ctx.gate):
-                a = a if factor is None else a * factor.to(dtype)
-            dE = (a.flatten(0, -2).T @ dy).to(E_given.dtype) if needs[3] else None
+            a = a if alpha is None else a * alpha.to(dtype)
+            dE = learnt(a, dy, E_given) if needs[3] else None
         for factor in (alpha, mask):
             da = da if factor is None else da * factor.to(dtype)
         ds = _activate_backward(da.flatten(0, -2), s, nonlinear)
@@ -156,10 +168,7 @@ class _Bundles(torch.autograd.Function):
         else:
             d_hidden = (ds @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
             d_residual = grad if needs[1] else None
-        dD = None
-        if needs[2]:
-            ds = ds if ctx.gate is None else (ds.view(shape) * ctx.gate.to(dtype)).flatten(0, -2)
-            dD = (ds.T @ x).T.to(D_given.dtype)
+        dD = learnt(ds, x, D_given).T if needs[2] else None
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 

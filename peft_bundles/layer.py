@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
+from .decode_kernels import few_tokens, fits
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .packing import Packing
 from .prepared import Slot, apply
@@ -256,7 +257,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if not found[2]:
             return hidden
         flat = out = hidden.flatten(0, -2)
-        for mean, D, E, nonlinear, alpha in found[2]:
+        for few, mean, D, E, nonlinear, alpha in found[2]:
+            if few:
+                out = few_tokens(hidden.contiguous(), out.view(hidden.shape), mean, D, E, nonlinear, alpha)
+                out = out.flatten(0, -2)
+                continue
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
             if alpha is not None:
                 a = (a.view(*hidden.shape[:-1], -1) * alpha).flatten(0, -2)
@@ -264,7 +269,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return out.view(hidden.shape)
 
     def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
-        """mu, D, E, the number of non-linear units and their alphas, for every adapter that acts."""
+        """For every adapter that acts: whether the tokens are few, mu, D, E, the number of non-linear units, alphas."""
         plan = []
         for adapter in active:
             if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
@@ -275,8 +280,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             )
             if numbers is None or any(numbers):
                 mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
-                alpha = None if alpha is None else alpha.to(dtype)
-                plan.append((mean, *self._folded(adapter, dtype, numbers, names), packing.nonlinear, alpha))
+                D, E = self._folded(adapter, dtype, numbers, names)
+                few = fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1)
+                if alpha is not None:
+                    alpha = alpha.to(dtype)
+                    alpha = alpha.expand(len(hidden), -1, -1).contiguous() if few else alpha
+                plan.append((few, mean, D.T.contiguous().T if few else D, E, packing.nonlinear, alpha))
         return plan
 
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:

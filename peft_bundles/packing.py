@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .basis import BundleShape, align
+from .basis import ALIGN, BundleShape, align
 
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
@@ -71,7 +71,7 @@ class _Fold(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, basis: Tensor, scale: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(basis, scale)
         ctx.scaling, ctx.shape = scaling, maps.shape
-        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], -1)
+        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], len(basis))
         reads, writes = folded.unbind(0)
         if scale is not None:
             reads.div_(scale)
@@ -177,6 +177,13 @@ class Packing:
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
+
+    def span(self, chosen: Tensor) -> tuple[int, int]:
+        """Where the hidden units of the chosen bundles, (M,) bool begin and end, to multiples of `ALIGN`."""
+        units = chosen[self.owner[: len(self.owner) - self.padding]].nonzero().flatten()
+        if not len(units):
+            return 0, 0
+        return int(units[0]) // ALIGN * ALIGN, min(align(int(units[-1]) + 1), len(self.owner))
 
     def maps(
         self,

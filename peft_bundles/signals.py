@@ -129,9 +129,11 @@ class Route:
     def choose(self, signals: set[str] | None) -> None:
         """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""
         for (adapter, device), (packing, gate) in self._gates.items():
-            table = _sent(self._table(adapter, signals).to(gate.dtype), device)
+            table = self._table(adapter, signals)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
-            gate.data.copy_(table[..., packing.index(device)["owner"]])
+            gate.data.copy_(_sent(table.to(gate.dtype), device)[..., packing.index(device)["owner"]])
+            # Weight gradients of units that no row lets learn are not computed (functional.py).
+            vars(gate)["units"] = packing.span((table != 0).flatten(0, -2).any(0))
 
     def clash(self, a: str, b: str) -> bool:
         """Whether some row carries both signals, and they want different gates on it."""

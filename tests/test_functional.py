@@ -123,6 +123,26 @@ def test_gate_is_read_when_backward_runs():
     torch.testing.assert_close(torch.autograd.grad(loss, E)[0], free)
 
 
+def test_units_outside_of_a_gates_span_get_a_gradient_of_0():
+    """What `Route.choose` says of a gate saves their part of the weight gradients, and changes no gradient."""
+    packing, tables, _, basis = make(("mlp", "linear", "diag", "mlp", "linear"), "none")
+    hidden = torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True)
+    found = []
+    for chosen in ([0], [1], [1, 4], [3, 2], []):
+        live = torch.tensor([k in chosen for k in range(5)])
+        gate = torch.rand(2, 1, 5, dtype=torch.float64).masked_fill_(~live, 0.0)[..., packing.owner]
+        for spanned in (False, True):
+            if spanned:
+                vars(gate)["units"] = first, last = packing.span(live)
+                assert bool((packing.owner[:first, None] != torch.tensor(chosen)).all())
+                assert bool((packing.owner[last : -packing.padding, None] != torch.tensor(chosen)).all())
+            D_, E = packing.fold(*tables.values(), basis, None)
+            out = bundle_forward(hidden, D_, E, nonlinear=packing.nonlinear, gate=gate)
+            found.append(torch.autograd.grad(out.square().sum(), (hidden, D_, E)))
+        torch.testing.assert_close(found[-1], found[-2])
+    assert packing.span(torch.tensor([True] + 4 * [False]))[1] < len(packing.owner)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_the_float64_result_to_its_rounding(dtype):
     packing, tables, reference, basis = make(("mlp", "linear"), "tied", torch.float32)
