@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
-from peft_bundles.decode_kernels import fits
 from peft_bundles.functional import activate, bundle_reference
+from peft_bundles.kernels import fits
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -104,7 +104,7 @@ def correctness() -> dict[str, Any]:
 
 @torch.no_grad()
 def decoding() -> dict[str, Any]:
-    """A few tokens through the kernels of `decode_kernels.py`: against float64, and replayed as a CUDA graph."""
+    """A few tokens through the kernels of `kernels.py`, against float64, and replayed as a CUDA graph."""
     model = get_peft_model(
         llama(SMALL, torch.bfloat16),
         BundleConfig(preset="full_modular", task_type="CAUSAL_LM"),
