@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
-from peft_bundles.decode_kernels import fits
 from peft_bundles.functional import activate, bundle_reference
+from peft_bundles.kernels import centred, fits
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -104,15 +104,19 @@ def correctness() -> dict[str, Any]:
 
 @torch.no_grad()
 def decoding() -> dict[str, Any]:
-    """A few tokens through the kernels of `decode_kernels.py`: against float64, and replayed as a CUDA graph."""
+    """The kernels of `kernels.py`: a few tokens (and many, "plain") against float64, and replayed as a CUDA graph."""
     model = get_peft_model(
         llama(SMALL, torch.bfloat16),
         BundleConfig(preset="full_modular", task_type="CAUSAL_LM"),
         autocast_adapter_dtype=False,
     ).eval()
     perturb(model)
+    model.peft_config["default"].calibration = {"tokens": 0, "source": "made up", "outliers": 0.0}
     layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
-    found: dict[str, Any] = {}
+    mean = layer.bundle_mean["default"].normal_(0, 3).bfloat16()
+    states = torch.randn(4, 300, 256, device="cuda", dtype=torch.bfloat16)
+    x, copy = centred(states, layer.bundle_mean["default"])
+    found: dict[str, Any] = {"centred_is_exact": torch.equal(x, states - mean) and torch.equal(copy, states)}
     for rows, alphas in ((1, {}), (8, {}), (8, {"b_policy": torch.linspace(0, 1, 8)})):
         hidden = torch.randn(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
         with model.alphas(alphas):
@@ -122,7 +126,7 @@ def decoding() -> dict[str, Any]:
             if alphas:
                 alpha[:, 0, list(model.peft_config["default"].bundles).index("b_policy")] = alphas["b_policy"].cuda()
             nonlinear = layer.packing("default").nonlinear
-            wanted = (activate(hidden.double() @ D, nonlinear) * alpha[..., owner]) @ E
+            wanted = (activate((hidden - mean).double() @ D, nonlinear) * alpha[..., owner]) @ E
             plain = layer(hidden)
             with model.folded():
                 assert fits(hidden, torch.bfloat16)

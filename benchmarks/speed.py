@@ -309,7 +309,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     s.__name__: s for s in (train, same_rows, decode, graphs, forward, generate, swap, profile)
 }
 FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "graphs", "profile", "forward", "generate", "swap")]
-FIRST += [(shape, section) for shape in ("135m", "3b", "360m") for section in ("train", "decode", "same_rows")]
+FIRST += [(shape, section) for section in ("train", "decode", "same_rows") for shape in ("135m", "360m", "3b")]
 STACK = ExitStack()  # what a section keeps open
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/speed.md from what benchmarks/speed.py measured.
+"""Writes docs/speed.md, and the README's table, from what benchmarks/speed.py measured.
 
 python benchmarks/speed_report.py
 """
@@ -296,5 +296,36 @@ def page(records: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+README = ("base", "lora_r16", "bundles_15_quiet0", "bundles_15", "bundles_15_routed", "bundles_64", "xlora")
+MARKS = "<!-- speed: benchmarks/speed_report.py writes what follows -->\n", "<!-- /speed -->\n"
+
+
+def readme(text: str, records: dict[str, Any]) -> str:
+    """The README with the training steps of the newest measurement on a GPU."""
+    path, record = next((p, r) for p, r in records.items() if not on_cpu(r) and cells(r, "1.2b", "train"))
+    found, job = cells(record, "1.2b", "train"), record["results"]["1.2b"]["train"]
+    run = record["runs"][job["run"]]
+    size = " x ".join(str(n) for n in job["batch"])
+    lines = [
+        f"{run['device']}, Llama shape of 1.2 B random parameters, batch {size}, bf16 autocast, frozen base, median",
+        "training step (with AdamW) and its ratio to the base's own forward and backward, runs interleaved, everything",
+        "at LoRA r16's 11.3 M trainable parameters (`python benchmarks/speed.py`,",
+        f"[`{path}`]({path}), {run['date']}):",
+        "",
+        "| | step | ratio to base (min to max) | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for name in (n for n in README if n in found):
+        ratio = spread(ratios(found, name, "base")) if name != "base" else "1"
+        memory = f"{peak(found, name, job['base_weights_gib']):.1f} GiB"
+        what = NAMES[name] + (", no optimizer" if name == "base" else "")
+        lines.append(f"| {what} | {median(found[name]['ms']):.0f} ms | {ratio} | {memory} |")
+    before, _, rest = text.partition(MARKS[0])
+    return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
 if __name__ == "__main__":
-    (ROOT / "docs/speed.md").write_text(page(read()), encoding="utf-8")
+    measured = read()
+    (ROOT / "docs/speed.md").write_text(page(measured), encoding="utf-8")
+    old = (ROOT / "README.md").read_text(encoding="utf-8")
+    (ROOT / "README.md").write_text(readme(old, measured), encoding="utf-8")

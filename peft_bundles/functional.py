@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import centred, usable
+
 
 @dataclass
 class BundleWeights:
@@ -117,12 +119,20 @@ class _Bundles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
-        x = (hidden if mean is None else hidden - mean.to(hidden.dtype)).flatten(0, -2).to(dtype)
+        out = None
+        if mean is not None and residual is None and usable(hidden, dtype):
+            x, out = centred(hidden, mean)
+        else:
+            x = hidden if mean is None else hidden - mean.to(hidden.dtype)
+        x = x.flatten(0, -2).to(dtype)
         s = x @ D.to(dtype)
         a = activate(s, nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
-        out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
+        if out is not None:
+            out.flatten(0, -2).addmm_(a.flatten(0, -2), E.to(dtype))
+        else:
+            out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
         # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
         # passes of one graph (signals.py), which the version check of saved tensors would forbid.

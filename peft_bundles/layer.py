@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
-from .decode_kernels import few_tokens, fits
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
+from .kernels import few_tokens, fits
 from .packing import Packing
 from .prepared import Slot, apply
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from folders import content, loaded, only
@@ -10,6 +14,7 @@ from models import TINY, attached, batch, bundle_config, logits
 from peft import get_peft_model
 
 import peft_bundles
+from peft_bundles.cards import _row
 
 
 def test_card(hub, tmp_path):
@@ -58,6 +63,21 @@ def test_a_card_without_metadata_is_no_obstacle(hub, tmp_path):
     assert ModelCard.load(peft_bundles.write_card(folder)).data.library_name == "peft"
     peft_bundles.push_bundle(model, "b_mlp", "me/ml")
     assert b"library_name: peft" in hub.files("me/ml")["README.md"]
+
+
+@pytest.mark.parametrize("name", ["b_rl_policy", "b_preference", "b_ssl_main"])
+def test_the_recipes_cards_say_what_is_recorded_beside_them(name, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "recipes"))
+    rows = importlib.import_module("rl_separate_cards").rows
+    folder = root / "model_cards" / name
+    found = [_row(i, row) for i, row in enumerate(rows(json.loads((folder / "results.json").read_text())))]
+    card = ModelCard.load(folder / "README.md")
+    lines = [line for line in card.text.split("## Results")[1].splitlines() if line.startswith("| ")]
+    assert lines[1:] == [f"| {r['task']} | {r['metric']} | {r['text']} | {r['seeds']} | {r['base']} |" for r in found]
+    told = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert told == {(row["dataset"], row["metric"]): row["mean"] for row in found}
+    assert "![What alpha does](sweep.png)" in card.text and (folder / "sweep.png").stat().st_size < 200_000
 
 
 def test_a_card_to_push_is_all_there_is_to_say(hub, tmp_path):

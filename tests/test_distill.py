@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,3 +162,12 @@ def test_auto_class_loads_it_with_the_base_named(tmp_path):
     student.save_pretrained(tmp_path / "lora")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
     assert torch.equal(logits(loaded, batch()), logits(student, batch()))
+
+
+def test_the_readme_says_what_was_measured(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    distill = importlib.import_module("distill")
+    record = json.loads((root / "benchmarks" / "results" / "distill.json").read_text())
+    assert record["over_seeds"] == distill.over_seeds(record["seeds"])
+    assert distill.sentence(record) in " ".join((root / "README.md").read_text(encoding="utf-8").split())

@@ -24,7 +24,10 @@ def report():
 
 
 def test_the_page_is_the_one_that_the_measurements_give(report):
-    assert (ROOT / "docs/speed.md").read_text(encoding="utf-8") == report.page(report.read())
+    records = report.read()
+    assert (ROOT / "docs/speed.md").read_text(encoding="utf-8") == report.page(records)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == report.readme(readme, records) and report.MARKS[1] in readme
 
 
 def test_a_goal_is_met_at_its_bound_and_not_above(report):

@@ -1,4 +1,4 @@
-"""The kernels for few tokens against the plain operation, in Triton's interpreter: no GPU is needed."""
+"""The kernels against plain PyTorch, in Triton's interpreter: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_bundles import decode_kernels
-from peft_bundles.decode_kernels import fits
+from peft_bundles import kernels
+from peft_bundles.kernels import fits
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPARE = """
 import itertools
 import torch
-from peft_bundles.decode_kernels import few_tokens
+from peft_bundles.kernels import centred, few_tokens
 from peft_bundles.functional import bundle_forward
 
 torch.manual_seed(0)
 cases = itertools.product([(1, 1, 64, 8, 8), (2, 2, 72, 12, 5)], *[(True, False)] * 3)
-for (B, T, d, H, nonlinear), centred, gated, own in [*cases, ((1, 1, 1100, 70, 0), True, True, True)]:
+for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0), True, True, True)]:
     # The interpreter cuts bfloat16 off where it should round: float16.
     new = lambda *size: torch.randn(*size, dtype=torch.float16)
     hidden, E, D = new(B, T, d) + 3, new(H, d), (new(H, d) / d**0.5).T
-    mean = new(d) + 3 if centred else None
+    mean = new(d) + 3 if middle else None
     alpha = torch.rand(B, 1, H).half() if gated else None
     residual = hidden if own else new(B, T, d)
     found = few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)
@@ -38,7 +38,11 @@ for (B, T, d, H, nonlinear), centred, gated, own in [*cases, ((1, 1, 1100, 70, 0
         alpha=None if alpha is None else alpha.double(),
     )
     error = ((found.double() - exact).norm() / (exact - residual.double()).norm()).item()
-    assert found.dtype == torch.float16 and error < 2e-3, (B, T, d, H, nonlinear, centred, gated, own, error)
+    assert found.dtype == torch.float16 and error < 2e-3, (B, T, d, H, nonlinear, middle, gated, own, error)
+    if mean is not None:
+        for given in (mean, mean.float()):
+            x, copy = centred(hidden, given)
+            assert torch.equal(x, hidden - mean) and torch.equal(copy, hidden) and copy is not hidden
     if gated:
         alpha[0] = 0
         assert torch.equal(few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)[0], residual[0])
@@ -52,9 +56,9 @@ def test_they_give_what_the_plain_operation_gives():
 
 
 def test_where_they_cannot_be_built_they_are_not_used():
-    decode_kernels._builds.cache_clear()
+    kernels._builds.cache_clear()
     with pytest.warns(UserWarning, match="Triton cannot build kernels here"):
-        assert not decode_kernels._builds(torch.device("cpu"))  # nor can they run on a CPU
+        assert not kernels._builds(torch.device("cpu"))  # nor can they run on a CPU
 
 
 def test_they_are_for_a_gpu_only():
