@@ -266,16 +266,15 @@ def test_rollouts_are_generated_and_scored_under_their_topics(tmp_path):
 @pytest.mark.parametrize("mask", ["stochastic", "rate"])
 def test_accumulation_does_not_change_the_step(tmp_path, mask):
     results = []
-    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
-        made = model(calibrated=True)
+    for size, accumulation in ((4, 1), (1, 4)):
+        made = model(calibrated=mask == "rate")
         trainer(
             tmp_path, [LM(texts()), LM(texts(7), signal="logic")], made, mask, per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation, optim="sgd", optim_args="momentum=0.9", learning_rate=0.1,
         ).train()  # fmt: skip
         results.append(bundles_of(made))
-    for other in results[1:]:
-        for name, found in results[0].items():
-            torch.testing.assert_close(found, other[name], rtol=1e-4, atol=1e-6)
+    for name, found in results[0].items():
+        torch.testing.assert_close(found, results[1][name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", ["stochastic", "rate"])
