@@ -122,7 +122,7 @@ def calibrated(seed: int, scale: float, data: dict[str, Any], tokenizer: Any, fo
     model: Any = get_peft_model(base, BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=seed))
     size = {
         "tokens": max(int(CALIBRATION["tokens"] * min(scale, 1)), 2000),
-        "batch_size": 128 if device == "cuda" else 8,
+        "batch_size": 128 if device == "cuda" else 32,
     }
     calibrate(model, data["calibration"], tokenizer, seed=seed, progress=False, **{**CALIBRATION, **size})
     return model.eval()
