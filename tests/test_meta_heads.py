@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -19,14 +18,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import meta_heads  # noqa: E402
 import meta_heads_bench  # noqa: E402
 import meta_heads_data  # noqa: E402
+import meta_heads_report  # noqa: E402
 import meta_heads_rollouts  # noqa: E402
 
 from peft_bundles.objectives.heads import subspace  # noqa: E402
 from peft_bundles.objectives.intrinsic import Curiosity  # noqa: E402
 from peft_bundles.objectives.tokens import token_logprobs  # noqa: E402
-
-
-RECORDS = sorted((ROOT / "benchmarks" / "results").glob("meta_heads_*.json"))
 
 
 def test_an_interval_is_that_of_groups_and_not_of_rows():
@@ -157,20 +154,16 @@ def test_a_head_finds_nothing_in_a_random_model(bench):
         assert found["low"] <= found["value"] <= found["high"] and found["low"] < 0.65
 
 
-def test_the_page_says_what_the_records_say():
-    """Every number with an interval is in a committed record."""
-    known = set()
+def test_the_page_is_the_one_that_the_records_give():
+    assert (ROOT / "docs" / "signals.md").read_text(encoding="utf-8") == meta_heads_report.page()
+    lines = [line for line in meta_heads_report.LINES if line.label in meta_heads_report.table()]
+    parts = {part for part, _ in meta_heads_report.records()}
+    assert parts == {line.part for line in lines}  # no record is left out
 
-    def collect(value):
-        if isinstance(value, dict):
-            if {"value", "low", "high"} == value.keys():
-                known.add("{value:.2f} ({low:.2f} to {high:.2f})".format(**value))
-            for part in value.values():
-                collect(part)
 
-    for path in RECORDS:
-        collect(json.loads(path.read_text())["signals"])
-    page = (ROOT / "docs" / "signals.md").read_text()
-    cells = re.findall(r"-?\d\.\d\d \(-?\d\.\d\d to -?\d\.\d\d\)", page)
-    assert len(RECORDS) == 4 and len(cells) >= 25
-    assert not [cell for cell in cells if cell not in known]
+def test_bold_is_what_every_seed_says():
+    line = meta_heads_report.Line("x", "x", ("x",), "AUC", 0.5)
+    seeds = [{"value": 0.6, "low": 0.51, "high": 0.7}, {"value": 0.56, "low": 0.52, "high": 0.6}]
+    assert meta_heads_report.shown(seeds, meta_heads_report.beats(line, seeds)) == "**0.58 (0.51 to 0.70)**"
+    assert not meta_heads_report.beats(line, [*seeds, {"value": 0.55, "low": 0.49, "high": 0.6}])
+    assert not meta_heads_report.beats(line._replace(lower=True), seeds) and not meta_heads_report.beats(line, [])
