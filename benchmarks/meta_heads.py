@@ -55,12 +55,13 @@ CALIBRATION = {"tokens": 30_000, "max_length": 128, "own_samples": 0.5}
 
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(part, mode, seed) of this worker that the output lacks, whole seeds first."""
+    """(part, mode, seed) of this worker that the output lacks: neighbours, so that it seldom needs another model."""
     lines = args.output.read_text().splitlines() if args.output.exists() else []
     done = {(r["part"], r["mode"], r["seed"]) for r in map(json.loads, lines)}
-    every = itertools.product(range(args.seeds), args.modes, args.parts)
-    asked = [(part, mode, seed) for seed, mode, part in every if mode == "frozen" or part not in ALONE]
-    return [cell for cell in asked[args.worker :: args.workers] if cell not in done]
+    every = itertools.product(range(args.seeds), args.parts, args.modes)
+    asked = [(part, mode, seed) for seed, part, mode in every if mode == "frozen" or part not in ALONE]
+    first, last = (len(asked) * n // args.workers for n in (args.worker, args.worker + 1))
+    return [cell for cell in asked[first:last] if cell not in done]
 
 
 def work(args: argparse.Namespace) -> None:
@@ -70,17 +71,42 @@ def work(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")  # TF32: the model is so small that casting to bf16 would cost time
     transformers.logging.set_verbosity_error()
     data, folder = read(args.data), args.model or _data.model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, fresh, of = None, {}, None
     for part, mode, seed in cells(args):
         name = f"{part}, {mode}, seed {seed}"
         if time.perf_counter() - start > args.limit:
             print(f"{name}: not started, the time is up", flush=True)
             continue
         try:
-            record = run(part, mode, seed, args, data, folder)
+            begun = time.perf_counter()
+            if model is None or of != seed:
+                model, of = calibrated(seed, args.scale, data, tokenizer, folder), seed
+                fresh = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+                print(f"seed {seed}: calibrated, {time.perf_counter() - begun:.0f} s", flush=True)
+            begun = time.perf_counter()
+            transformers.set_seed(seed)
+            bench = Bench(model, tokenizer, data, seed, args.scale, args.steps)
+            trained = mode == "trained"
+            found = rollouts(bench, trained) if part == ROLLOUTS else {part: bench.run(PARTS[part], trained)}
+            with torch.no_grad():
+                for parameter, p in model.named_parameters():
+                    if parameter in fresh:
+                        p.copy_(fresh[parameter])
         except Exception:  # the others may well work
-            failed = 1
+            failed, model = 1, None
             print(f"{name}: failed\n{traceback.format_exc()}", flush=True)
             continue
+        record = {
+            "part": part, "mode": mode, "seed": seed, "signals": found,
+            "steps": args.steps if trained else None, "scale": args.scale,
+            "calibration": {**CALIBRATION, **(model.peft_config["default"].calibration or {})},
+            "seconds": round(time.perf_counter() - begun, 1),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
+        }  # fmt: skip
         with args.output.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{name}: {record['seconds']} s", flush=True)
@@ -88,32 +114,18 @@ def work(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def run(part: str, mode: str, seed: int, args: argparse.Namespace, data: Any, folder: Path) -> dict[str, Any]:
-    """One cell, with a model of its own."""
-    begun, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def calibrated(seed: int, scale: float, data: dict[str, Any], tokenizer: Any, folder: Path) -> Any:
+    """The model with fresh bundles, in a basis of the seed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     transformers.set_seed(seed)
     model: Any = get_peft_model(base, BundleConfig(preset="taxonomy", task_type="CAUSAL_LM", basis_seed=seed))
-    calibration = {
-        **CALIBRATION,
-        "tokens": max(int(CALIBRATION["tokens"] * min(args.scale, 1)), 2000),
-        "batch_size": 64 if device == "cuda" else 8,
+    size = {
+        "tokens": max(int(CALIBRATION["tokens"] * min(scale, 1)), 2000),
+        "batch_size": 128 if device == "cuda" else 32,
     }
-    calibrate(model, data["calibration"], tokenizer, seed=seed, progress=False, **calibration)
-    model.eval()
-    bench = Bench(model, tokenizer, data, seed, args.scale, args.steps)
-    trained = mode == "trained"
-    return {
-        "part": part, "mode": mode, "seed": seed,
-        "signals": rollouts(bench, trained) if part == ROLLOUTS else {part: bench.run(PARTS[part], trained)},
-        "steps": args.steps if trained else None, "scale": args.scale, "calibration": calibration,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
-    }  # fmt: skip
+    calibrate(model, data["calibration"], tokenizer, seed=seed, progress=False, **{**CALIBRATION, **size})
+    return model.eval()
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/meta_heads_report.py     # writes the page; tests/test_meta_heads.py holds both together
 
-A number is the mean over seeds; in brackets the lowest lower and the highest upper end of the seeds' 95% intervals. In
-how many seeds the interval lies on the better side of chance is said for each kind of training.
+A number is the mean over seeds; in brackets the lowest lower and the highest upper end of the seeds' 95% intervals. It
+is bold where the interval of every seed lies on the better side of chance.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "meta_heads.jsonl"
+EARLIER = ("meta_heads_consistency.json", "meta_heads_texts.json")  # parts that were not measured again since
 PAGE = ROOT / "docs" / "signals.md"
 START, END = "<!-- made by benchmarks/meta_heads_report.py -->\n", "<!-- until here -->\n"
+COLUMNS = {"subspace": "owners' subspace", "whole state": "whole state", "trained": "trained with the bundles"}
 WHERE = {"subspace": "frozen", "whole state": "frozen", "trained": "trained"}  # column -> mode
 
 
@@ -47,18 +49,19 @@ def sides(label: str, part: str, kinds: Sequence[str]) -> list[Line]:
 
 OWN = "AUC, own answers within a family"
 BOTH = ("last token", "with surprise")
+SINGLE = {kind: f"single answers, {kind}" for kind in BOTH}
 LINES = [
     Line("confusion: is the answer right, AUC", "confusion", ("confusion",), "AUC", 0.5),
-    Line("the same, the model's own answers to one family of questions", "confusion", ("confusion",), OWN, 0.5),
+    Line("the same, own answers within a family", "confusion", ("confusion",), OWN, 0.5),
     Line("confusion: entropy, R2", "confusion", ("confusion",), "entropy: R2", 0),
     Line("calibration: Brier score less that of the constant share, lower is better", "calibration", ("calibration",),
          "brier less the constant's", 0, ("brier", "brier of the constant share", "brier before"), lower=True),
     Line("calibration: ECE, lower is better", "calibration", ("calibration",), "ece", float("nan"), ("ece before",),
          lower=True),
-    *(Line(f"meta_correctness: single answers, {kind}, AUC", f"single answers, {kind}", (f"single answers, {kind}",),
-           "AUC", 0.5, ("by probability/AUC",)) for kind in BOTH),
-    *(Line(f"the same, own answers within a family, {kind}", f"single answers, {kind}", (f"single answers, {kind}",),
-           OWN, 0.5, (f"by probability/{OWN}",)) for kind in BOTH),
+    *(Line(f"meta_correctness: single answers, {kind}, AUC", cell, (cell,), "AUC", 0.5, ("by probability/AUC",))
+      for kind, cell in SINGLE.items()),
+    *(Line(f"single answers, own ones within a family, {kind}, AUC", cell, (cell,), OWN, 0.5, (f"by probability/{OWN}",))
+      for kind, cell in SINGLE.items()),
     *sides("A/B of derivations with one wrong step", "derivations", ("last token", "mean of tokens", "with surprise")),
     *sides("A/B of own answers to one question", "own answers", BOTH),
     *sides("A/B of solutions of GSM8K by two models", "solutions", BOTH),
@@ -87,6 +90,11 @@ def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in map(json.loads, RECORDS.read_text(encoding="utf-8").splitlines()):
         found.setdefault((record["part"], record["mode"]), []).append(record)
+    for name in EARLIER:
+        record = json.loads((RECORDS.parent / name).read_text(encoding="utf-8"))
+        for part, cells in record["signals"].items():
+            earlier = {"signals": {part: cells}, "device": "cpu, not calibrated"}
+            found.setdefault((part, "frozen"), [earlier])
     return found
 
 
@@ -101,16 +109,17 @@ def measures(line: Line, mode: str, *keys: str) -> list[dict[str, float]]:
     return found
 
 
-def shown(values: Sequence[dict[str, float]]) -> str:
+def shown(values: Sequence[dict[str, float]], bold: bool = False) -> str:
     if not values:
         return "-"
     low, high = min(v["low"] for v in values), max(v["high"] for v in values)
-    return f"{statistics.fmean(v['value'] for v in values):.2f} ({low:.2f} to {high:.2f})".replace("-0.00", "0.00")
+    text = f"{statistics.fmean(v['value'] for v in values):.2f} ({low:.2f} to {high:.2f})".replace("-0.00", "0.00")
+    return f"**{text}**" if bold else text
 
 
-def beats(line: Line, values: Sequence[dict[str, float]]) -> int:
-    """Seeds whose interval lies on the better side of chance."""
-    return sum(v["high"] < line.chance if line.lower else v["low"] > line.chance for v in values)
+def beats(line: Line, values: Sequence[dict[str, float]]) -> bool:
+    """Whether the interval of every seed lies on the better side of chance."""
+    return bool(values) and all(v["high"] < line.chance if line.lower else v["low"] > line.chance for v in values)
 
 
 def baseline(line: Line, name: str) -> str:
@@ -120,18 +129,26 @@ def baseline(line: Line, name: str) -> str:
     return f"{label} {shown(measures(line, 'frozen', *keys))}"
 
 
+def measured(line: Line) -> str:
+    """Seeds, rows to train on and held out, and the device of a line's records."""
+    found = [r for mode in ("frozen", "trained") for r in records().get((line.part, mode), ())]
+    cells = next(iter(found[0]["signals"].values()))
+    rows = cells["completions"] if "completions" in cells else (cells["rows"], cells["held_out"])
+    seeds = max(len(records().get((line.part, mode), ())) for mode in ("frozen", "trained"))
+    what = "completions" if "completions" in cells else "rows"
+    return f"{seeds} seed{'s' * (seeds > 1)}, {rows[0]} and {rows[1]} {what}, {found[0]['device'].split(' 80GB')[0]}"
+
+
 def table() -> str:
-    head = ["held out", "chance; baselines", "owners' subspace", "whole state", "trained with the bundles",
-            "seeds better than chance"]  # fmt: skip
-    rows = [head, ["---"] * len(head)]
-    for line in LINES:
-        found = {where: measures(line, mode, where, line.measure) for where, mode in WHERE.items()}
-        if not any(found.values()):
-            continue
+    lines = [(line, {w: measures(line, mode, w, line.measure) for w, mode in WHERE.items()}) for line in LINES]
+    lines = [(line, found) for line, found in lines if any(found.values())]
+    there = [where for where in WHERE if any(found[where] for _, found in lines)]
+    rows = [["held out", "chance; baselines", *(COLUMNS[w] for w in there), "measured on"]]
+    rows.append(["---"] * len(rows[0]))
+    for line, found in lines:
         chance = [] if line.chance != line.chance else [f"{line.chance:.2f}".replace("0.00", "0")]
-        counts = "-" if not chance else ", ".join(f"{beats(line, v)} of {len(v)}" if v else "-" for v in found.values())
         base = "; ".join([*chance, *(baseline(line, name) for name in line.baselines)])
-        rows.append([line.label, base, *(shown(v) for v in found.values()), counts])
+        rows.append([line.label, base, *(shown(found[w], beats(line, found[w])) for w in there), measured(line)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

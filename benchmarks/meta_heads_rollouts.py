@@ -9,25 +9,26 @@ completion, which no token can know.
 
 from __future__ import annotations
 
-import copy
 import random
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from meta_heads_bench import Bench, array, correlation, fit, interval, mean
-from meta_heads_data import FAMILIES, questions, rewarded
+from meta_heads_data import FAMILIES, Rows, questions, rewarded
 from torch import Tensor
 
-from peft_bundles.objectives import PPO, Forward
+from peft_bundles.alphas import alphas
+from peft_bundles.objectives import Forward
 from peft_bundles.objectives.heads import SubspaceHead, subspace
 from peft_bundles.objectives.intrinsic import Curiosity, advantage_error
 from peft_bundles.objectives.ppo import gae, group_advantages
 
 
 SAMPLES = 8  # completions a prompt
+PROMPTS = 64  # of a batch that is sampled
+LENGTH = 6  # tokens of a completion
 CHUNK = 64  # completions of a forward
 TOKENS = 2048  # of a batch of a head
 EPOCHS = 40
@@ -49,26 +50,14 @@ class Rollout:
 
 def rollouts(bench: Bench, trained: bool) -> dict[str, Any]:
     """The records of both signals: heads alone, or `trained` together with the bundles that own the advantage."""
-    parts: list[list[dict[str, Any]]] = [[], []]
-    for family in FAMILIES:
-        for into, rows in zip(parts, questions(family, bench.size(300), bench.size(150), bench.seed)):
-            into += [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
-    for rows in parts:
-        random.Random(bench.seed).shuffle(rows)
-    # With values of 0 and lam = 1 the returns of a rollout are the rewards; both advantages are made of these below.
-    objective = PPO(parts[0], rewarded, advantages="gae", lam=1.0, whiten=False, num_generations=SAMPLES,
-                    max_completion_length=6, kl_coef=0.0, curiosity_coef=1.0, name="all")  # fmt: skip
-    tokenizer = copy.deepcopy(bench.tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(bench.line_end)  # an answer is a line
-    objective.setup(tokenizer, bench.model)
-    heads, curiosity = objective.head(), objective.curiosity
-    assert heads is not None and curiosity is not None
-    heads.to(bench.forward.device)
-    given = (objective.rows, objective.prepare(Dataset.from_list(parts[1]), "eval"))
-    known, held = (sampled(bench, objective, rows, name) for rows, name in zip(given, ("train", "test")))
+    families = [questions(family, bench.size(300), bench.size(150), bench.seed) for family in FAMILIES]
+    curiosity = Curiosity(subspace(bench.model, "curiosity"), bench.forward.output_embeddings.weight, "all")
+    curiosity.to(bench.forward.device)
+    torch.manual_seed(bench.seed)
+    known, held = (sampled(bench, curiosity, [family[i] for family in families]) for i in (0, 1))
     common = {
-        "prompts": [len(rows) for rows in parts],
-        "completions": [SAMPLES * len(rows) for rows in parts],
+        "prompts": [len(np.unique(r.prompt)) for r in (known, held)],
+        "completions": [int(r.last.sum()) for r in (known, held)],
         "tokens": [len(r.ids) for r in (known, held)],
         "mean reward": [float(tokens(r, "returns")[r.last].mean().round(4)) for r in (known, held)],
         "right answers": [float((tokens(r, "returns")[r.last] >= 1).mean().round(4)) for r in (known, held)],
@@ -110,39 +99,93 @@ def rollouts(bench: Bench, trained: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sampled(bench: Bench, objective: PPO, rows: Any, name: str) -> Rollout:
-    parts: dict[str, list[Any]] = {k: [] for k in ("before", "after", "ids", "target", "prompt", "last", "simple")}
-    batches = []
-    many = max(512 // SAMPLES, 1)
-    for start in range(0, len(rows), many):
-        chunk = [rows[i] for i in range(start, min(start + many, len(rows)))]
-        whole = objective.rollout(bench.forward, chunk, ("heads", bench.seed, name, start), CHUNK, reduce=False)
-        for i in range(0, SAMPLES * len(chunk), CHUNK):
-            batch = {k: v[i : i + CHUNK] for k, v in whole.items() if not k.startswith("metric.")}
-            hidden = bench.forward.current("all", batch).hidden.float()
-            mask = batch["completion_mask"][:, 1:] > 0
-            number, column = (x.cpu().numpy() for x in mask.nonzero(as_tuple=True))
-            first = mask.float().argmax(1).cpu().numpy()
-            length = mask.sum(1).cpu().numpy()[number]
-            position = column - first[number]
-            logprobs = batch["old_logprobs"] * mask
-            so_far = logprobs.cumsum(1)[mask].cpu().numpy() / (position + 1)
-            parts["before"].append(hidden[:, :-1][mask])
-            parts["after"].append(hidden[:, 1:][mask])
-            parts["ids"].append(torch.stack([batch["input_ids"][:, :-1][mask], batch["input_ids"][:, 1:][mask]], 1))
-            parts["target"].append(batch["next_states"][mask])
-            parts["prompt"].append(start + (i + number) // SAMPLES)
-            parts["last"].append(position == length - 1)
-            parts["simple"].append(
-                np.stack([position, logprobs[mask].cpu().numpy(), so_far, length], 1).astype(np.float32)
-            )
-            batches.append(batch)
-    table = np.concatenate(parts["simple"])
+def sampled(bench: Bench, curiosity: Curiosity, families: list[Rows]) -> Rollout:
+    """`SAMPLES` completions of every prompt at temperature 1, with states and log-probabilities as they are sampled.
+
+    The prompts of a family begin with the same worked examples, and its questions go in batches of one length: the
+    examples are read once, a question once for all of its samples, and nothing is padded. Fresh bundles change nothing,
+    so they are off, and the base model's next state, which curiosity is to predict, is the state itself.
+    """
+    columns: dict[str, list[Any]] = {k: [] for k in ("before", "after", "ids", "target", "prompt", "last", "simple")}
+    batches: list[dict[str, Tensor]] = []
+    off = dict.fromkeys(bench.model.peft_config["default"].bundles, 0.0)
+    number = 0
+    with alphas(bench.model, off), bench.forward.eval_mode():
+        for rows in families:
+            ids = [bench.tokenizer(text=row["prompt"])["input_ids"] for row in rows]
+            same = min(next(i for i, t in enumerate(zip(*ids)) if len(set(t)) > 1), min(map(len, ids)) - 1)
+            for length in sorted({len(i) for i in ids}):
+                of = [k for k, i in enumerate(ids) if len(i) == length]
+                for some in (of[i : i + PROMPTS] for i in range(0, len(of), PROMPTS)):
+                    batch, parts = _continued(bench, torch.tensor([ids[k] for k in some]), same)
+                    texts = bench.tokenizer.batch_decode(
+                        [i[m > 0].tolist() for i, m in zip(batch["input_ids"], batch["completion_mask"])]
+                    )
+                    answers = [rows[k]["answer"] for k in some for _ in range(SAMPLES)]
+                    rewards = torch.tensor(rewarded(texts, answers), device=bench.forward.device)
+                    mask = batch["completion_mask"][:, 1:]
+                    batch["returns"] = mask * rewards[:, None]
+                    batches += [{k: v[i : i + CHUNK] for k, v in batch.items()} for i in range(0, len(mask), CHUNK)]
+                    for name, value in parts.items():
+                        columns[name].append(value)
+                    columns["target"].append(curiosity.reader.coordinates(parts["after"]).float())
+                    row = mask.nonzero()[:, 0].cpu().numpy()
+                    columns["prompt"].append(number + row // SAMPLES)
+                    number += len(some)
+    table = np.concatenate(columns["simple"])
     names = ("position", "log-probability", "mean log-probability so far", "length of the whole")
     return Rollout(
-        batches, *(torch.cat(parts[k]) for k in ("before", "after", "ids", "target")),
-        *(np.concatenate(parts[k]) for k in ("prompt", "last")), dict(zip(names, table.T)),
+        batches, *(torch.cat(columns[k]) for k in ("before", "after", "ids", "target")),
+        *(np.concatenate(columns[k]) for k in ("prompt", "last")), dict(zip(names, table.T)),
     )  # fmt: skip
+
+
+def _continued(bench: Bench, prompts: Tensor, same: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Prompts (n, P), their first `same` tokens alike -> a batch of n * SAMPLES rows, and the columns of its tokens.
+
+    A completion ends with the end of its line, or after `LENGTH` tokens.
+    """
+    prompts = prompts.to(bench.forward.device)
+    decoder, head = bench.model.get_base_model().get_decoder(), bench.forward.output_embeddings
+    cache = decoder(input_ids=prompts[:1, :same], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(prompts))
+    read = decoder(input_ids=prompts[:, same:], past_key_values=cache, use_cache=True)
+    state = read.last_hidden_state[:, -1].repeat_interleave(SAMPLES, 0)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(SAMPLES)
+    going = torch.ones(len(state), dtype=torch.bool, device=state.device)
+    states, ids, logs, masks = [state], [], [], []
+    for _ in range(LENGTH):
+        logits = head(state).float().log_softmax(-1)
+        new = torch.multinomial(logits.exp(), 1)
+        read = decoder(input_ids=new, past_key_values=cache, use_cache=True)
+        state, cache = read.last_hidden_state[:, -1], read.past_key_values
+        states.append(state)
+        ids.append(new[:, 0])
+        logs.append(logits.gather(1, new)[:, 0])
+        masks.append(going)
+        going = going & (new[:, 0] != bench.line_end)
+        if not going.any():
+            break
+    mask, chosen, logprobs = (torch.stack(x, 1) for x in (masks, ids, logs))
+    whole, one = prompts.repeat_interleave(SAMPLES, 0), torch.ones_like(prompts).repeat_interleave(SAMPLES, 0)
+    batch = {
+        "input_ids": torch.cat([whole, chosen * mask], 1),
+        "attention_mask": torch.cat([one, mask.long()], 1),
+        "completion_mask": torch.cat([0 * one, mask.long()], 1),
+    }
+    hidden = torch.stack(states, 1).float()
+    position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    length = mask.sum(1, keepdim=True).expand_as(mask)
+    so_far = (logprobs * mask).cumsum(1) / (position + 1)
+    before = torch.cat([whole[:, -1:], chosen[:, :-1]], 1)
+    return batch, {
+        "before": hidden[:, :-1][mask],
+        "after": hidden[:, 1:][mask],
+        "ids": torch.stack([before[mask], chosen[mask]], 1),
+        "last": (position == length - 1)[mask].cpu().numpy(),
+        "simple": torch.stack([x[mask].float() for x in (position, logprobs, so_far, length)], 1).cpu().numpy(),
+    }
 
 
 def tokens(rollout: Rollout, name: str) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 import gzip
 import json
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from meta_rows import made
 from models import TINY
 from training import tokenizer
 
@@ -16,10 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import meta_heads  # noqa: E402
 import meta_heads_bench  # noqa: E402
+import meta_heads_data  # noqa: E402
+import meta_heads_report  # noqa: E402
 import meta_heads_rollouts  # noqa: E402
 
-
-RECORDS = sorted((ROOT / "benchmarks" / "results").glob("meta_heads_*.json"))
+from peft_bundles.objectives.heads import subspace  # noqa: E402
+from peft_bundles.objectives.intrinsic import Curiosity  # noqa: E402
+from peft_bundles.objectives.tokens import token_logprobs  # noqa: E402
 
 
 def test_an_interval_is_that_of_groups_and_not_of_rows():
@@ -77,6 +81,44 @@ def bench(tmp_path, monkeypatch):
     return run
 
 
+def test_what_is_sampled_from_a_cache_is_what_a_forward_says():
+    """States, log-probabilities and advantages of completions, against plain forwards of the whole rows."""
+    on = made(max_position_embeddings=256)  # bundles that are not the identity: they are off while it samples
+    bench = meta_heads_bench.Bench(on, tokenizer(), {}, 0, 0.01, 2)
+    curiosity = Curiosity(subspace(on, "curiosity"), bench.forward.output_embeddings.weight, "x")
+    families = [meta_heads_data.questions(name, 6, 1, 0)[0] for name in ("sums", "products")]
+    torch.manual_seed(0)
+    found = meta_heads_rollouts.sampled(bench, curiosity, families)
+    meta_heads_rollouts.with_group(found)
+    place, rewards = 0, []
+    for batch in found.batches:
+        outputs = bench.forward.reference(batch)
+        mask = batch["completion_mask"][:, 1:] > 0
+        here = slice(place, place + int(mask.sum()))
+        place = here.stop
+        torch.testing.assert_close(found.before[here], outputs.hidden[:, :-1][mask], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.after[here], outputs.hidden[:, 1:][mask], rtol=1e-4, atol=1e-5)
+        logs = token_logprobs(outputs.logits, batch["input_ids"])[mask]
+        said = torch.from_numpy(found.simple["log-probability"][here])
+        torch.testing.assert_close(said, logs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.ids[here, 1], batch["input_ids"][:, 1:][mask])
+        lengths = mask.sum(1)
+        assert int(found.last[here].sum()) == len(mask) and lengths.max() <= meta_heads_rollouts.LENGTH
+        rewards += [row[m][0].item() for row, m in zip(batch["returns"], mask)]
+    assert place == len(found.ids) and len(rewards) == 12 * meta_heads_rollouts.SAMPLES
+    first = np.r_[True, found.last[:-1]]
+    group = meta_heads_rollouts.tokens(found, "group")[first].reshape(12, -1)
+    wanted = np.array(rewards).reshape(12, -1)
+    wanted = (wanted - wanted.mean(1, keepdims=True)) / (wanted.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(group, wanted, rtol=1e-3, atol=1e-4)
+    assert [len(set(p)) for p in found.prompt[first].reshape(12, -1)] == [1] * 12
+
+
+def test_a_near_number_is_rewarded_less_than_the_right_one():
+    said = [" 50\n", " 45\n", " 50 apples", " x", " -50\n"]
+    assert meta_heads_data.rewarded(said, ["50"] * 5) == pytest.approx([1.2, 0.65, 1.0, 0.0, 0.2])
+
+
 @pytest.mark.slow
 def test_every_kind_of_part_runs_and_what_is_there_is_not_run_again(bench, monkeypatch):
     """One part of each kind of rows."""
@@ -112,20 +154,16 @@ def test_a_head_finds_nothing_in_a_random_model(bench):
         assert found["low"] <= found["value"] <= found["high"] and found["low"] < 0.65
 
 
-def test_the_page_says_what_the_records_say():
-    """Every number with an interval is in a committed record."""
-    known = set()
+def test_the_page_is_the_one_that_the_records_give():
+    assert (ROOT / "docs" / "signals.md").read_text(encoding="utf-8") == meta_heads_report.page()
+    lines = [line for line in meta_heads_report.LINES if line.label in meta_heads_report.table()]
+    parts = {part for part, _ in meta_heads_report.records()}
+    assert parts == {line.part for line in lines}  # no record is left out
 
-    def collect(value):
-        if isinstance(value, dict):
-            if {"value", "low", "high"} == value.keys():
-                known.add("{value:.2f} ({low:.2f} to {high:.2f})".format(**value))
-            for part in value.values():
-                collect(part)
 
-    for path in RECORDS:
-        collect(json.loads(path.read_text())["signals"])
-    page = (ROOT / "docs" / "signals.md").read_text()
-    cells = re.findall(r"-?\d\.\d\d \(-?\d\.\d\d to -?\d\.\d\d\)", page)
-    assert len(RECORDS) == 4 and len(cells) >= 25
-    assert not [cell for cell in cells if cell not in known]
+def test_bold_is_what_every_seed_says():
+    line = meta_heads_report.Line("x", "x", ("x",), "AUC", 0.5)
+    seeds = [{"value": 0.6, "low": 0.51, "high": 0.7}, {"value": 0.56, "low": 0.52, "high": 0.6}]
+    assert meta_heads_report.shown(seeds, meta_heads_report.beats(line, seeds)) == "**0.58 (0.51 to 0.70)**"
+    assert not meta_heads_report.beats(line, [*seeds, {"value": 0.55, "low": 0.49, "high": 0.6}])
+    assert not meta_heads_report.beats(line._replace(lower=True), seeds) and not meta_heads_report.beats(line, [])
