@@ -273,9 +273,7 @@ class OSF(Method):
             target_modules=sorted(self.ranks),
             task_type="CAUSAL_LM",
         )
-        # Decomposed on the CPU: on a card of 80 GB that six processes shared, one took 34 GB while it did this.
-        device = next(self.inner.parameters()).device
-        self.model = get_peft_model(self.inner.to("cpu"), config).to(device)
+        self.model = get_peft_model(self.inner, config)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
