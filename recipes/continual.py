@@ -2,7 +2,7 @@
 
     python recipes/continual.py --prepare continual.json.gz                  # once, with a network
     accelerate launch recipes/continual.py --config recipes/continual.yaml --data continual.json.gz --model FOLDER \\
-        --output cells.jsonl --workers 14 --seconds 480                      # all GPUs; call it again until it is done
+        --output cells.jsonl --workers 10 --seconds 480                      # all GPUs; call it again until it is done
     accelerate launch recipes/continual.py --smoke                           # two CPU cores
 
 A cell is (condition, schedule, order, rate, seed). After every phase each task is tested in every mode of the method:
@@ -171,7 +171,8 @@ def grid_rates(given: dict[str, Any], source: list[str]) -> list[float]:
 
 
 def best_rate(given: dict[str, Any], source: list[str]) -> float | None:
-    """The tried rate with the best mean accuracy on validation items; None while some rate has no score yet.
+    """The tried rate with the best mean accuracy on validation items (of equals the one that stands first in the run);
+    None while some rate has no score yet.
 
     Scores are files beside the claims, so that workers see each other's. A cell that failed scores -1; where all did,
     NaN says so.
@@ -428,6 +429,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if "rate_of" in cell and cell["rate_of"] not in planned and best_rate(given, cell["rate_of"]) is None:
             raise ValueError(f"the rate of {name_of(cell)} is not known: run the grid of {cell['rate_of']} first.")
     measure_base(given)
+    gc.collect()
+    torch.cuda.empty_cache()  # this process only waits from here on; does nothing where there is no GPU
     if given["workers"] <= 1:
         work({**given, "worker": 0})
         return read(given["output"])
