@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peft_bundles import kernels
+from peft_bundles.functional import activate
 from peft_bundles.kernels import fits
 
 
@@ -50,15 +51,36 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
 
 
 def test_they_give_what_the_plain_operation_gives():
-    pytest.importorskip("triton")
+    """Where there is no Triton (PyTorch for CPUs has none), plain PyTorch must be what is used."""
+    if kernels.triton is None:
+        assert not kernels.usable(torch.zeros(1, 1, 8), torch.float16)
+        return
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", COMPARE], cwd=ROOT, env=env, check=True)
 
 
 def test_where_they_cannot_be_built_they_are_not_used():
-    kernels._builds.cache_clear()
-    with pytest.warns(UserWarning, match="Triton cannot build kernels here"):
-        assert not kernels._builds(torch.device("cpu"))  # nor can they run on a CPU
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="Triton's kernels cannot be used here"):
+        assert not kernels._right(cpu)  # they cannot run on a CPU
+    assert kernels._checked.pop(cpu) is False
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(kernels, "centred", lambda h, mean: (h - mean, h))
+
+    def plain(h, residual, mean, D, E, nonlinear, alpha, off=0.0):
+        a = activate((h - mean).double() @ D.double(), nonlinear) * alpha.double()
+        return (residual.double() + (1 + off) * a @ E.double()).half()
+
+    monkeypatch.setattr(kernels, "few_tokens", plain)
+    assert kernels._right(cpu)
+    kernels._checked.pop(cpu)
+    monkeypatch.setattr(kernels, "few_tokens", lambda *given: plain(*given, off=0.02))
+    with pytest.warns(UserWarning, match="off by 2"):
+        assert not kernels._right(cpu)
+    kernels._checked.pop(cpu)
 
 
 def test_they_are_for_a_gpu_only():
