@@ -1,0 +1,380 @@
+"""recipes/continual.py on a tiny model with a tokenizer of characters: identities of its methods, and its records."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import continual_data
+import pytest
+import torch
+import yaml
+from models import LAYERS, TINY, snapshot, unchanged
+from training import tokenizer
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+GIVEN = yaml.safe_load((RECIPES / "continual.yaml").read_text())
+COMMON = {
+    **GIVEN["common"],
+    "steps": 2,
+    "rows": 6,
+    "length": 110,
+    "warmup": 1,
+    "budget_rank": 6,
+    "test_items": 6,
+    "alpha_items": 3,
+    "samples": {"rows": 4, "tokens": 100},
+    "calibration": {"tokens": 700},
+}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(RECIPES), *sys.path])
+        import _continual_data
+        import _continual_methods
+        import continual
+
+        yield continual, _continual_data, _continual_methods
+
+
+@pytest.fixture(scope="module")
+def made(modules):
+    """A method of a condition of continual.yaml, on a tiny model."""
+    _, _, methods = modules
+    texts = continual_data.data()["calibration"]
+
+    def build(condition, lr=1e-2, **options):
+        what = {**COMMON, **GIVEN["conditions"][condition], "lr": lr, "trunk_rank": None, **options}
+        base = TINY["llama"]().requires_grad_(False)
+        what["budget"] = methods.lora_size(base, what["budget_rank"])
+        return methods.build(base, what, 0, texts, tokenizer()), what
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def learn(modules, made):
+    """Train phases of a method; what it gives is the method, and copies of all its tensors before and after each."""
+    _, data_of, methods = modules
+    encoded = {t: [data_of.encode(tokenizer(), i) for i in continual_data.data()["train"][t]] for t in data_of.TASKS}
+
+    def run(condition, phases=3, **options):
+        method, what = made(condition, **options)
+        draws, seen = data_of.Draws(encoded, 0), [snapshot(method.model.state_dict())]
+        for phase in range(phases):
+            rows = data_of.plan("sequence", what.get("data", "tags"), data_of.TASKS, phase, 10)
+            batches = draws.batches([task for task, _ in rows], 2, 110)
+            methods.train_phase(method, phase, batches, rows, what)
+            seen.append(snapshot(method.model.state_dict()))
+        return method, seen
+
+    return run
+
+
+# ---- equal budgets ----
+
+
+@pytest.mark.parametrize(
+    "condition", [c for c, options in GIVEN["conditions"].items() if c != "full" and "trunk_lr" not in options]
+)
+def test_every_condition_has_the_budget(made, condition):
+    method, what = made(condition)
+    assert abs(sum(p.numel() for p in method.trained()) - what["budget"]) <= 0.05 * what["budget"]
+
+
+def test_trained_trunks_have_the_budget_beside_the_trunk(made):
+    method, what = made("bundles_trunk")
+    bundles = sum(p.numel() for parameters in method.own.values() for p in parameters)
+    assert abs(bundles - what["budget"]) <= 0.05 * what["budget"]
+
+
+def test_a_budget_that_cannot_be_met_is_an_error(modules, made):
+    assert modules[2].match_budget(100, 1049) == 10
+    with pytest.raises(ValueError, match=r"rank: 2 x 100 parameters is \+33.3% from the budget of 150"):
+        modules[2].match_budget(100, 150, "rank")
+    with pytest.raises(ValueError, match="each LoRA's rank"):
+        made("lora_separate", budget_rank=4)
+
+
+# ---- what moves, and what does not ----
+
+
+@pytest.mark.parametrize("condition", ["bundles", "bundles_all", "overlap"])
+def test_a_phase_leaves_other_bundles_bitwise_unchanged(learn, condition):
+    _, seen = learn(condition)
+    for task, before, after in zip(("memory", "logic", "meta"), seen, seen[1:]):
+        own = f".b_{task}"
+        assert unchanged(
+            {k: v for k, v in before.items() if own not in k}, {k: v for k, v in after.items() if own not in k}
+        )
+        moved = [k for k in before if own in k and not torch.equal(before[k], after[k])]
+        assert len(moved) == 2 * LAYERS
+
+
+def test_separate_adapters_move_one_by_one_and_wrong_tags_move_all(learn):
+    _, seen = learn("lora_separate", phases=1)
+    moved = [k for k in seen[0] if not torch.equal(seen[0][k], seen[1][k])]
+    assert moved and all(".memory." in k for k in moved)
+    for condition in ("lora_separate_mistag", "mistag"):
+        _, seen = learn(condition, phases=1)
+        moved = [k for k in seen[0] if not torch.equal(seen[0][k], seen[1][k])]
+        assert all(any(task in k for k in moved) for task in ("memory", "logic", "meta"))
+
+
+def test_tagged_state_is_what_the_phase_left(learn, modules):
+    """With only its own bundle on, a task is answered as right after its phase: separation by construction."""
+    _, data_of, _ = modules
+    ids = torch.randint(4, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    early, _ = learn("bundles", phases=1)
+    late, _ = learn("bundles")
+    alone = {task: float(task == "memory") for task in data_of.TASKS}
+    with torch.no_grad(), early.state(alone):
+        expected = early.trunk(ids)
+    with torch.no_grad(), late.state(alone):
+        assert torch.equal(late.trunk(ids), expected)
+    with torch.no_grad(), late.state(None):
+        assert not torch.equal(late.trunk(ids), expected)
+
+
+def test_trunk_gradients_lie_in_the_signals_subspace(learn):
+    method, seen = learn("bundles_trunk_projected", phases=1, trunk_rank=3)
+    name, parameter = next((n, p) for n, p in method.blocks.items() if p.dim() == 2)
+    projector = method.projection.projectors["memory", name]
+    moved = [k for k in method.blocks if not torch.equal(seen[0][k], seen[1][k])]
+    assert name in moved and projector.shape == (min(parameter.shape), 3)
+    assert all(method.blocks[k].dim() == 2 for k in moved)
+
+
+def test_random_rows_reach_every_bundle(learn):
+    _, seen = learn("random", phases=1)
+    moved = [k for k in seen[0] if not torch.equal(seen[0][k], seen[1][k])]
+    assert all(any(f"b_{task}" in k for k in moved) for task in ("memory", "logic", "meta"))
+
+
+# ---- O-LoRA ----
+
+
+def test_common_rows_are_zero_for_orthogonal_subspaces(modules):
+    common_rows = modules[2].common_rows
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q.T
+    old, new = basis[:3].clone(), basis[3:6].clone().requires_grad_(True)
+    assert common_rows([(old, new)]) < 1e-12
+    assert torch.isclose(common_rows([(old, 2 * old), (old, new)]), torch.tensor(6.0, dtype=torch.float64))
+    mixed = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_(True)
+    wide, other = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wide.requires_grad_(True)  # of a layer of another width
+    assert torch.autograd.gradcheck(lambda a, b: common_rows([(old, a), (other, b)]), (mixed, wide))
+    frozen = old.requires_grad_(True)
+    common_rows([(frozen, mixed)]).backward()
+    assert frozen.grad is None and mixed.grad is not None
+
+
+def test_olora_keeps_earlier_adapters_and_turns_away_from_them(learn, modules):
+    method, seen = learn("olora", phases=2)
+    changed = [k for k in seen[1] if not torch.equal(seen[1][k], seen[2][k])]
+    assert changed and all(".logic." in k for k in changed)
+    free, _ = learn("olora", phases=2, orthogonal=0.0)
+
+    def shared(found):
+        pairs = [(m.lora_A["memory"].weight, m.lora_A["logic"].weight) for m in found.layers]
+        return float(modules[2].common_rows(pairs).detach())
+
+    assert shared(method) < shared(free)
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize("routing", ["tags", "random", "wrong", "replay"])
+@pytest.mark.parametrize("schedule", ["sequence", "mixture"])
+def test_rows_of_one_tag_stand_together(modules, schedule, routing):
+    _, data_of, _ = modules
+    rows = data_of.plan(schedule, routing, data_of.TASKS, 1, 30)
+    tags = [tag for _, tag in rows]
+    assert len(rows) == 30 and [t for n, t in enumerate(tags) if n == 0 or tags[n - 1] != t] == list(
+        dict.fromkeys(tags)
+    )
+    wrong = sum(task != tag for task, tag in rows)
+    assert wrong == {"tags": 0, "random": 20 if schedule == "sequence" else 18, "wrong": 6, "replay": 0}[routing]
+    if routing == "replay" and schedule == "sequence":
+        assert sum(task == "memory" for task, _ in rows) == 3
+    if schedule == "mixture" and routing != "replay":
+        assert all(sum(task == t for task, _ in rows) == 10 for t in data_of.TASKS)
+
+
+def test_all_conditions_draw_the_same_rows_of_a_task(modules):
+    _, data_of, _ = modules
+    items = {task: [([n, n + 1, n + 2], 1) for n in range(20)] for task in data_of.TASKS}
+    alone = data_of.Draws(items, 3)
+    mixed = data_of.Draws(items, 3)
+    first = [alone.draw("logic") for _ in range(30)]
+    assert first == [mixed.draw(task) for _ in range(30) for task in ("memory", "logic")][1::2]
+    batches = data_of.Draws({"logic": [([1, 2, 3, 4, 5], 3), ([1, 2], 1)]}, 0).batches(["logic"] * 2, 1, 9)
+    ids, where, target = batches.ids[0].flatten(), batches.where[0], batches.target[0]
+    assert torch.equal(ids[where + 1], target)  # each position is the one before its target
+
+
+def test_judged_questions_come_right_and_wrong(modules):
+    _, data_of, _ = modules
+    facts = [
+        [f"In which town was {n} Smith born?", town, "biographies"] for n, town in zip(["Ann", "Bob"], ["Ely", "Rye"])
+    ]
+    facts += [["What is the profession of Ann Smith?", "baker", "biographies"]]
+    facts += [["What is the profession of Bob Smith?", "nurse", "biographies"]]
+    sums = [[f"{n} + 1 =", str(n + 1), "chain_sum"] for n in range(3, 9)]
+    found = data_of.judge({"biographies": facts, "chain_sum": sums}, lambda q, a: True, 2)
+    assert len(found) == 2 * (2 * len(facts)) + 2 * len(sums)
+    for question, answer, family in found:
+        given = question.split("Proposed answer: ")[1].split("\n")[0]
+        asked = question.split("\n")[0].removeprefix("Question: ")
+        right = next(a for q, a, _ in facts + sums if q == asked)
+        assert (given == right) == (answer == "Yes")
+        if family == "biographies":  # a town for a town
+            assert (given in ("Ely", "Rye")) == ("town" in asked)
+
+
+def test_a_leak_is_an_error(modules):
+    _, data_of, _ = modules
+    good = continual_data.data()
+    data_of.check(good)
+    for task, split in (("logic", "test"), ("meta", "validation")):
+        bad = copy.deepcopy(good)
+        bad["train"][task].append(bad[split][task][0])
+        with pytest.raises(ValueError, match=f"{split} question of {task} is trained on"):
+            data_of.check(bad)
+    good["validation"]["memory"].append(good["test"]["memory"][0])
+    with pytest.raises(ValueError, match="asked in validation and in test"):
+        data_of.check(good)
+
+
+# ---- a run ----
+
+
+@pytest.fixture(scope="module")
+def run(modules, tmp_path_factory):
+    """Run it: a name for the output, runs of the YAML, further flags."""
+    folder = tmp_path_factory.mktemp("continual")
+    TINY["llama"]().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    continual_data.write(folder / "data.json.gz")
+
+    def called(output, runs, *flags, **common):
+        given = copy.deepcopy(GIVEN) | {"common": {**COMMON, **common}, "runs": runs}
+        (folder / "small.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+        paths = [f"--{name}={folder / file}" for name, file in (("config", "small.yaml"), ("model", "model"))]
+        paths += [f"--data={folder / 'data.json.gz'}", f"--output={folder / output}.jsonl", f"--scratch={folder / 's'}"]
+        return modules[0].main([*paths, *flags])
+
+    called.folder = folder
+    return called
+
+
+RUNS = [
+    {"condition": "bundles", "schedule": "sequence", "rates": [1e-3, 1e-2], "orders": {"A": 2, "B": 1}},
+    {"condition": "lora", "schedule": "sequence", "rates": [1e-2], "seeds": 2},
+    {"condition": "mistag", "schedule": "mixture", "rate_of": ["bundles", "sequence"], "seeds": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    return run("whole", RUNS, f"--features={run.folder}")
+
+
+def test_records(whole, run):
+    assert not [r["error"] for r in whole if "error" in r]
+    base, *cells = whole
+    assert base["stage"] == "base" and set(base["majority"]["logic"]) == {"all", "sums"}
+    assert [len(r["phases"]) for r in cells] == [1 if r["schedule"] == "mixture" else 3 for r in cells]
+    for record in cells:
+        tagged = record["condition"] != "lora"
+        last = record["phases"][-1]
+        assert set(last["modes"]) == ({"all", "tag", "uniform", "nearest"} if tagged else {"all"})
+        assert all(len(last["modes"]["all"][t]["items"]) == 6 for t in ("memory", "logic", "meta"))
+        assert set(last["domains"]) == set(record["norms"])
+        assert record["validation"]["mean"] == pytest.approx(sum(list(record["validation"].values())[:3]) / 3, abs=1e-5)
+        assert {"device", "date", "command", "versions", "seconds"} <= record.keys()
+    best = next(r for r in cells if r["stage"] == "final" and r["condition"] == "bundles")["lr"]
+    grid = {r["lr"]: r["validation"]["mean"] for r in cells if r["stage"] == "grid" and r["condition"] == "bundles"}
+    assert grid[best] == max(grid.values())
+    assert all(r["lr"] == best for r in cells if r["condition"] == "mistag")
+
+
+def test_extras(whole, run):
+    bundles = next(r for r in whole if "alphas" in r)
+    ones = [bundles["alphas"]["others_on"][task]["1.0"] for task in ("memory", "logic", "meta")]
+    assert ones[0] == ones[1] == ones[2]
+    lora = next(r for r in whole if "shrink" in r)
+    norms = [s["norms"]["all"]["text"] for s in lora["shrink"]] + [lora["norms"]["all"]["text"]]
+    assert norms == sorted(norms) and norms[0] > 0
+    import numpy as np
+
+    arrays = np.load(run.folder / bundles["features"])
+    assert arrays["delta_logic_mean"].shape == arrays["hidden_last"].shape
+    assert arrays["hidden_last"].shape[1] == len(arrays["task"]) == 18
+
+
+def test_an_untouched_model_has_not_moved(whole):
+    assert whole[0]["norms"]["all"] == {"memory": 0, "logic": 0, "meta": 0, "text": 0}
+    off = next(r for r in whole if "alphas" in r)["alphas"]["others_off"]["memory"]["0.0"]
+    base = whole[0]["phases"][0]["modes"]["all"]
+    assert all(off[task]["items"] == base[task]["items"][:3] for task in off)
+
+
+def test_a_resumed_run_does_what_is_missing(whole, run):
+    path = run.folder / "whole.jsonl"
+    before = path.read_bytes()
+    assert run("whole", RUNS) == whole and path.read_bytes() == before  # nothing to do
+    lines = before.splitlines(keepends=True)
+    (run.folder / "parts.jsonl").write_bytes(b"".join(lines[:3]) + b"".join(lines[4:]))
+    again = run("parts", RUNS)
+    assert len(again) == len(whole)
+    name = lambda r: (r["condition"], r["order"], r["seed"], r["lr"])  # noqa: E731
+    lost, found = json.loads(lines[3]), again[-1]
+    assert name(lost) == name(found) and lost["phases"][0]["modes"] == found["phases"][0]["modes"]
+    more = run("parts", [{**RUNS[1], "rates": [1e-2, 1e-9]}, RUNS[0]])  # one rate more
+    best = max(
+        (r for r in more if r["condition"] == "lora" and r["stage"] == "grid"), key=lambda r: r["validation"]["mean"]
+    )
+    assert [r["lr"] for r in more[len(again) :]] == ([1e-9, 1e-9] if best["lr"] == 1e-9 else [1e-9])
+
+
+def test_other_settings_are_other_cells(whole, run):
+    (run.folder / "other.jsonl").write_bytes((run.folder / "whole.jsonl").read_bytes())
+    runs = [{"condition": "lora", "schedule": "sequence", "rates": [1e-2], "seeds": 1}]
+    assert len(run("other", runs, "--only", "lora", steps=1)) == len(whole) + 1
+
+
+def test_a_rate_that_nobody_looks_for_is_an_error(run):
+    with pytest.raises(ValueError, match=r"run the grid of \['bundles', 'sequence'\] first"):
+        run("none", RUNS, "--final")
+    with pytest.raises(ValueError, match=r"rate of mistag\|mixture\|A\|0\|best is not known"):
+        run("none", RUNS, "--only", "mistag")
+
+
+def test_a_failed_cell_is_recorded_and_stops_nothing(run, modules, monkeypatch):
+    monkeypatch.setattr(modules[2].Lora, "extra", lambda self: torch.full((), float("nan")) * self.own[0].sum())
+    records = run("failed", [RUNS[1], {**RUNS[0], "rates": [1e-2], "orders": {"A": 1}}])
+    assert [("error" in r) for r in records] == [False, True, False]
+    assert "the loss" in records[1]["error"]  # and no final cell at a rate that failed
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([{"condition": "x", "schedule": "sequence", "rates": [1e-2]}], "condition 'x' is unknown"),
+        ([{"condition": "lora", "schedule": "x", "rates": [1e-2]}], "schedule 'x' is unknown"),
+        ([{"condition": "lora", "schedule": "mixture"}], "needs either rates"),
+        ([{"condition": "lora", "schedule": "mixture", "rates": [1e-2], "orders": {"D": 1}}], r"orders \['D'\]"),
+        (
+            [{"condition": "lora", "schedule": "mixture", "rate_of": ["olora", "mixture"]}],
+            r"\['olora', 'mixture'\] has no",
+        ),
+    ],
+)
+def test_bad_runs(run, runs, message):
+    with pytest.raises(ValueError, match=message):
+        run("bad", runs)
