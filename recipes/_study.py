@@ -218,6 +218,12 @@ def untouched(study: Study, key: Key, mode: str) -> bool:
 # ---- two conditions ----
 
 
+def too_little_learnt(study: Study, key: Key, mode: str) -> bool:
+    """Whether tasks are learnt, just after their phase, to less than 0.8 of what M0 learns: it has little to forget."""
+    ours, theirs = values(study, key, mode, "learnt", None), values(study, M0, "all", "learnt", None)
+    return bool(ours and theirs) and mean(ours) < 0.8 * mean(theirs)
+
+
 def runs_of(study: Study, key: Key, mode: str) -> dict[Any, Run]:
     return {(tuple(r["order"]), r["seed"]): run_of(study, r, mode) for r in finals(study, key) if mode in modes_of(r)}
 
@@ -239,6 +245,20 @@ def _compared(study: Study, key: Any, mode: str, against: Any, against_mode: str
 def reduction(study: Study, key: Any, mode: str, against: Any = M0, against_mode: str = "all") -> Interval | None:
     """`continual.forgetting_reduction` over the runs that both have."""
     return _compared(study, key, mode, against, against_mode, continual.forgetting_reduction)
+
+
+def reduction_before_meta(study: Study, key: Any, mode: str) -> Interval | None:
+    """The same of order A without its last phase: what logic alone takes from memory."""
+
+    def first_two(runs: dict[Any, Run]) -> dict[Any, Run]:
+        kept = {k: run for k, run in runs.items() if tuple(run.order) == ORDERS["A"]}
+        return {k: Run(run.order[:2], {t: x[:3] for t, x in run.items.items()}) for k, run in kept.items()}
+
+    def compare(reference: Any, other: Any) -> Interval | None:
+        sides = first_two(reference), first_two(other)
+        return continual.forgetting_reduction(*sides) if sides[0] else None
+
+    return _compared(study, key, mode, M0, "all", compare)
 
 
 def difference(

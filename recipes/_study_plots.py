@@ -33,15 +33,25 @@ REMOVERS = {
 
 
 def draw(study: Study, folder: Path) -> None:
-    """phases.svg, alphas.svg and removal.svg; one without data has empty axes, so that the page's links hold."""
+    """phases.svg, and where there is something to see alphas.svg and removal.svg."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("svg")
     pyplot.rcParams.update({"svg.hashsalt": "peft_bundles", "font.size": 9})
-    for name, paint in (("phases", phases), ("alphas", alphas), ("removal", removal)):
+    for name, paint, there in (
+        ("phases", phases, True),
+        ("alphas", alphas, has_alphas(study)),
+        ("removal", removal, bool(study.removal)),
+    ):
+        if not there:
+            continue
         figure = paint(pyplot, study)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+def has_alphas(study: Study) -> bool:
+    return any(s.alpha_curves(study, ("bundles", "sequence"), others) for others in ("others_off", "others_on"))
 
 
 def legend(figure: Any, axes: Any, columns: int) -> None:

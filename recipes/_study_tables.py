@@ -99,16 +99,17 @@ def against_m0(study: Study) -> str:
     for key in s.keys(study, "sequence"):
         for mode in s.modes(study, key):
             reduced, gained = s.reduction(study, key, mode), s.difference(study, key, mode, M0, "all")
-            learnt, theirs = s.values(study, key, mode, "learnt"), s.values(study, M0, "all", "learnt")
             if reduced is None or gained is None or key == M0:
                 continue
             notes = []
             if s.untouched(study, key, mode):
                 notes.append("trivial: not one answer changed after its phase")
-            if learnt and theirs and s.mean(learnt) < 0.8 * s.mean(theirs):
+            if s.too_little_learnt(study, key, mode):
                 notes.append("learnt less than 0.8 of what M0 did: little to forget")
-            rows.append([title(key), mode, ci(reduced), ci(gained, 3), str(reduced.runs), "; ".join(notes)])
-    return table("condition|mode|reduction of forgetting|final average minus M0's|runs|note", rows)
+            early = ci(s.reduction_before_meta(study, key, mode))
+            rows.append([title(key), mode, ci(reduced), early, ci(gained, 3), str(reduced.runs), "; ".join(notes)])
+    head = "condition|mode|reduction of forgetting|of memory by logic alone, order A|final average minus M0's|runs|note"
+    return table(head, rows)
 
 
 def families(study: Study) -> str:
@@ -132,14 +133,17 @@ def families(study: Study) -> str:
 
 def rates(study: Study, runs: list[dict[str, Any]]) -> str:
     sources = {(run["condition"], run["schedule"]): run["rate_of"] for run in runs if "rate_of" in run}
+    asked = {(run["condition"], run["schedule"]): run.get("rates", []) for run in runs}
     rows = []
     for key in s.keys(study):
         found = s.grid(study, key)
         tried = ", ".join(f"{lr:g}: {fmean(v):.3f}" for lr, v in found.items())
         if not tried:
             tried = f"that of {title(tuple(sources[key]))}" if key in sources else "no search"
-        edge = "at the edge of what was tried" if s.at_the_edge(study, key) else ""
-        rows.append([title(key), tried, f"{s.chosen(study, key):g}", edge])
+        notes = ["at the edge of what was tried"] if s.at_the_edge(study, key) else []
+        if missing := [f"{lr:g}" for lr in map(float, asked.get(key, [])) if lr not in found]:
+            notes.append(f"without a result: {', '.join(missing)}")
+        rows.append([title(key), tried, f"{s.chosen(study, key):g}", "; ".join(notes)])
     return table("condition|rate: mean accuracy on validation items|chosen|", rows)
 
 

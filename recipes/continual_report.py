@@ -22,7 +22,7 @@ import _study as s
 import _study_plots as plots
 import _study_tables as tables
 from _study import M3, ORDERS, Study
-from _study_words import HYPOTHESES, beyond_separate_parameters, removal_claims, surprises, weaknesses
+from _study_words import HYPOTHESES, beyond_separate_parameters, costs, removal_claims, surprises, weaknesses
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,22 @@ def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
     for r in study.removal_failed:
         said.append(f"removal `{r['variant']}` {r['rate']:g}, seed {r['seed']}: failed: `{last_line(r)}`")
     return said
+
+
+def progress(study: Study, runs: list[dict[str, Any]]) -> str:
+    """How much of what is asked for there is; the page of a part must not read like that of the whole."""
+    wanted = have = 0
+    for run in runs:
+        for order, count in run.get("orders", {"A": run.get("seeds", 3)}).items():
+            seeds = {r["seed"] for r in s.finals(study, (run["condition"], run["schedule"]), ORDERS[order])}
+            wanted, have = wanted + count, have + len(seeds & set(range(count)))
+    removal = "removal is measured" if study.removal else "removal is not measured yet"
+    if have == wanted:
+        return f"All {wanted} runs of `continual.yaml` are here; {removal}."
+    return (
+        f"**A part: {have} of {wanted} runs of `continual.yaml` are here, and {removal}.** Where a row has one\n"
+        "seed, its interval is over test items only, and a verdict of fewer than three runs is called preliminary."
+    )
 
 
 def last_line(record: s.Record) -> str:
@@ -93,16 +109,21 @@ def page(study: Study, runs: list[dict[str, Any]]) -> str:
         else ""
     )
     relearning = "\n\n![Relearning](../recipes/results/continual/removal.svg)" if study.removal else ""
+    alphas = "\n\n![Accuracy over alpha](../recipes/results/continual/alphas.svg)"
+    sweeps = alphas if plots.has_alphas(study) else ""
     orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
     return f"""# Does separation reduce interference?
 
 `python recipes/continual_report.py` writes this page from the records in
 [`recipes/results/continual/`](../recipes/results/continual/), which `recipes/continual.py` and `recipes/removal.py`
 left: SmolLM2-135M-Instruct, {environment(study)}.
+
 Three tasks are learnt, together ("mixture") or one after another: **memory** (facts), **logic** (reasoning), **meta**
 (telling right answers from wrong). Orders: {orders}.
 Mean ± standard deviation over seeds ({n_main} for the main contrast); intervals are 95 %, bootstrapped over test items
 and over runs, in pairs of one seed and order.
+
+{progress(study, runs)}
 
 ## Verdicts
 
@@ -116,6 +137,12 @@ built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
 ## What routing adds to separate parameters
 
 {bullets(beyond_separate_parameters(study))}
+
+## What separation costs, and gives, family by family
+
+Bundles with the true tag against one LoRA, both on the mixture; families of test items that differ by more than 0.1.
+
+{bullets(costs(study))}
 
 ## What surprised
 
@@ -171,9 +198,7 @@ The interference matrix, order A: the accuracy after a phase minus that before i
 
 Accuracy over alpha from 0 to 1; the others all off, or all on.
 
-{tables.alphas(study)}
-
-![Accuracy over alpha](../recipes/results/continual/alphas.svg)
+{tables.alphas(study)}{sweeps}
 
 ## M0, only smaller
 
