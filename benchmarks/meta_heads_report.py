@@ -38,13 +38,10 @@ class Line(NamedTuple):
 
 
 def sides(label: str, part: str, kinds: Sequence[str]) -> list[Line]:
-    """A row a way of reading: the baselines do not depend on it and stand in the first."""
-    found = []
-    for kind in kinds:
-        base = () if found else ("the likelier side", "the shorter side")
-        cell = f"{part}, {kind}"
-        found.append(Line(f"meta_correctness: {label}, {kind}", cell, (cell,), "accuracy", 0.5, base))
-    return found
+    """A row a way of reading."""
+    base = ("the likelier side", "the shorter side")
+    cells = {kind: f"{part}, {kind}" for kind in kinds}
+    return [Line(f"meta_correctness: {label}, {k}", c, (c,), "accuracy", 0.5, base) for k, c in cells.items()]
 
 
 OWN = "AUC, own answers within a family"
@@ -60,7 +57,7 @@ LINES = [
          lower=True),
     *(Line(f"meta_correctness: single answers, {kind}, AUC", cell, (cell,), "AUC", 0.5, ("by probability/AUC",))
       for kind, cell in SINGLE.items()),
-    *(Line(f"single answers, own ones within a family, {kind}, AUC", cell, (cell,), OWN, 0.5, (f"by probability/{OWN}",))
+    *(Line(f"own answers within a family, {kind}, AUC", cell, (cell,), OWN, 0.5, (f"by probability/{OWN}",))
       for kind, cell in SINGLE.items()),
     *sides("A/B of derivations with one wrong step", "derivations", ("last token", "mean of tokens", "with surprise")),
     *sides("A/B of own answers to one question", "own answers", BOTH),
