@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peft_bundles.basis import bundle_shapes, draw_basis
 from peft_bundles.config import BundleConfig, BundleSpec
-from peft_bundles.functional import BundleWeights, bundle_forward, bundle_reference
+from peft_bundles.functional import BundleWeights, bundle_forward, bundle_reference, walk
 from peft_bundles.packing import Packing
 
 
@@ -211,3 +211,14 @@ def test_folds_that_share_their_weights_give_the_gradients_of_both():
     assert len(shared) == 2  # of both folds: the weights side by side, and as they are laid out
     for a, b in zip(apart, together):
         torch.testing.assert_close(a, b)
+
+
+def test_a_walk_finds_of_each_loss_what_it_reaches():
+    """Also where graphs share parts in several places, and one loss reaches less of them than another."""
+    a, b, c, d = (torch.ones(2, requires_grad=True) for _ in range(4))
+    low, side = (a * b).exp(), c.sin()
+    high = low * side
+    losses = [high.sum(), low.sum(), (high * d + low).sum(), side.sum(), d.sum(), (side + d).sum() + high.mean()]
+    found = [{id(leaf) for leaf in reach.leaves.values()} for reach in walk(losses)]
+    wanted = [{a, b, c}, {a, b}, {a, b, c, d}, {c}, {d}, {a, b, c, d}]
+    assert found == [{id(leaf) for leaf in leaves} for leaves in wanted]

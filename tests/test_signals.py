@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_bundles import BundleConfig, BundleLayer, BundleSpec
-from peft_bundles.functional import bundle_reference, walk
+from peft_bundles.functional import bundle_reference
 from peft_bundles.signals import bundle_parameters
 
 
@@ -493,14 +493,3 @@ def test_two_processes_equal_one(tmp_path, wrap):
     assert first["none"] == expected and any(any(f) for f in expected.values())
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(first["state"][key], value, rtol=1e-8, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
-
-
-def test_a_walk_finds_of_each_loss_what_it_reaches():
-    """Also where graphs share parts in several places, and one loss reaches less of them than another."""
-    a, b, c, d = (torch.ones(2, requires_grad=True) for _ in range(4))
-    low, side = (a * b).exp(), c.sin()
-    high = low * side
-    losses = [high.sum(), low.sum(), (high * d + low).sum(), side.sum(), d.sum(), (side + d).sum() + high.mean()]
-    found = [{id(leaf) for leaf in reach.leaves.values()} for reach in walk(losses)]
-    wanted = [{a, b, c}, {a, b}, {a, b, c, d}, {c}, {d}, {a, b, c, d}]
-    assert found == [{id(leaf) for leaf in leaves} for leaves in wanted]
