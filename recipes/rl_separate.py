@@ -1,7 +1,7 @@
 """One SmolLM2, three kinds of data at once, and what each of them did can be switched off afterwards.
 
     accelerate launch recipes/rl_separate.py            # a GPU
-    python recipes/rl_separate.py --smoke               # 4 minutes on two CPU cores
+    python recipes/rl_separate.py --smoke               # 3 minutes on two CPU cores
 
 Text trains with the LM loss, pairs with DPO, prompts with PPO (policy, value, entropy, KL), every loss only the bundles
 that own it. Settings are in rl_separate.yaml, what the table at the end means in README.md.
