@@ -273,7 +273,8 @@ def layer_alphas(
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return None, table()  # a cached graph would be freed by the first backward
     per_layer = any(isinstance(v, tuple) for v in given)
-    key = (state.version, adapter, layer if per_layer else None, *hidden.shape[:2], None if units is None else units[1])
+    numbers = tuple(v for v in values if not isinstance(v, Tensor))  # a spec's alpha may be changed
+    key = (state.version, adapter, layer if per_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
 
 

@@ -259,7 +259,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         flat = out = hidden.flatten(0, -2)
         for few, mean, D, E, nonlinear, alpha in found[2]:
             if few:
-                out = few_tokens(hidden.contiguous(), out.view(hidden.shape), mean, D, E, nonlinear, alpha)
+                out = few_tokens(hidden.contiguous(), out.view(hidden.shape).contiguous(), mean, D, E, nonlinear, alpha)
                 out = out.flatten(0, -2)
                 continue
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)

@@ -92,6 +92,7 @@ class BundleModel(BaseTuner):
         adapter = self._injecting
         shapes = bundle_shapes(peft_config, shape[0])  # checks ranks and supports before anything is touched
         state.configs[adapter] = peft_config
+        state.version += 1  # an adapter of this name may have been there before
         signals = [frozenset(s for s, w in spec.signals.items() if w) for spec in (peft_config.bundles or {}).values()]
         state.packings[adapter, shape[0]] = Packing(
             shapes,
@@ -357,9 +358,9 @@ class BundleModel(BaseTuner):
         """`config.quiet` times how loud the bundles are on the states that `calibrate` kept; a scalar.
 
         For the bundles that some forward since the last `finalize_grads` let learn, summed over layers: the mean
-        squared length of what they add to those states, over their variance. At alpha 1, and bundles of different
-        signals each by themselves: the gradient of one does not depend on bundles that learn from something else. 0
-        for an adapter that was not calibrated.
+        squared length of what they add to those states, over their variance. At alpha 1 in every layer (also where an
+        alpha by layer is 0), and bundles of different signals each by themselves: the gradient of one does not depend
+        on bundles that learn from something else. 0 for an adapter that was not calibrated.
         """
         layers = [m for m in self.model.modules() if isinstance(m, BundleLayer)]
         learning: dict[str, list[str]] = {}

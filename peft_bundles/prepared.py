@@ -34,6 +34,7 @@ class Group(NamedTuple):
     mean: Tensor | None  # (d,)
     linear: Tensor | None  # (H,), True where a unit has no activation; None: none of them
     alpha: Tensor | None  # (B|1, T|1, H); None is 1
+    given: tuple[bool, bool]  # whether alpha is by row, and by token: then its size must be the batch's
 
 
 class Prepared(NamedTuple):
@@ -47,6 +48,7 @@ class Slot(threading.local):
 
     def __init__(self) -> None:
         self.ready: Prepared | None = None
+        self.made_of: tuple[Any, ...] = ()  # what `ready` was made for
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, ()  # a copy of the model starts with no call in progress
@@ -58,9 +60,14 @@ def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
     if torch.is_grad_enabled() or not layers or not _compiled(model, layers):
         yield
         return
-    state, before = layers[0].state, [layer.slot.ready for layer in layers]
-    call, ready = state.call, before[0]
-    if call.active is None or (ready is not None and ready.generating == (call.prompts is not None)):
+    state, before = layers[0].state, [(layer.slot.ready, layer.slot.made_of) for layer in layers]
+    call = state.call
+    if call.active is None or (layers[0].training and any(state.configs[a].dropout for a in state.configs)):
+        yield  # (dropout is drawn anew in every forward)
+        return
+    # A call inside of a call (in a logits processor, say) may have alphas or adapters of its own.
+    made_of = id(call.alphas), call.adapter_names, call.prompts is not None, state.version, state.budget
+    if before[0][0] is not None and before[0][1][:-1] == made_of:
         yield
         return
     first = next(p for p in model.parameters() if p.is_floating_point())
@@ -69,10 +76,11 @@ def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
     try:
         for layer in layers:
             layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
+            layer.slot.made_of = (*made_of, call.alphas)  # kept, so that its id stays its own
         yield
     finally:
         for layer, earlier in zip(layers, before):
-            layer.slot.ready = earlier
+            layer.slot.ready, layer.slot.made_of = earlier
 
 
 def _compiled(model: nn.Module, layers: Sequence[BundleLayer]) -> bool:
@@ -91,8 +99,8 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
         if adapter not in layer.bundle_basis or not layer.packing(adapter).names:
             continue
         packing, basis = layer.packing(adapter), layer.bundle_basis[adapter]
-        given = [state.call.alphas.get(name, state.set_alphas.get(name)) for name in packing.names]
-        shapes = [value.shape for value in given if isinstance(value, Tensor)]
+        values = [state.call.alphas.get(name, state.set_alphas.get(name)) for name in packing.names]
+        shapes = [value.shape for value in values if isinstance(value, Tensor)]
         # As large as the gates say: whether that fits the batch shows in the forward.
         batch = max([len(rows or ()), 1, *(shape[0] for shape in shapes if len(shape))])
         tokens = max([1, *(shape[1] for shape in shapes if len(shape) > 1)])
@@ -113,7 +121,8 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
         for tensor, axis in ((D, 1), (E, 0), (linear, 0), (alpha, -1)):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
-        groups.append(Group(D, E, mean, linear, alpha))
+        given = rows is not None or any(map(len, shapes)), any(len(shape) > 1 for shape in shapes)
+        groups.append(Group(D, E, mean, linear, alpha, given))
     budget = torch.tensor(state.budget, device=groups[0].D.device) if state.budget is not None and groups else None
     return Prepared(tuple(groups), budget, state.call.prompts is not None)
 
@@ -121,23 +130,27 @@ def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | Non
 def apply(ready: Prepared, hidden: Tensor) -> Tensor:
     """The bundles of a layer on hidden, (B, T, d); the same arithmetic as `bundle_forward`, without a backward."""
     out, dtype = hidden, compute_dtype(hidden)
-    for D, E, mean, linear, alpha in ready.groups:
+    for D, E, mean, linear, alpha, given in ready.groups:
         x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         s = x.to(dtype) @ D.to(dtype)
         a = F.gelu(s) if linear is None else torch.where(linear, s, F.gelu(s))
         if alpha is not None:
-            a = a * _fitted(alpha, hidden, ready.generating).to(dtype)
+            a = a * _fitted(alpha, hidden, given, ready.generating).to(dtype)
         out = _add_product(out, a, E.to(dtype))
     return out if ready.budget is None else within_budget(hidden, out, ready.budget)
 
 
-def _fitted(alpha: Tensor, hidden: Tensor, generating: bool) -> Tensor:
-    """Gates by prompt for its beams; new tokens keep the gate of the prompt's last one."""
+def _fitted(alpha: Tensor, hidden: Tensor, given: tuple[bool, bool], generating: bool) -> Tensor:
+    """Gates by prompt for its beams; new tokens keep the gate of the prompt's last one.
+
+    Raises:
+        ValueError: gates by row (by token) for another number of rows (tokens) than `hidden` has.
+    """
     (rows, length), (batch, tokens) = alpha.shape[:2], hidden.shape[:2]
     if generating:
         alpha = alpha if rows in (1, batch) else alpha.repeat_interleave(batch // rows, 0)
         return alpha if length in (1, tokens) else alpha[:, -1:]
-    if rows not in (1, batch) or length not in (1, tokens):
+    if (rows != batch and (given[0] or rows != 1)) or (length != tokens and (given[1] or length != 1)):
         raise ValueError(
             f"alphas or adapter_names are for {rows} rows (of {length} tokens), but the batch has {batch} (of "
             f"{tokens}); give one value a row (a token)."

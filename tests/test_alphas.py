@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import TINY, batch, logits, perturb
+from models import TINY, attached, batch, bundle_config, logits, perturb
 from peft import get_peft_model
 
 import peft_bundles
@@ -369,3 +369,23 @@ def test_folded_follows_all_that_may_change(input_norm):
             found.append(both(short))
     for a, b in itertools.pairwise(found):
         assert a.shape != b.shape or not torch.equal(a, b)
+
+
+def test_gates_by_row_are_not_those_of_an_adapter_that_had_the_name_before():
+    """The same bundles in another order, and a config's own alpha that is changed, beside gates that stay."""
+    model = attached(adapter="x")
+    model.add_adapter("y", bundle_config(bundles={"b_other": {"rank": 5, "sub_bases": ["right"]}}))
+    model.set_alphas({"b_mlp": torch.tensor([0.5, 0.25])})
+    ids, table = batch(2, 6), {n: {"rank": 8, "sub_bases": ["left"]} for n in ("b_mlp", "b_second")}
+    for order in (("b_mlp", "b_second"), ("b_second", "b_mlp")):
+        logits(model, ids)
+        model.set_adapter("y")
+        model.delete_adapter("x")
+        model.add_adapter("x", bundle_config(bundles={name: table[name] for name in order}))
+        model.set_adapter("x")
+        perturb(model, "x").eval()
+        found = logits(model, ids)
+        assert torch.equal(found, logits(model, ids, alphas={"b_mlp": torch.tensor([0.5, 0.25])}))
+    model.peft_config["x"].bundles["b_second"].alpha = 0.0
+    assert torch.equal(logits(model, ids), logits(model, ids, alphas={"b_second": 0.0}))
+    assert not torch.equal(logits(model, ids), found)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import TINY, attached, batch, generated, layers, logits, perturb, two_adapters
 from torch._dynamo.utils import counters
+from transformers import LogitsProcessorList
 
 import peft_bundles
 
@@ -168,3 +169,41 @@ def test_compiled_generation(folders, composed):
     assert torch.equal(new.sequences, generated(plain, ids, use_cache=False))
     assert graphs() == count
     assert list(model.peft_config) == model.active_adapters
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_inside_of_a_call_has_alphas_of_its_own(compiled):
+    """A logits processor that asks the same model once more, without its bundles."""
+    torch._dynamo.reset()
+    model, base = attached(), TINY["llama"]()
+    if compiled:
+        compile_blocks(model, fullgraph=False)
+    off, found = dict.fromkeys(NAMES, 0.0), []
+
+    def inside(input_ids, scores):
+        with torch.no_grad():
+            plain = base(input_ids=input_ids, use_cache=False).logits
+            found.append(torch.equal(model(input_ids=input_ids, use_cache=False, alphas=off).logits, plain))
+            with model.alphas(off):
+                found.append(torch.equal(model(input_ids=input_ids, use_cache=False).logits, plain))
+            found.append(not torch.equal(model(input_ids=input_ids, use_cache=False).logits, plain))
+        return scores
+
+    generated(model, batch(2, 6), max_new_tokens=2, min_new_tokens=2, logits_processor=LogitsProcessorList([inside]))
+    assert len(found) == 6 and all(found)
+
+
+def test_alphas_for_another_batch_are_refused_when_compiled_too():
+    torch._dynamo.reset()
+    model = compile_blocks(attached(), fullgraph=False)
+    for alphas in (torch.ones(1), torch.ones(2), torch.ones(3, 1), torch.ones(3, 5)):
+        with pytest.raises(ValueError, match="but the batch has 3"):
+            logits(model, batch(3, 6), alphas={"b_mlp": alphas / 2})
+
+
+def test_dropout_without_gradients_is_drawn_in_every_forward():
+    torch._dynamo.reset()
+    model = compile_blocks(attached(dropout=0.5).eval(), fullgraph=False)
+    logits(model, batch(2, 6))
+    model.train()
+    assert not torch.equal(logits(model, batch(2, 6)), logits(model, batch(2, 6)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import attached, layers
 
 from peft_bundles import kernels
 from peft_bundles.functional import activate
@@ -85,3 +86,19 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
 
 def test_they_are_for_a_gpu_only():
     assert not fits(torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.bfloat16)
+
+
+def test_they_get_contiguous_states(monkeypatch):
+    """A block may output a part of something larger."""
+    seen = []
+
+    def few(hidden, residual, *rest):
+        seen.append((hidden.is_contiguous(), residual.is_contiguous()))
+        return residual
+
+    monkeypatch.setattr("peft_bundles.layer.fits", lambda *_: True)
+    monkeypatch.setattr("peft_bundles.layer.few_tokens", few)
+    model = attached()
+    with torch.no_grad(), model.folded():
+        layers(model)[0](torch.randn(2, 5, 64)[:, -1:])
+    assert seen == [(True, True)]

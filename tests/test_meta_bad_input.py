@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from meta_rows import HEADS, judged, length, made, paraphrases, plans, sides, statements
+from meta_rows import HEADS, explained, judged, length, made, paraphrases, plans, sides, statements
 from models import snapshot, unchanged
 from training import tokenizer, trainer
 
@@ -172,3 +172,9 @@ def test_what_a_break_does_to_a_statement():
         changed("3", ["3"], rng)
     with pytest.raises(ValueError, match=r"sequence 1 has no statement with a number or a verb"):
         breaks([["It is."], ["Hello"]])
+
+
+def test_explanations_must_be_texts(on):
+    rows = [{**row, "explanation": ["a", "list"]} for row in explained()]
+    with pytest.raises(ValueError, match=r"'meta_correctness': row 0 has explanation=\['a', 'list'\]; give it as text"):
+        MetaCorrectness(rows).setup(tokenizer(), on)

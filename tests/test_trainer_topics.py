@@ -31,8 +31,10 @@ from peft_bundles.objectives import (
     Preference,
     Temporal,
 )
+from peft_bundles.objectives.topical import RowTopics
 from peft_bundles.routers.topics import MASKS, TopicRouting
 from peft_bundles.trainer import BundleTrainer
+from peft_bundles.trainer.topics import check_topics
 
 
 TOPICS = ["animals", "law", "finance"]
@@ -396,3 +398,17 @@ def test_training_rows_and_held_out_rows_must_agree(tmp_path):
 def test_settings_that_cannot_be(tmp_path, topics, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, topics=topics)
+
+
+def test_a_signal_that_only_topics_learn_from_does_not_go_with_a_sharded_trunk():
+    """Each signal may take a backward of its own, which processes without the topic would not have."""
+    bundles = {
+        "b_main": {"rank": 8, "sub_bases": ["a"], "signals": {"policy": 1.0, "kl": 1.0}},
+        "b_law": {"rank": 6, "sub_bases": ["b"], "signals": {"value": 1.0}, "role": "semantic", "topic": "law"},
+    }
+    topics = RowTopics(TopicRouting(topics=["law"]), config(bundles=bundles))
+    ppo = PPO([{"prompt": "a", "topics": ["law"]}], lambda completions, **_: [0.0] * len(completions))
+    ppo.topics, ppo.rows = topics, [{"_tau": [1.0]}]
+    check_topics(topics, [ppo], sharded=False)
+    with pytest.raises(ValueError, match=r"objective 'ppo': \['value'\] update\(s\) topic bundles only"):
+        check_topics(topics, [ppo], sharded=True)

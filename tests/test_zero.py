@@ -188,3 +188,13 @@ def test_optimizers_and_weights_that_cannot_be_cut_are_refused():
         ZeroOptimizer(torch.optim.Adafactor([weight]), names, names, 2)
     with pytest.raises(ValueError, match=r"'w' is torch.bfloat16; under ZeRO what trains must be float32"):
         ZeroOptimizer(torch.optim.AdamW([weight]), names, names, 2)
+
+
+def test_a_scalar_that_trains_is_cut_and_its_step_is_not(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    scalar = nn.Parameter(torch.tensor(1.0))
+    zero = object.__new__(ZeroOptimizer)  # no processes are needed to cut
+    zero._parts, zero._zero = [[scalar]], SimpleNamespace(partition_size=[1])
+    state = {id(scalar): {"step": torch.tensor(3.0), "exp_avg": torch.tensor(0.1)}}
+    assert zero._cut(0, "step", state).shape == () and zero._cut(0, "exp_avg", state).tolist() == pytest.approx([0.1])

@@ -86,7 +86,11 @@ class MetaCorrectness(Judged):
     def _explanations(self, dataset: Dataset, column: str) -> list[str]:
         if column not in dataset.column_names:
             return [""] * len(dataset)
-        return [value or "" for value in dataset[column]]
+        found = [value or "" for value in dataset[column]]
+        for row, value in enumerate(found):
+            if not isinstance(value, str):
+                raise ValueError(f"objective {self.name!r}: row {row} has {column}={value!r}; give it as text.")
+        return found
 
     def _explained(self, row: dict[str, Any], explanation: str) -> dict[str, Any]:
         """The row with the tokens of its explanation, as far as max_length lets them, in `told`."""

@@ -84,8 +84,9 @@ def check_topics(topics: RowTopics | None, objectives: Sequence[Objective], shar
             "or names, for every row), or leave topics out."
         )
     for o in having if sharded else ():
-        if updated(topics.config, o.signals) <= set(topics.scaled()):
+        # Signal by signal: each may take a backward of its own, and it would be missing on some processes only.
+        if alone := [s for s in o.signals if updated(topics.config, (s,)) <= set(topics.scaled())]:
             raise ValueError(
-                f"objective {o.name!r} updates topic bundles only; a process whose rows have no topic then has no "
-                "backward, for which FSDP's others wait. Add a bundle without topic, or use no FSDP."
+                f"objective {o.name!r}: {alone} update(s) topic bundles only; a process whose rows have no topic then "
+                "has no backward, for which FSDP's others wait. Add a bundle without topic, or use no FSDP."
             )

@@ -235,7 +235,7 @@ class ZeroOptimizer(Optimizer):
     def _cut(self, number: int, key: str, found: Mapping[int, Any]) -> Any:
         """This process's part of one entry of the state."""
         first = found[id(self._parts[number][0])][key]
-        if not _long(first) and self._parts[number][0].dim():
+        if key == "step" or not isinstance(first, Tensor) or first.shape != self._parts[number][0].shape:
             return _copy(first)
         size, rank = int(self._zero.partition_size[number]), dist.get_rank()
         vector = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=first.device)
