@@ -120,6 +120,9 @@ class Method:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
     def state(self, alphas: Alphas | None) -> Any:
         """Context to test in: parts on by `alphas`; None is everything on."""
         return nullcontext()
@@ -358,6 +361,22 @@ class Bundles(Method):
             self.projection.backward(self.model, {self.tags[0]: loss}, 0)
         self.model.finalize_grads()
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """With a projection what AdamW moves is projected too: its division by elements leaves the subspace that the
+        gradient was in."""
+        if self.projection is None:
+            optimizer.step()
+            return
+        before = {name: parameter.detach().clone() for name, parameter in self.blocks.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self.blocks.items():
+                if (p := self.projection.projectors.get((self.tags[0], name))) is not None:
+                    tall = parameter.shape[0] > parameter.shape[1]
+                    moved = parameter - before[name]
+                    held = (p @ (p.T @ moved.T)).T if tall else p @ (p.T @ moved)
+                    parameter.copy_(before[name] + held)
+
     @contextmanager
     def state(self, alphas: Alphas | None) -> Iterator[None]:
         given = {} if alphas is None or self.one else {self.names[t]: alphas.get(t, 0.0) for t in TASKS}
@@ -464,7 +483,7 @@ def train_phase(
         loss, extra = method.gradients(batch, lambda: torch.autocast(device.type, torch.bfloat16, enabled=cuda))
         for parameters, _ in groups:
             nn.utils.clip_grad_norm_(parameters, what["max_grad_norm"])
-        optimizer.step()
+        method.update(optimizer)
         losses.copy_(torch.stack([loss, extra]))
 
     record: dict[str, Any] = {"steps": steps, "loss": []}

@@ -146,6 +146,10 @@ def test_trunk_gradients_lie_in_the_signals_subspace(learn):
     moved = [k for k in method.blocks if not torch.equal(seen[0][k], seen[1][k])]
     assert name in moved and projector.shape == (min(parameter.shape), 3)
     assert all(method.blocks[k].dim() == 2 for k in moved)
+    for name in moved:  # and so does what AdamW made of them
+        p, update = method.projection.projectors["memory", name], seen[1][name] - seen[0][name]
+        update = update.T if update.shape[0] > update.shape[1] else update
+        assert (update - p @ (p.T @ update)).norm() < 1e-2 * update.norm()
 
 
 def test_random_rows_reach_every_bundle(learn):
