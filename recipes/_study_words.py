@@ -360,6 +360,13 @@ def weaknesses(study: Study) -> list[str]:
                 f"{task}: LoRA ends at {s.mean(learnt):.2f}, the majority answer has {top:.2f} and the base "
                 f"{base[task]['accuracy']:.2f}: what is not learnt cannot be forgotten."
             )
+    by_rate = s.reduction_by_rate(study, M3, "all")
+    if len(by_rate) > 1:
+        each = ", ".join(f"{lr:g}: {ci(found)}" for lr, found in by_rate.items())
+        said.append(
+            "M0's rates that validate alike differ in what they learn, so in what they forget; bundles, all on, reduce "
+            f"the forgetting of M0 at {each}."
+        )
     graphless = sorted(
         {title((r["condition"], r["schedule"])) for r in study.records if not all(p.get("graph") for p in r["phases"])}
     )

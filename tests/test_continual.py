@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import continual_data
 import pytest
@@ -303,8 +304,16 @@ def test_records(whole, run):
         assert {"device", "date", "command", "versions", "seconds"} <= record.keys()
     best = next(r for r in cells if r["stage"] == "final" and r["condition"] == "bundles")["lr"]
     grid = {r["lr"]: r["validation"]["mean"] for r in cells if r["stage"] == "grid" and r["condition"] == "bundles"}
-    assert grid[best] == max(grid.values())
+    assert grid[best] >= max(grid.values()) - 0.01
     assert all(r["lr"] == best for r in cells if r["condition"] == "mistag")
+
+
+def test_three_final_seeds_have_extras(modules):
+    bench = SimpleNamespace(sweep=lambda method: {})
+    cell = {"stage": "final", "order": "A", "schedule": "sequence", "condition": "bundles"}
+    found = [n for n in range(5) if modules[0].extras({}, {**cell, "seed": n}, {"alphas": True}, None, bench)]
+    seeds = [n for n in found if n]  # seed 0 of order A is a cell of the search, which has none
+    assert seeds == [1, 2, 3]
 
 
 def test_extras(whole, run):
