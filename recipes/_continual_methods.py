@@ -295,7 +295,8 @@ class Bundles(Method):
     Options: routed (a row's tag says whose bundle it updates; else all), forward ("owners": in a training row only the
     tag's bundle is on; "all"; "dropout": each bundle is on in every other row), support ("own" columns of the basis,
     "half" of them common, "one" bundle with all of them, "full": no projector), trunk_lr (the blocks' own weights learn
-    too, at this rate), trunk_rank (each signal's gradient on them in a subspace of that rank).
+    too, at this rate), trunk_rank (each signal's updates of them in a subspace of that rank), quiet (another weight of
+    the penalty on what bundles add to general text).
     """
 
     tagged = True
@@ -417,6 +418,7 @@ def bundle_config(base: nn.Module, options: dict[str, Any], seed: int) -> Bundle
                 for name, spec in bundles.items()
             },
             basis_seed=seed,
+            **({"quiet": options["quiet"]} if "quiet" in options else {}),
             task_type="CAUSAL_LM",
         )
 

@@ -212,6 +212,8 @@ bundles nearest : lora_separate nearest : Predicted tag: bundles against one LoR
 bundles all : lora_separate all : No tag, all on: bundles against one LoRA a task
 bundles_all all : lora_separate all : No tag: bundles that learn with the earlier ones on, against one LoRA a task
 bundles_all all : bundles all : No tag: bundles that learn with the earlier ones on, against only the own one
+bundles all : bundles_loud all : No tag, all on: with the penalty on what bundles add to general text, against without
+bundles_loud all : lora_separate all : No tag, all on: bundles without that penalty, against one LoRA a task
 overlap all : bundles all : No tag: supports half common against apart
 overlap_all all : bundles_all all : No tag, the earlier ones on in training: supports half common against apart
 overlap_all all : lora_separate all : No tag: supports half common, the earlier ones on, against one LoRA a task

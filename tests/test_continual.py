@@ -153,6 +153,11 @@ def test_trunk_gradients_lie_in_the_signals_subspace(learn):
         assert (update - p @ (p.T @ update)).norm() < 1e-2 * update.norm()
 
 
+def test_loud_bundles_have_no_penalty(made):
+    assert made("bundles_loud")[0].model.peft_config["default"].quiet == 0
+    assert made("bundles")[0].model.peft_config["default"].quiet > 0
+
+
 def test_random_rows_reach_every_bundle(learn):
     _, seen = learn("random", phases=1)
     moved = [k for k in seen[0] if not torch.equal(seen[0][k], seen[1][k])]
