@@ -120,6 +120,9 @@ class Method:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
     def state(self, alphas: Alphas | None) -> Any:
         """Context to test in: parts on by `alphas`; None is everything on."""
         return nullcontext()
@@ -292,7 +295,8 @@ class Bundles(Method):
     Options: routed (a row's tag says whose bundle it updates; else all), forward ("owners": in a training row only the
     tag's bundle is on; "all"; "dropout": each bundle is on in every other row), support ("own" columns of the basis,
     "half" of them common, "one" bundle with all of them, "full": no projector), trunk_lr (the blocks' own weights learn
-    too, at this rate), trunk_rank (each signal's gradient on them in a subspace of that rank).
+    too, at this rate), trunk_rank (each signal's updates of them in a subspace of that rank), quiet (another weight of
+    the penalty on what bundles add to general text).
     """
 
     tagged = True
@@ -358,6 +362,22 @@ class Bundles(Method):
             self.projection.backward(self.model, {self.tags[0]: loss}, 0)
         self.model.finalize_grads()
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """With a projection what AdamW moves is projected too: its division by elements leaves the subspace that the
+        gradient was in."""
+        if self.projection is None:
+            optimizer.step()
+            return
+        before = {name: parameter.detach().clone() for name, parameter in self.blocks.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self.blocks.items():
+                if (p := self.projection.projectors.get((self.tags[0], name))) is not None:
+                    tall = parameter.shape[0] > parameter.shape[1]
+                    moved = parameter - before[name]
+                    held = (p @ (p.T @ moved.T)).T if tall else p @ (p.T @ moved)
+                    parameter.copy_(before[name] + held)
+
     @contextmanager
     def state(self, alphas: Alphas | None) -> Iterator[None]:
         given = {} if alphas is None or self.one else {self.names[t]: alphas.get(t, 0.0) for t in TASKS}
@@ -398,6 +418,7 @@ def bundle_config(base: nn.Module, options: dict[str, Any], seed: int) -> Bundle
                 for name, spec in bundles.items()
             },
             basis_seed=seed,
+            **({"quiet": options["quiet"]} if "quiet" in options else {}),
             task_type="CAUSAL_LM",
         )
 
@@ -464,7 +485,7 @@ def train_phase(
         loss, extra = method.gradients(batch, lambda: torch.autocast(device.type, torch.bfloat16, enabled=cuda))
         for parameters, _ in groups:
             nn.utils.clip_grad_norm_(parameters, what["max_grad_norm"])
-        optimizer.step()
+        method.update(optimizer)
         losses.copy_(torch.stack([loss, extra]))
 
     record: dict[str, Any] = {"steps": steps, "loss": []}

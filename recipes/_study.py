@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,6 +29,7 @@ MARGIN = 0.02  # of accuracy, that "at least as good" may lose
 CRITERION = 0.3  # of M0's forgetting, that must go
 Record = dict[str, Any]
 Key = tuple[str, str]  # condition, schedule
+TIE = 0.01  # of mean accuracy on validation items: rates so near the best are told apart by their training loss
 
 
 @dataclass
@@ -59,17 +60,19 @@ def read(folder: Path) -> Study:
     for record in found:
         if "variant" in record:
             removal[record["variant"], record["rate"], record["seed"]] = record
-        elif record["stage"] != "base":
+        elif record["stage"] not in ("base", "code"):
             same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])
             if "error" not in record or "error" in cells.get(same, {"error": ""}):
                 cells[same] = record
     bases = [r for r in found if r.get("stage") == "base" and "error" not in r]
     if not bases:
         raise ValueError(f"{folder}: no record with stage 'base'; run recipes/continual.py, which measures it first.")
+    codes = [r["code"] for r in found if r.get("stage") == "code" and "pass@1" in (r.get("code") or {})]
+    base = {**bases[-1], "code": codes[-1]} if codes else bases[-1]  # the untouched model's, a line of its own
     taught = {r["seed"] for r in removal.values() if r["variant"] == "none" and "error" not in r}
     spaces = folder / "spaces.json"
     return Study(
-        bases[-1],
+        base,
         [r for r in cells.values() if "error" not in r],
         [r for r in cells.values() if "error" in r],
         [r for r in removal.values() if "error" not in r],
@@ -96,11 +99,31 @@ def grid(study: Study, key: Key) -> dict[float, list[float]]:
     return dict(sorted(rates.items()))
 
 
+def training_loss(record: Record) -> float:
+    """Mean over phases of the last training loss recorded in each; infinite where none is recorded."""
+    last = [phase["loss"][-1][1] for phase in record["phases"] if phase.get("loss")]
+    return fmean(last) if last else math.inf
+
+
+def best_of(scores: Mapping[float, tuple[float, float]]) -> float:
+    """The rate to take, of rate -> (validation accuracy, training loss): the best, and of those within TIE the one
+    that learns most, by its training loss.
+
+    What ends with two of three tasks at 0 validates alike at rates of which one learns half of what another does. As M0
+    the half-learnt one forgets little, and everything beside it seems to forget much.
+    """
+    valid = {lr: -math.inf if math.isnan(accuracy) else accuracy for lr, (accuracy, _) in scores.items()}
+    near = [lr for lr in valid if valid[lr] >= max(valid.values()) - TIE]
+    return min(near, key=lambda lr: (scores[lr][1], -valid[lr]))
+
+
 def chosen(study: Study, key: Key) -> float | None:
-    """The rate that validates best; without a search, the one that most records have."""
-    rates = grid(study, key)
-    if rates:
-        return max(rates, key=lambda lr: -math.inf if math.isnan(fmean(rates[lr])) else fmean(rates[lr]))
+    """`best_of` the search; without a search, the rate that most records have."""
+    searched = [r for r in study.records if (r["condition"], r["schedule"]) == key and r["stage"] == "grid"]
+    if searched:
+        tried = grid(study, key)
+        losses = {lr: fmean(training_loss(r) for r in searched if r["lr"] == lr) for lr in tried}
+        return best_of({lr: (fmean(tried[lr]), losses[lr]) for lr in tried})
     used = [r["lr"] for r in study.records if (r["condition"], r["schedule"]) == key]
     return max(dict.fromkeys(used), key=used.count) if used else None
 
@@ -245,6 +268,19 @@ def _compared(study: Study, key: Any, mode: str, against: Any, against_mode: str
 def reduction(study: Study, key: Any, mode: str, against: Any = M0, against_mode: str = "all") -> Interval | None:
     """`continual.forgetting_reduction` over the runs that both have."""
     return _compared(study, key, mode, against, against_mode, continual.forgetting_reduction)
+
+
+def reduction_by_rate(study: Study, key: Key, mode: str) -> dict[float, Interval]:
+    """`reduction` against the search's M0 at each rate that validates as well as the chosen one, within TIE."""
+    tried, ours = grid(study, M0), runs_of(study, key, mode)
+    best = max(map(fmean, tried.values()), default=math.nan)
+    found = {}
+    for lr in (lr for lr in tried if fmean(tried[lr]) >= best - TIE):
+        cells = [r for r in study.records if (r["condition"], r["schedule"]) == M0 and r["lr"] == lr]
+        theirs = {(tuple(r["order"]), r["seed"]): run_of(study, r, "all") for r in cells if r["stage"] == "grid"}
+        if theirs.keys() & ours.keys():
+            found[lr] = continual.forgetting_reduction(theirs, ours)
+    return found
 
 
 def reduction_before_meta(study: Study, key: Any, mode: str) -> Interval | None:

@@ -212,6 +212,8 @@ bundles nearest : lora_separate nearest : Predicted tag: bundles against one LoR
 bundles all : lora_separate all : No tag, all on: bundles against one LoRA a task
 bundles_all all : lora_separate all : No tag: bundles that learn with the earlier ones on, against one LoRA a task
 bundles_all all : bundles all : No tag: bundles that learn with the earlier ones on, against only the own one
+bundles all : bundles_loud all : No tag, all on: with the penalty on what bundles add to general text, against without
+bundles_loud all : lora_separate all : No tag, all on: bundles without that penalty, against one LoRA a task
 overlap all : bundles all : No tag: supports half common against apart
 overlap_all all : bundles_all all : No tag, the earlier ones on in training: supports half common against apart
 overlap_all all : lora_separate all : No tag: supports half common, the earlier ones on, against one LoRA a task
@@ -360,6 +362,13 @@ def weaknesses(study: Study) -> list[str]:
                 f"{task}: LoRA ends at {s.mean(learnt):.2f}, the majority answer has {top:.2f} and the base "
                 f"{base[task]['accuracy']:.2f}: what is not learnt cannot be forgotten."
             )
+    by_rate = s.reduction_by_rate(study, M3, "all")
+    if len(by_rate) > 1:
+        each = ", ".join(f"{lr:g}: {ci(found)}" for lr, found in by_rate.items())
+        said.append(
+            "M0's rates that validate alike differ in what they learn, so in what they forget; bundles, all on, reduce "
+            f"the forgetting of M0 at {each}."
+        )
     graphless = sorted(
         {title((r["condition"], r["schedule"])) for r in study.records if not all(p.get("graph") for p in r["phases"])}
     )

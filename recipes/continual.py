@@ -40,6 +40,7 @@ import _continual_data as data_of
 from _continual_data import TASKS
 from _continual_measure import Bench
 from _continual_methods import Method, build, lora_size, train_phase
+from _study import best_of, training_loss
 from quality_data import _data
 
 import peft_bundles
@@ -171,28 +172,29 @@ def grid_rates(given: dict[str, Any], source: list[str]) -> list[float]:
 
 
 def best_rate(given: dict[str, Any], source: list[str]) -> float | None:
-    """The tried rate with the best mean accuracy on validation items (of equals the one that stands first in the run);
-    None while some rate has no score yet.
+    """The tried rate that is `best_of` their scores; None while some rate has no score yet.
 
     Scores are files beside the claims, so that workers see each other's. A cell that failed scores -1; where all did,
     NaN says so.
     """
-    scores = {}
+    scores: dict[float, tuple[float, float]] = {}
     for lr in grid_rates(given, source):
         path = given["scores"] / f"{source[0]}|{source[1]}|{lr}"
         if not path.exists():
             return None
-        scores[lr] = float(path.read_text())
-    best = max(scores, key=lambda lr: scores[lr])
-    return best if scores[best] >= 0 else math.nan
+        accuracy, loss = map(float, path.read_text().split())
+        scores[lr] = (accuracy, loss)
+    best = best_of(scores)
+    return best if scores[best][0] >= 0 else math.nan
 
 
 def write_score(given: dict[str, Any], record: dict[str, Any]) -> None:
     """Through a temporary file: another worker may be reading."""
-    mean = record["validation"]["mean"] if "error" not in record else -1.0
+    failed = "error" in record
+    mean, loss = (-1.0, math.inf) if failed else (record["validation"]["mean"], training_loss(record))
     path = given["scores"] / f"{record['condition']}|{record['schedule']}|{record['lr']}"
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(str(mean))
+    part.write_text(f"{mean} {loss}")
     part.replace(path)
 
 
@@ -273,7 +275,7 @@ def extras(
 ) -> dict[str, Any]:
     """What only some final cells have: alpha sweeps, M0 shrunk, hidden states, HumanEval."""
     found: dict[str, Any] = {}
-    if cell["stage"] != "final" or cell["order"] != "A" or cell["schedule"] != "sequence" or cell["seed"] > 2:
+    if cell["stage"] != "final" or cell["order"] != "A" or cell["schedule"] != "sequence" or cell["seed"] > 3:
         return found
     if condition.get("alphas"):
         found["alphas"] = bench.sweep(method)

@@ -192,6 +192,9 @@ The interference matrix, order A: the accuracy after a phase minus that before i
 
 ## Learning rates
 
+The best mean accuracy on validation items at the end; of rates within {s.TIE} of it the one with the lowest training
+loss. (Before the second rule, which came when 27 cells were there, an M0 that had learnt half of memory was taken.)
+
 {tables.rates(study, runs)}
 
 ## What an alpha moves

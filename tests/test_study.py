@@ -59,6 +59,29 @@ def test_the_rate_is_the_one_that_validates_best_and_its_search_cell_is_seed_0(r
     assert not report.s.at_the_edge(study, report.s.M3)
 
 
+def test_of_rates_that_validate_alike_the_one_that_learns_most_is_chosen(report, read):
+    cells = []
+    for lr, valid, loss in ((5e-4, 0.232, 0.6), (1e-3, 0.228, 0.4), (2e-3, 0.227, 0.2), (4e-3, 0.17, 0.1)):
+        record = made.cell("lora", lr=lr, valid=valid, stage="grid")
+        for phase in record["phases"]:
+            phase["loss"] = [[30, 2.0, 0.0], [120, loss, 0.0]]
+        cells.append(record)
+    study = read([made.base(), *cells, made.cell("bundles", modes=made.TAGGED)])
+    assert report.s.chosen(study, report.s.M0) == 2e-3
+    assert [*report.s.reduction_by_rate(study, report.s.M3, "all")] == [5e-4, 1e-3, 2e-3]
+    assert "of M0 at 0.0005: " in report.page(study, made.RUNS)
+    assert report.s.best_of({1e-3: (-1.0, math.inf), 2e-3: (0.2, 0.5)}) == 2e-3
+
+
+def test_the_base_models_code_is_a_line_of_its_own(report, read):
+    line = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
+    measured = {"pass@1": 0.05, "passed": 8.0, "completions": 164.0}
+    study = read([*made.study(), {**line, "code": measured}])
+    assert len(study.records) == len(read(made.study()).records)
+    assert "| the base |  | 0.050 | 8 of 164 |" in report.page(study, made.RUNS)
+    assert "HumanEval" in report.page(read([*made.study(), {**line, "code": {"error": "no package"}}]), made.RUNS)
+
+
 def test_a_rate_that_diverged_is_not_chosen(report, read):
     cells = [made.cell(lr=lr, valid=v, stage="grid") for lr, v in ((1e-4, 0.2), (1e-3, math.nan))]
     assert report.s.chosen(read([made.base(), *cells]), report.s.M0) == 1e-4

