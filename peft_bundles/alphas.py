@@ -184,6 +184,11 @@ def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
         if not math.isfinite(value):
             raise ValueError(f"alphas[{name!r}]={value!r} must be a finite number.")
         return float(value)
+    return _parse_table(name, value, per, num_layers)
+
+
+@torch.compiler.disable  # it looks at values, which no graph holds; traced, each new list would compile again
+def _parse_table(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
     tensor = _tensor(f"alphas[{name!r}]", value)
     tensor = tensor if tensor.is_floating_point() else tensor.float()
     tensor = tensor if tensor.requires_grad else tensor.clone()  # what the user does to it later is no new alpha

@@ -245,6 +245,10 @@ def _tokenised(
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows: list[list[int]] = []
     for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"texts has a {type(text).__name__}; give strings, of a dataset its column: dataset['text']."
+            )
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows += [ids] if len(ids) else []
         if len(rows) == batch_size:

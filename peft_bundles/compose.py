@@ -81,7 +81,8 @@ def _free(name: str, taken: Sequence[Checkpoint], source: str, rename: bool) -> 
         return name
     if not rename:
         raise ValueError(
-            f"{source} and {used[name]} both have a bundle {name!r}; pass rename=True to name the second {name}_2."
+            f"{source} and {used[name]} both have a bundle {name!r}; pass rename=True (--rename) to name the "
+            f"second {name}_2."
         )
     number = 2
     while f"{name}_{number}" in used:

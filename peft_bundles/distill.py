@@ -104,6 +104,10 @@ def distill_to_lora(
     for what, batches in (("dataset", dataset), ("held_out", held_out)):
         if not len(batches):
             raise ValueError(f"{what} is empty; give at least one batch of input_ids.")
+        if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
+            raise ValueError(
+                f"{what} must be a list of batches with input_ids, e.g. [evaluation.text_batch(texts, tokenizer)]."
+            )
     if steps < 1 or not 0 < learning_rate < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(f"steps={steps}, learning_rate={learning_rate} and top_k={top_k} must be positive.")
     if tasks and eval_fn is None:

@@ -98,7 +98,8 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
         ):
             raise ValueError(
                 f"{other.source} and {first.source} have different supports: {list(other.config.sub_bases or ())} and "
-                f"{list(first.config.sub_bases or ())}."
+                f"{list(first.config.sub_bases or ())}; only bundles of one support merge, put these side by side with "
+                "compose(base_model, sources)."
             )
         if theirs.kind != shape.kind or (method != "cat" and theirs.hidden != shape.hidden):
             raise ValueError(

@@ -73,6 +73,12 @@ class BundleModel(BaseTuner):
         if peft_config.target_modules is not None:
             names = [name for name, _ in self.model.named_modules() if name and f".{CHILD}." not in f".{name}."]
             matched = [name for name in names if check_target_module_exists(matcher, name)]
+            leaves = [name for name in matched if not any(True for _ in self.model.get_submodule(name).children())]
+            if leaves or peft_config.target_modules == "all-linear":
+                raise ValueError(
+                    f"target_modules={peft_config.target_modules!r} names {leaves[0] if leaves else 'linear layers'}, "
+                    "which is no decoder block as LoRA's targets are none; leave it out, the blocks are found."
+                )
             known = set(matched) <= numbers.keys()  # then a layer keeps its number, however few of them are named
             numbers = {name: numbers[name] if known else i for i, name in enumerate(matched)}
             depth = depth if known else len(matched)

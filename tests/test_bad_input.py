@@ -7,7 +7,7 @@ import torch
 from models import snapshot, unchanged
 from peft import PeftModel
 from training import arguments, config, model, pairs, texts, tokenizer, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
@@ -41,6 +41,13 @@ def refused(tmp_path, objectives, message: str, made: PeftModel | None = None, e
         (PPO([{"question": "a"}], ones), r"'ppo' needs the columns prompt, but the dataset has \['question'\]"),
         (LM([{"text": "a"}, {"text": None}]), r"'lm': row 1 has no 'text' \(None\); drop or fill"),
         (LM([]), r"'lm': the train dataset is empty; give at least one row"),
+        (LM(["a", "b"]), r"'lm': row 0 of the train dataset is a str; give a dict of columns, such as \{'text': ...\}"),
+        (PPO([*PROMPTS, "c"], ones), r"'ppo': row 2 of the train dataset is a str; give a dict"),
+        (
+            LM([{"text": "a", "t": {"b": 1}}, {"text": "a", "t": []}]),
+            r"'lm': the train rows do not make one table \(.*\{\}",
+        ),
+        (LM([{"text": "a"}, {"text": 1}]), r"'lm': the train rows do not make one table \(.*one kind of value"),
         (LM(texts(), eval_dataset=[]), r"'lm': the eval dataset is empty"),
         (LM(iter(texts())), r"'lm': the train dataset is a list_iterator; give a datasets.Dataset"),
         (PPO([{"prompt": "a"}, {"prompt": ""}], ones), r"'ppo': the prompt of row 1 has no token; drop that row"),
@@ -147,6 +154,19 @@ def test_reward_functions(tmp_path, kind, error, message):
     with pytest.raises(error, match=f"objective 'ppo': {message}"):
         run.train()
     assert unchanged(before, made.state_dict())
+
+
+@pytest.mark.parametrize("given", [None, "some/reward-model", [ones, None]])
+def test_reward_functions_that_are_none(given):
+    with pytest.raises(ValueError, match=r"'ppo': reward_funcs has (None|'some/reward-model'); give functions"):
+        PPO(PROMPTS, given)
+
+
+def test_what_is_no_objective_and_no_config(tmp_path):
+    refused(tmp_path, texts(), r"objectives has a dict; give objectives, e.g. \[LM\(rows\)\]")
+    plain = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="args is a TrainingArguments; give a BundleTrainingConfig"):
+        BundleTrainer(model(), plain, [LM(texts())], tokenizer())  # type: ignore[arg-type]
 
 
 def test_rollouts(tmp_path):

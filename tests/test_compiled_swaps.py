@@ -119,6 +119,19 @@ def test_what_does_compile_again_does_so_once(folders, composed):
     assert same(run, plain) == new + 1
 
 
+def test_another_list_of_a_call_compiles_nothing(composed):
+    """Lists of Python numbers, as in the README: their values are no constants of the program."""
+    model, plain = composed
+    run, found = compile_whole(model), []
+    same(run, plain)
+    for values in ([0.1, 1.5], [0.2, 1.0], [0.0, 0.5], [0.7, 0.3]):
+        a, b = (logits(m, batch(2, 6), use_cache=False, alphas={"b_mlp": values}) for m in (run, plain))
+        assert torch.allclose(a, b, atol=1e-5)
+        found.append((counters["stats"]["unique_graphs"], counters["frames"]["total"]))
+    assert len(set(found)) == 1
+    assert not any("item()" in reason for reason in counters["graph_break"])
+
+
 def test_alphas_for_another_number_of_rows(composed):
     run = compile_blocks(composed[0], fullgraph=False)
     same(run, composed[1], alphas={"b_mlp": [0.1, 0.2]})

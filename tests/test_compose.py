@@ -102,7 +102,7 @@ def test_other_architectures(name, tmp_path):
 def test_name_clashes(saved):
     root, here, there = saved
     base = TINY["llama"]()
-    with pytest.raises(ValueError, match=r"both have a bundle 'b_mlp'; pass rename=True"):
+    with pytest.raises(ValueError, match=r"both have a bundle 'b_mlp'; pass rename=True \(--rename\)"):
         peft_bundles.compose(base, [root / "b_mlp", root / "other_b_mlp"])
     assert not layers(base)
     model = composed(saved, "b_mlp", "other_b_mlp", "other_b_diag", rename=True)

@@ -130,6 +130,12 @@ def test_a_lora_of_the_user_s_own_and_alphas_that_were_set():
         ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; a static LoRA imitates one number a bundle"),
         (SETTING, {"dataset": []}, "dataset is empty; give at least one batch"),
         (SETTING, {"held_out": []}, "held_out is empty; give at least one batch"),
+        (
+            SETTING,
+            {"dataset": ["text"]},
+            r"dataset must be a list of batches with input_ids, e.g. \[evaluation.text_batch",
+        ),
+        (SETTING, {"held_out": TRAIN[0]}, "held_out must be a list of batches with input_ids"),
         (SETTING, {"steps": 0}, "steps=0, .* must be positive"),
         (SETTING, {"learning_rate": -1.0}, "learning_rate=-1.0 .* must be positive"),
         (SETTING, {"top_k": 0}, "top_k=0 must be positive"),

@@ -122,6 +122,12 @@ def test_target_modules_that_match_nothing():
         get_peft_model(TINY["llama"](), bundle_config(target_modules=["nowhere"]))
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.o_proj", "all-linear"])
+def test_target_modules_of_lora_are_refused(targets):
+    with pytest.raises(ValueError, match=r"target_modules=.* no decoder block.*; leave it out, the blocks are found"):
+        get_peft_model(TINY["llama"](), bundle_config(target_modules=targets))
+
+
 def test_low_ranks():
     """One column, one hidden unit: the smallest bundle there can be, in ints and in fractions of the hidden size."""
     for rank in (1, 1.0 / HIDDEN, 1e-6):

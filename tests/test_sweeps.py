@@ -140,7 +140,13 @@ def no_scores(model, given):
         ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; known are"),
         ({"values": []}, r"values=\[\] must be finite numbers, at least one"),
         ({"values": [0.0, math.inf]}, "must be finite numbers"),
+        ({"values": 0.5}, "values=0.5 must be a list of alphas"),
         ({"tasks": {}}, "tasks is empty"),
+        ({"tasks": [{"input_ids": batch(2)}]}, "tasks is a list; give a dict, name -> batch"),
+        (
+            {"tasks": {"t": ["some text"]}},
+            r"task 't' is a list; give a dict of tensors, of texts `evaluation.text_batch",
+        ),
         ({"tasks": {"t": {"input_ids": batch(2), "x": [1]}}}, r"task 't' has \{'input_ids': 2, 'x': 1\} rows"),
         ({"tasks": {"t": {"input_ids": batch(0)}}}, r"task 't' has \{'input_ids': 0\} rows"),
         ({"max_rows": 0}, "max_rows=0 must be at least 1"),

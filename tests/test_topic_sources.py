@@ -75,6 +75,15 @@ def test_the_lexicon_sees_no_topic_where_there_is_no_word():
     assert set(LEXICON) == set(TOPICS)
 
 
+def test_a_group_for_every_text():
+    """Every text is at the middle of its group: no spread to measure a distance by."""
+    texts = ["bird beak feather", "bird fish beak", "court judge clause", "court clause statute judge"]
+    tau = fit_topics("clusters", ["animals", "law"], texts, ["animals"] * 2 + ["law"] * 2, embed=embed, clusters=4)(
+        texts
+    )
+    assert tau.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -88,6 +97,10 @@ def test_the_lexicon_sees_no_topic_where_there_is_no_word():
             r"every text is labelled \['law'\]",
         ),
         (lambda: fit_topics("clusters", ["law"], ["a", "b"], ["law", None], clusters=3), "clusters=3 must be from 2"),
+        (
+            lambda: fit_topics("clusters", ["law"], ["bird beak", "court judge"] * 3, ["law", None] * 3, clusters=4),
+            r"clusters=4, but the texts make only 2 \(the same text again\?\); ask for fewer",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -1,5 +1,6 @@
 """Topics of rows in `BundleTrainer`: who learns from a row, with what weight and rate, and that runs stay exact."""
 
+import ast
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from peft_bundles.objectives import (
     Preference,
     Temporal,
 )
+from peft_bundles.objectives.base import TAU
 from peft_bundles.objectives.topical import RowTopics
 from peft_bundles.routers.topics import MASKS, TopicRouting
 from peft_bundles.trainer import BundleTrainer
@@ -371,6 +373,15 @@ def test_rows_that_cannot_be(tmp_path, rows, message):
         trainer(tmp_path, LM(rows))
 
 
+def test_the_rows_of_the_page(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "topics.md").read_text()
+    (line,) = re.findall(r"^texts = (\[.*\])$", page, re.M)
+    rows = [{**row, "text": f"text {i}"} for i, row in enumerate(ast.literal_eval(line))]
+    run = trainer(tmp_path, LM(rows), max_steps=1)
+    assert [row[TAU] for row in run.objectives["lm"].rows] == [[0.0, 0.8, 0.3], [0.0, 0.0, 0.0]]
+    run.train()
+
+
 def test_topics_that_nobody_owns(tmp_path):
     routing = {"topics": [*TOPICS, "art"]}
     with pytest.raises(ValueError, match=r"objective 'lm': rows have the topic\(s\) \['art'\], which no bundle owns"):
@@ -392,6 +403,8 @@ def test_training_rows_and_held_out_rows_must_agree(tmp_path):
     [
         ({"topics": TOPICS, "masks": "soft"}, r"topics has unknown field\(s\) \['masks'\]; it takes topics, mask,"),
         ({"topics": TOPICS, "mask": "fuzzy"}, r"topics: mask='fuzzy' is unknown; choose one of soft, hard"),
+        (["law"], r"topics=\['law'\] must be a dict, e.g. \{'topics': "),
+        (True, "topics=True must be a dict"),
         ({"mask": "soft"}, r"topics: topics=\[\] must name the columns of tau"),
     ],
 )

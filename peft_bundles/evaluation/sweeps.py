@@ -165,7 +165,11 @@ def alpha_sweep(
             rows.
     """
     state = state_of(model)
+    if isinstance(values, (int, float)):
+        raise ValueError(f"values={values!r} must be a list of alphas.")
     values = [float(v) for v in values]
+    if not isinstance(tasks, Mapping):
+        raise ValueError(f"tasks is a {type(tasks).__name__}; give a dict, name -> batch.")
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"values={values} must be finite numbers, at least one.")
     if max_rows < 1:
@@ -236,6 +240,11 @@ def text_batch(texts: Sequence[str], tokenizer: Any, *, max_length: int = 64) ->
 
 
 def _rows(task: str, batch: Batch) -> int:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"task {task!r} is a {type(batch).__name__}; give a dict of tensors, of texts "
+            "`evaluation.text_batch(texts, tokenizer)`."
+        )
     sizes = {name: len(value) for name, value in batch.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ValueError(f"task {task!r} has {sizes} rows; every entry needs the same number, at least one.")

@@ -114,7 +114,7 @@ class Objective(ABC):
 
     def _prepared(self, dataset: Any, split: str) -> Any:
         if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
+            dataset = self._table(dataset, split)
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
@@ -140,6 +140,22 @@ class Objective(ABC):
         if topics is not None and isinstance(rows, Dataset):
             return rows.add_column(TAU, [topics[number] for number in rows[ROW]])
         return rows if topics is None else [{**row, TAU: topics[row[ROW]]} for row in rows]
+
+    def _table(self, rows: list[Any], split: str) -> Dataset:
+        me = f"objective {self.name!r}"
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"{me}: row {number} of the {split} dataset is a {type(row).__name__}; give a dict of columns, "
+                    "such as {'text': ...} or {'prompt': ...}."
+                )
+        try:
+            return Dataset.from_list(rows)
+        except (TypeError, ValueError) as error:  # pyarrow's are of these
+            raise ValueError(
+                f"{me}: the {split} rows do not make one table ({error}); give a column one kind of value in all rows, "
+                "such as {} and not [] beside dicts."
+            ) from error
 
     def steps(self, share: Share) -> int:
         """Optimizer steps in one pass over the training rows."""

@@ -104,7 +104,8 @@ class PPO(Objective):
         curiosity_reward: float = 0.0,
         missing_eos_penalty: float | None = None,
     ) -> None:
-        self.functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        given: Any = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.functions: list[Callable[..., Any]] = list(given)
         self.weights = [1.0] * len(self.functions) if reward_weights is None else list(reward_weights)
         me = f"objective {name!r}"
         for field, value, choices in (
@@ -114,6 +115,8 @@ class PPO(Objective):
         ):
             if value not in choices:
                 raise ValueError(f"{me}: {field}={value!r} is unknown; choose one of {', '.join(choices)}.")
+        if wrong := [f for f in self.functions if not callable(f)]:
+            raise ValueError(f"{me}: reward_funcs has {wrong[0]!r}; give functions of completions (rewards.py).")
         if not self.functions or len(self.weights) != len(self.functions):
             raise ValueError(f"{me}: {len(self.functions)} reward_funcs and {len(self.weights)} reward_weights.")
         if kl_in == "loss" and kl_coef and kl_estimator == "k1":

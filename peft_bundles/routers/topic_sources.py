@@ -185,12 +185,16 @@ class Clusters:
         states = embed(texts)
         self.means = KMeans(count, n_init=4, random_state=seed).fit(states)
         found = self.means.labels_
+        if (groups := len(np.unique(found))) < count:
+            raise ValueError(
+                f"clusters={count}, but the texts make only {groups} (the same text again?); ask for fewer."
+            )
         vocabulary = words.get_feature_names_out()
         typical = [np.asarray(weighed[found == c].mean(0)).ravel().argsort()[::-1][:3] for c in range(count)]
         self.names = ["-".join(vocabulary[i] for i in best) for best in typical]
         self.shares = np.stack([table[found == c].mean(0) for c in range(count)])
         # The spread within groups is the scale on which a distance is near.
-        self.scale = float(np.square(self.means.transform(states).min(1)).mean())
+        self.scale = max(float(np.square(self.means.transform(states).min(1)).mean()), 1e-12)  # 0: a group a text
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor(self.nearness(texts) @ self.shares, dtype=torch.float32).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -34,9 +35,10 @@ class BundleTrainingConfig(TrainingArguments):
         max_grad_norms: bundle -> norm, where it differs from `max_grad_norm`.
         kl_clamp: fields of `KLClamp` (objectives/kl_clamp.py), or None.
         topics: fields of `TopicRouting` (routers/topics.py), for datasets with a column `topics`: a row's topic
-            vector, a dict topic -> weight, or a list of names, [] for none. Each row gates the semantic bundles, alpha
-            and gradient, as `mask` says; with "rate" a bundle's learning rate in a step is scaled by the mean of its
-            topic over the rows that have it. Objectives whose dataset has no such column are as without topics.
+            vector, a dict topic -> weight, or a list of names, {} or [] for none; one kind in all rows. Each row gates
+            the semantic bundles, alpha and gradient, as `mask` says; with "rate" a bundle's learning rate in a step is
+            scaled by the mean of its topic over the rows that have it. Objectives whose dataset has no such column are
+            as without topics.
         trunk: "frozen", or "full": the base model is trained too, by all signals.
         trunk_ranks: signal -> rank of the subspace that its gradient on the trunk is projected to, with trunk="full".
         trunk_refresh: steps after which these subspaces are chosen anew.
@@ -76,6 +78,10 @@ class BundleTrainingConfig(TrainingArguments):
                 if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
                     raise ValueError(f"{name}[{key!r}]={value!r} must be a positive {'int' if whole else 'number'}.")
         if self.topics is not None:
+            if not isinstance(self.topics, Mapping):
+                raise ValueError(
+                    f"topics={self.topics!r} must be a dict, e.g. {{'topics': ['law', 'ml'], 'mask': 'soft'}}."
+                )
             known = [f.name for f in fields(TopicRouting)]
             if unknown := sorted(set(self.topics) - set(known)):
                 raise ValueError(f"topics has unknown field(s) {unknown}; it takes {', '.join(known)}.")

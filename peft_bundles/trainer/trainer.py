@@ -91,6 +91,12 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         objectives = [objectives] if isinstance(objectives, Objective) else list(objectives)
+        if wrong := next((o for o in objectives if not isinstance(o, Objective)), None):
+            raise ValueError(f"objectives has a {type(wrong).__name__}; give objectives, e.g. [LM(rows)].")
+        if not isinstance(args, BundleTrainingConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; give a BundleTrainingConfig, which takes its fields too."
+            )
         names = [o.name for o in objectives]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"objectives are named {names}; give at least one, and each a name (signal=) of its own.")
