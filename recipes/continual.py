@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _continual_data as data_of
 from _continual_data import TASKS
 from _continual_measure import Bench
-from _continual_methods import Method, build, lora_size, train_phase
+from _continual_methods import Method, build, lora_size
+from _continual_training import train_phase
 from _study import best_of, training_loss
 from quality_data import _data
 

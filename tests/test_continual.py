@@ -59,7 +59,7 @@ def made(modules):
 @pytest.fixture(scope="module")
 def learn(modules, made):
     """Train phases of a method; what it gives is the method, and copies of all its tensors before and after each."""
-    _, data_of, methods = modules
+    continual, data_of, _ = modules
     encoded = {t: [data_of.encode(tokenizer(), i) for i in continual_data.data()["train"][t]] for t in data_of.TASKS}
 
     def run(condition, phases=3, **options):
@@ -68,7 +68,7 @@ def learn(modules, made):
         for phase in range(phases):
             rows = data_of.plan("sequence", what.get("data", "tags"), data_of.TASKS, phase, 10)
             batches = draws.batches([task for task, _ in rows], 2, 110)
-            methods.train_phase(method, phase, batches, rows, what)
+            continual.train_phase(method, phase, batches, rows, what)
             seen.append(snapshot(method.model.state_dict()))
         return method, seen
 
