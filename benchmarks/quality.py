@@ -278,10 +278,10 @@ def capture(step: Any, built: Built, optimizer: torch.optim.Optimizer) -> Any:
 # ---- cells ----
 
 
-def cells_of(sweep: str) -> list[tuple[str, float, int]]:
-    """(method, learning rate, seed) of a sweep in quality_sweeps.json."""
-    cells = []
-    for block in json.loads(SWEEPS.read_text())[sweep]:
+def cells_of(sweeps: list[str]) -> list[tuple[str, float, int]]:
+    """(method, learning rate, seed) of sweeps in quality_sweeps.json."""
+    cells, known = [], json.loads(SWEEPS.read_text())
+    for block in (block for sweep in sweeps for block in known[sweep]):
         for method in block["methods"]:
             cells += [(method, lr, seed) for lr in block["lrs"] for seed in block["seeds"]]
     return list(dict.fromkeys(cells))
@@ -385,7 +385,7 @@ def prepare(args: argparse.Namespace) -> None:
         "peft": peft.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/quality.py", "--sweep", args.sweep]),
+        "command": " ".join(["python benchmarks/quality.py", "--sweep", *args.sweep]),
         "data_md5": hashlib.md5(args.data.read_bytes()).hexdigest(),
     }
     with open(args.output, "a") as file:
@@ -397,7 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sweep", required=True)
+    parser.add_argument("--sweep", nargs="+", required=True, help="of quality_sweeps.json, one after another")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     parser.add_argument("--workers", type=int, default=1)
@@ -407,7 +407,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no cell after so many seconds")
     parser.add_argument("--until", type=float)
     args = parser.parse_args()
-    args.calibration, args.claims = args.scratch / "calibration.safetensors", args.scratch / f"claims_{args.sweep}"
+    args.calibration = args.scratch / "calibration.safetensors"
+    args.claims = args.scratch / f"claims_{'_'.join(args.sweep)}"
     if args.worker is not None:
         return work(args)
     until = time.time() + args.seconds
