@@ -154,6 +154,8 @@ def separate_table() -> str:
     """One bundle for every kind of row: all on, and each set with its own bundle alone."""
 
     def said(values: list[float], digits: int) -> str:
+        if any(map(math.isnan, values)):
+            return "below front"
         return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
     rows = []
@@ -284,7 +286,12 @@ def page() -> str:
     low, mid, high, twice = *(("shira_r16", lr) for lr in (0.001, 0.002, 0.005)), ("lora_r16", 2 * TUNED)
     ref, thresholds = row("form:quiet=0.0", TUNED), "act=shrink,threshold=2.0"
     both = "form:rank=0.75,quiet=10.0,source=both"
-    tags = [with_tag(record) for record in cells["bundles:quiet=20,owners=1", TUNED]]
+    tags, together = (
+        [with_tag(record) for record in cells[f"bundles:quiet=20,{forward}=1", TUNED]]
+        for forward in ("owners", "routed")
+    )
+    texts = {1e3 * k: f"bundles:quiet=20,tokens={k}000" for k in (2, 5, 60, 250, 500)} | {2e4: OURS[0]}
+    amounts = ", ".join(f"{tokens:,.0f} {row(texts[tokens], TUNED)}" for tokens in sorted(texts))
     broken = ", ".join(sorted({f"`{m}` {lr:g} seed {seed}" for m, lr, seed in RUN["broken"]}))
     return f"""# Learning against disturbance
 
@@ -321,13 +328,21 @@ What came out:
 - Full fine-tuning at a tuned rate is gentler than LoRA as well, {row(*FULL)}, and trains \
 {cells[FULL][0]["trainable"] / cells[LORA][0]["trainable"]:.1f} times the parameters.
 - SHiRA is gentle where it learns less ({row(*low)}; {row(*mid)}), not where it learns as LoRA does ({row(*high)}).
-- **A bundle a kind of row**, five of a fifth each: with all on they learn less and disturb more, \
-{row("bundles:quiet=10,routed=1", TUNED)}. Where in training a row sees its own bundle only, each is good alone \
-(learning {fmean(tag["score"] for tag in tags):.3f}, rise with one on \
+- **A bundle a kind of row**, five of a fifth each, and the kinds' bundles all on: they learn less and disturb more, \
+{row("bundles:quiet=20,routed=1", TUNED)}, and one of them alone is nothing (learning, own \
+{fmean(tag["score"] for tag in together):.3f}): they have come to lean on each other. Where in training a row sees its \
+own bundle only, each is good \
+alone (learning {fmean(tag["score"] for tag in tags):.3f}, rise with one on \
 {fmean(tag["rise"] for tag in tags):.3f}) and all at once are not one model: \
 {row("bundles:quiet=20,owners=1", TUNED)}. Separate bundles are to be dialled, not added up.
-- The amount of calibration text trades learning for quiet: 500,000 tokens \
-{row("bundles:quiet=20,tokens=500000", TUNED)} against 20,000 {row(*OURS)}. So does a scale that falls while training: \
+- From 5,000 tokens of calibration text on, more changes little: {amounts} (one seed; 20,000 and 500,000 three). With \
+2,000 they disturb twice as much.
+- The basis needs room: R = d/8 learns little, {row("form:rank=0.125,quiet=0.0", TUNED)} where R = d/2 has {ref}, and \
+with the penalty {row(KEPT[0].replace("0.75", "0.125") + ",scale=4.0", TUNED)} where R = 0.75 d has \
+{row(KEPT[0] + ",scale=4.0", TUNED)}. One basis for all layers is nearly as good as one each, \
+{row(KEPT[0] + ",scale=4.0,basis=shared", TUNED)}; a factor a column of U (`diag`) learns next to nothing, \
+{row(KEPT[0] + ",scale=4.0,act=diag", 0.02)}.
+- A scale that falls while training trades learning for quiet: \
 {row(KEPT[0] + ",scale=4.0,ramp=2.0", TUNED)} against {row(KEPT[0] + ",scale=4.0", TUNED)}; one that rises does harm, \
 {row(KEPT[0] + ",scale=4.0,ramp=0.25", TUNED)}. A budget on the update's length beside the penalty does little \
 (0.05 of the state: {row(KEPT[0] + ",scale=4.0,norm_budget=0.05", TUNED)}, one seed).
@@ -410,12 +425,12 @@ for later |
 {row("bundles:quiet=10,source=own,scaling=1")} and {row("bundles:quiet=10,source=mixture,scaling=1")}: own samples \
 help most on chat, other text elsewhere; more text does not help, {row("bundles:quiet=30,tokens=60000,scaling=1")} |
 
-## Still to be run
+## Not run
 
 - More seeds for rows with one.
-- Diverged, and not repeated at a lower rate unless the tables above have it: \
+- Diverged: \
 {", ".join(f"`{key[0]}` {key[1]:g}" for key in RUN["diverged"])}.
-- Out of GPU memory (repeated below unless a later run made up for it): {broken}.
+- Out of GPU memory (repeated below if no later run made up for it): {broken}.
 
 Cells of [`{SWEEPS}`](../{SWEEPS}) without a result:
 
