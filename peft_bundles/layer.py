@@ -264,7 +264,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 continue
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
             if alpha is not None:
-                a = (a.view(*hidden.shape[:-1], -1) * alpha).flatten(0, -2)
+                a.view(*hidden.shape[:-1], -1).mul_(alpha)  # in place: one look at the shape less than a new tensor
             out = torch.addmm(out, a, E) if out.dtype == dtype else out + a @ E
         return out.view(hidden.shape)
 
