@@ -394,7 +394,8 @@ Rows with their rate: learning / rise / ratio.
 | field of `BundleConfig` | value | what set it |
 | --- | --- | --- |
 | `projection` | `"none"` | {ref}; {row("form:projector=1.0", TUNED)} (with fewer parameters); the package with \
-"tied", twice the parameters: {row("bundles:quiet=20,projection=tied", TUNED)} against {row(*OURS)} |
+"tied", twice the parameters: {row("bundles:quiet=20,projection=tied", TUNED)} against {row(*OURS)}. \
+Without one the hidden width is what the budget leaves: no bottleneck ratio to choose |
 | `input_norm` | `"standard"` | {ref}; {row("form:input=rms", TUNED)}; {row("form:input=next_norm", TUNED)}. Without \
 a basis: {row("form:basis=identity,out=identity", TUNED)}; \
 {row("form:input=centred,basis=identity,out=identity", TUNED)}; \
