@@ -22,7 +22,9 @@ import _study as s
 import _study_plots as plots
 import _study_tables as tables
 from _study import M3, ORDERS, Study
-from _study_words import HYPOTHESES, beyond_separate_parameters, costs, removal_claims, surprises, weaknesses
+from _study_answer import short_answer
+from _study_routing import section as routing
+from _study_words import HYPOTHESES, costs, removal_claims, surprises, weaknesses
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +127,10 @@ and over runs, in pairs of one seed and order.
 
 {progress(study, runs)}
 
+## Short answer
+
+{bullets(short_answer(study))}
+
 ## Verdicts
 
 {tables.table("|hypothesis|verdict", [[name, words, verdict] for name, (words, verdict, _) in verdicts.items()])}
@@ -136,7 +142,7 @@ built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
 
 ## What routing adds to separate parameters
 
-{bullets(beyond_separate_parameters(study))}
+{routing(study)}
 
 ## What separation costs, and gives, family by family
 
@@ -206,7 +212,8 @@ Accuracy over alpha from 0 to 1; the others all off, or all on.
 ## M0, only smaller
 
 LoRA in sequence, its update scaled so that its last hidden state is as far from the base's, in lengths of it, as the
-bundles' is: what separation must beat.
+bundles' is: what separation must beat. Factor 1.00: the bundles are as far as the whole of M0, or further, and nothing
+is made smaller.
 
 {tables.shrink(study)}
 
