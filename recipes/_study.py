@@ -49,8 +49,8 @@ class Study:
 
 
 def read(folder: Path) -> Study:
-    """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line; an error that a later
-    line mends is gone.
+    """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line, with what only the
+    earlier one has (hidden states and code are measured when asked for); an error that a later line mends is gone.
 
     Raises:
         ValueError: there is no record of the untouched model, which everything is measured from.
@@ -64,7 +64,9 @@ def read(folder: Path) -> Study:
         elif record["stage"] not in ("base", "code"):
             same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])
             if "error" not in record or "error" in cells.get(same, {"error": ""}):
-                cells[same] = record
+                before = cells.get(same, {})
+                goes_on = "error" not in before and before.get("settings") == record.get("settings")
+                cells[same] = {**before, **record} if goes_on else record
     bases = [r for r in found if r.get("stage") == "base" and "error" not in r]
     if not bases:
         raise ValueError(f"{folder}: no record with stage 'base'; run recipes/continual.py, which measures it first.")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _spaces
 import _study as s
 import _study_plots as plots
+import _study_reflection as reflection
 import _study_tables as tables
 from _study import M3, ORDERS, Study
 from _study_answer import short_answer
@@ -50,6 +51,8 @@ def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
             if missing := [str(seed) for seed in range(count) if seed not in have]:
                 where = "" if order == "A" else f", order {order}"
                 said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
+    if not any(r.get("reflection") for r in study.records):
+        said.append("Judging its own answers (reflection): not run yet")
     for r in study.failed:
         cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
         said.append(f"{cell}: failed: `{last_line(r)}`")
@@ -113,6 +116,7 @@ def page(study: Study, runs: list[dict[str, Any]]) -> str:
     relearning = "\n\n![Relearning](../recipes/results/continual/removal.svg)" if study.removal else ""
     alphas = "\n\n![Accuracy over alpha](../recipes/results/continual/alphas.svg)"
     sweeps = alphas if plots.has_alphas(study) else ""
+    own = f"\n\n- {claimed}" if (claimed := reflection.claim(study)) else ""
     orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
     return f"""# Does separation reduce interference?
 
@@ -208,6 +212,15 @@ loss. (Before the second rule, which came when 27 cells were there, an M0 that h
 Accuracy over alpha from 0 to 1; the others all off, or all on.
 
 {tables.alphas(study)}{sweeps}
+
+## Judging its own answers
+
+Reflection: with its own part on the model answers items of memory and logic, then it is asked of each of its answers
+whether it is right, as meta's rows ask, over meta's alpha. *AUC*, *Brier*: of P("Yes"), against whether the answer was
+right; *of a constant*: the Brier score of the share of right answers; *kept*: the share that it calls right. Meta was
+taught to judge neither codes nor family relationships.
+
+{reflection.rows(study)}{own}
 
 ## M0, only smaller
 

@@ -262,6 +262,48 @@ def test_h3_wants_the_own_task_to_move_more(report, read):
     assert verdict(report, "H3", read(made.study((0,)))) == "not run"
 
 
+def test_own_answers_judged(report, read):
+    cells = [
+        made.cell("bundles", seed=n, modes=made.TAGGED, reflection=made.reflection(high=h))
+        for n, h in ((1, 0.8), (2, 0.9), (3, 1.0))
+    ]
+    cells.append(made.cell("lora", schedule="mixture", reflection=made.reflection(parts=False)))
+    page = report.page(read([made.base(), *cells]), made.RUNS)
+    row = "| `bundles` | logic | off | 0.50 ± 0.00 | 0.70 ± 0.05 | 0.90 ± 0.10 | 0.30 ± 0.00 | 0.20 ± 0.00 |"
+    assert f"{row} 0.24 ± 0.00 | 0.50 ± 0.00 | 0.80 ± 0.00 | 0.60 ± 0.00 | 3 |" in page
+    assert "| `lora`, mixture | memory | on | - | - | 0.90 | - | 0.20 | 0.24 | 0.50 | 0.80 | 0.60 | 1 |" in page
+    assert "| `lora`, mixture | memory | off" not in page
+    assert (
+        "- With meta's alpha from 0 to 1, the others off, the AUC goes on answers to memory from 0.50 to 0.90, and of "
+        "those it calls right 0.80 are (0.60 of all); on answers to logic" in page
+    )
+    assert "not run yet" not in page.split("## Judging")[1].split("## M0")[0].lower()
+
+
+def test_own_answers_of_one_class_have_no_auc(report, read):
+    found = made.reflection(accuracy=1.0)
+    for task in found.values():
+        for others in ("others_off", "others_on"):
+            task[others] = {a: {k: v for k, v in p.items() if k != "auc"} for a, p in task[others].items()}
+    page = report.page(read([made.base(), made.cell("bundles", modes=made.TAGGED, reflection=found)]), made.RUNS)
+    assert "| `bundles` | memory | off | - | - | - | 0.30 | 0.20 | 0.00 |" in page
+    assert "the AUC goes" not in page
+
+
+def test_own_answers_not_judged_yet(report, read):
+    page = report.page(read(made.study()), made.RUNS)
+    assert "\nNot run yet.\n" in page and "- Judging its own answers (reflection): not run yet" in page
+
+
+def test_a_cell_that_is_run_again_keeps_what_only_the_earlier_one_has(report, read):
+    code = {"pass@1": 0.5, "passed": 1.0, "completions": 2.0}
+    again = made.cell(keeps=0.9, reflection=made.reflection())
+    [record] = read([made.base(), made.cell(code=code), again]).records
+    assert record["code"] == code and record["reflection"] and record["phases"] == again["phases"]
+    [record] = read([made.base(), made.cell(code=code), {**again, "settings": {"steps": 11}}]).records
+    assert "code" not in record
+
+
 @pytest.mark.parametrize(("gap", "expected"), [(1.0, "supported"), (20.0, "not supported")])
 def test_h4_compares_with_trunk_and_m0(report, read, tmp_path, gap, expected):
     cells = [made.base(), made.cell(seed=1, features="lora.npz")]
