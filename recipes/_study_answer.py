@@ -100,7 +100,8 @@ def mistagged(study: Study) -> str:
     if found is None:
         return ""
     word = "nearly as much as M0" if found.estimate < CRITERION else "less than M0"
-    return f"With a fifth of the rows mis-tagged, bundles forget {word}, though tested with the true tag: {ci(found)}."
+    begin = f"With a fifth of the sequence's rows mis-tagged, bundles forget {word}"
+    return f"{begin}, though tested with the true tag: reduction {ci(found)}."
 
 
 def routing(study: Study) -> str:
