@@ -52,7 +52,7 @@ def without_tag(study: Study) -> str:
     by_rate = [f.estimate for f in s.reduction_by_rate(study, M3, "all").values()]
     if len(by_rate) > 1:
         line += (
-            " It hangs on M0's rate: of those that validate alike the one that learns most is taken; over them it is "
+            " It depends on M0's rate: of those that validate alike the one that learns most is taken; over them it is "
             f"{min(by_rate):+.2f} to {max(by_rate):+.2f} on the search's seed."
         )
     return line

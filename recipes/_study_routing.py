@@ -127,7 +127,7 @@ def beyond(study: Study) -> str:
             orders.setdefault(told(found), []).append(order)
         if len(orders) > 1:
             each = ", ".join(f"{word} in order {' and '.join(of)}" for word, of in orders.items())
-            said += f' It hangs on the order: "{c.words}" is {each}.'
+            said += f' It depends on the order: "{c.words}" is {each}.'
     return said
 
 

@@ -364,11 +364,11 @@ def weaknesses(study: Study) -> list[str]:
     ]
     seeds = {key: len({r["seed"] for r in s.finals(study, key)}) for key in s.keys(study)}
     if few := [f"{title(key)} ({n})" for key, n in seeds.items() if n < 3]:
-        said.append(f"Fewer than three seeds: {', '.join(few)}.")
+        said.append(f"Fewer than three seeds: {'; '.join(few)}.")
     if edge := [title(key) for key in s.keys(study) if s.at_the_edge(study, key)]:
-        said.append(f"The chosen rate is the lowest or highest tried, a better one may lie beyond: {', '.join(edge)}.")
+        said.append(f"The chosen rate is the lowest or highest tried, a better one may lie beyond: {'; '.join(edge)}.")
     if borrowed := [title(key) for key in s.keys(study) if s.finals(study, key) and not s.grid(study, key)]:
-        said.append(f"At another condition's rate, without a search of their own: {', '.join(borrowed)}.")
+        said.append(f"At another condition's rate, without a search of their own: {'; '.join(borrowed)}.")
     if best := best_without_tag(study):
         said.append(
             "Bundles and one LoRA a task are compared without a tag too, at rates that were chosen with it. Best with "
@@ -398,7 +398,7 @@ def weaknesses(study: Study) -> list[str]:
     sizes = {key: s.finals(study, key)[0]["trainable"] for key in s.keys(study) if s.finals(study, key)}
     goal = sizes.get(M0)
     if goal and (off := [f"{title(k)} ({n / goal:.2f})" for k, n in sizes.items() if abs(n / goal - 1) > 0.05]):
-        said.append(f"Not at M0's number of trained parameters (share of it): {', '.join(off)}.")
+        said.append(f"Not at M0's number of trained parameters (share of it): {'; '.join(off)}.")
     few, kinds = study.base.get("settings", {}).get("alpha_items"), study.base.get("items") or {}
     for task in TASKS if few and s.alpha_curves(study, M3, "others_on") else ():
         if missed := [k for k in dict.fromkeys(kinds.get(task, [])) if k not in kinds[task][:few]]:
@@ -426,5 +426,5 @@ def weaknesses(study: Study) -> list[str]:
         {title((r["condition"], r["schedule"])) for r in study.records if not all(p.get("graph") for p in r["phases"])}
     )
     if graphless:
-        said.append(f"Trained without a CUDA graph, so slower: {', '.join(graphless)}.")
+        said.append(f"Trained without a CUDA graph, so slower: {'; '.join(graphless)}.")
     return said
