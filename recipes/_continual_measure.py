@@ -1,7 +1,8 @@
 """What continual.py measures of a method: every task in every mode, text that nobody trains on, and how far it moved.
 
 Exact match is by teacher forcing: greedy decoding gives the answer exactly when every token of it is the argmax after
-the ones before. A judgement is right when P("Yes") against P("No") is on its side of a half.
+the ones before. A judgement is right when P("Yes") against P("No") is on its side of a half. Only where the model
+judges its own answers (`reflect`) it writes them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _continual_data import TASKS, TEXT_TOKENS, Rows, chunks, encode, majority
+from _continual_data import JUDGE, TASKS, TEXT_TOKENS, Rows, chunks, encode, majority
 from _continual_methods import Alphas, Lora, Method
 from quality import tokens_of
 from quality_data import PROMPT
@@ -34,6 +35,15 @@ STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "<|im_end|>")  
 
 def alone(task: str) -> Alphas:
     return {t: float(t == task) for t in TASKS}
+
+
+def of_probabilities(p: Tensor, truth: Tensor) -> dict[str, float]:
+    """AUC (not where all are of one class) and Brier score of probabilities (N,) that `truth` (N,) holds."""
+    p, found = p.double(), {}
+    apart = p[truth][:, None] - p[~truth][None, :]
+    if apart.numel():
+        found["auc"] = ((apart.sign() + 1) / 2).mean().item()
+    return found | {"brier": (p - truth.double()).square().mean().item()}
 
 
 class Bench:
@@ -70,11 +80,11 @@ class Bench:
         right = {task: [p == task for p in data["tags"][task][:most]] for task in TASKS}
         self.tag_accuracy = {task: sum(found) / len(found) for task, found in right.items()}
 
-    def _rows(self, task: str, items: Sequence[Sequence[str]]) -> list[Rows]:
+    def _rows(self, task: str, items: Sequence[Sequence[str]], length: int | None = None) -> list[Rows]:
         encoded = [encode(self.tokenizer, item) for item in items]
         if task == "meta":  # the first token of the answer decides
             encoded = [(tokens[: first + 1], first) for tokens, first in encoded]
-        return [part.to(self.device) for part in chunks(encoded, self.common["length"])]
+        return [part.to(self.device) for part in chunks(encoded, length or self.common["length"])]
 
     def _cast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -90,6 +100,10 @@ class Bench:
         with self._cast():
             return method.inner.get_output_embeddings()(states).float()
 
+    def _yes(self, logits: Tensor) -> Tensor:
+        """P("Yes") of the two answers of meta."""
+        return logits[:, self.answers].softmax(-1)[:, 0]
+
     # ---- one state ----
 
     def score(self, method: Method, alphas: Alphas | None, split: str = "test") -> dict[str, dict[str, Any]]:
@@ -102,7 +116,7 @@ class Bench:
                     states = self._states(method, rows)
                     logits = self._logits(method, states)
                     if task == "meta":
-                        p = logits[:, self.answers].softmax(-1)[:, 0]
+                        p = self._yes(logits)
                         truth = rows.target == self.answers[0]
                         right.append((p > 0.5) == truth)
                         scores.append(p)
@@ -161,12 +175,8 @@ class Bench:
         if "f1" in scores:
             found["f1"] = scores["f1"].mean().item()
         if "p" in scores:
-            p = scores["p"].double()
-            truth = torch.tensor([item[1] == "Yes" for item in self.items["test"][task][: len(p)]])
-            apart = p[truth][:, None] - p[~truth][None, :]
-            if apart.numel():  # a few items may be of one class
-                found["auc"] = ((apart.sign() + 1) / 2).mean().item()
-            found["brier"] = (p - truth.double()).square().mean().item()
+            truth = torch.tensor([item[1] == "Yes" for item in self.items["test"][task][: len(scores["p"])]])
+            found |= of_probabilities(scores["p"], truth)
         return {k: round(v, 5) for k, v in found.items()} | {"items": "".join("01"[int(x)] for x in right)}
 
     def states(self, method: Method) -> dict[str, Alphas | None]:
@@ -233,6 +243,43 @@ class Bench:
             name: {part: {str(a): at({**dict.fromkeys(TASKS, others), part: a}) for a in ALPHAS} for part in TASKS}
             for name, others in (("others_on", 1.0), ("others_off", 0.0))
         }
+
+    @torch.no_grad()
+    def reflect(self, method: Method) -> dict[str, Any]:
+        """The model answers items of memory and logic, its own part on, and then judges its answers in meta's format.
+
+        Task -> {"items", "accuracy" (exact match), "others_off" and "others_on": alpha of meta's part from 0 to 1 ->
+        {"auc", "brier" of P("Yes"), "kept": the share that it calls right, "kept_accuracy": of those}}. A method
+        without parts judges in the one state that it has, "others_on" at 1.
+        """
+        found: dict[str, Any] = {}
+        for task in TASKS[:2]:
+            all_of_them, few = self.items["test"][task], self.common["alpha_items"]
+            few = min(few, len(all_of_them))
+            items = [all_of_them[n * len(all_of_them) // few] for n in range(few)]  # of every family
+            longest = max(len(tokens) - first for tokens, first in (encode(self.tokenizer, item) for item in items))
+            prompts = [tokens_of(self.tokenizer, (PROMPT.format(item[0]), ""))[0] for item in items]
+            texts = self._completed(method, alone(task) if method.tagged else None, prompts, longest)
+            said = [text.split("<|im_end|>")[0].strip() for text in texts]
+            right = torch.tensor([answer == item[1].strip() for answer, item in zip(said, items)])
+            asked = [[JUDGE.format(item[0].strip(), answer), "Yes"] for answer, item in zip(said, items)]
+            rows = self._rows("meta", asked, length=10**4)  # an answer may be longer than any that meta was taught
+            found[task] = {"items": few, "accuracy": round(right.float().mean().item(), 5)}
+            for name, others in (("others_off", 0.0), ("others_on", 1.0)):
+                states: dict[float, Alphas | None] = {1.0: None} if others else {}
+                if method.tagged:
+                    states = {a: {**dict.fromkeys(TASKS, others), "meta": a} for a in ALPHAS if a <= 1}
+                found[task][name] = {str(a): self._judged(method, state, rows, right) for a, state in states.items()}
+        return found
+
+    def _judged(self, method: Method, alphas: Alphas | None, rows: Sequence[Rows], right: Tensor) -> dict[str, float]:
+        with method.state(alphas):
+            p = torch.cat([self._yes(self._logits(method, self._states(method, part))) for part in rows]).cpu()
+        kept = p > 0.5
+        found = {**of_probabilities(p, right), "kept": kept.float().mean().item()}
+        if kept.any():
+            found["kept_accuracy"] = right[kept].float().mean().item()
+        return {k: round(v, 5) for k, v in found.items()}
 
     def shrink(self, method: Method) -> list[dict[str, Any]]:
         """The LoRA times a factor, at several."""
@@ -309,25 +356,29 @@ class Bench:
         tokens = [
             self.tokenizer(p["prompt"].rstrip() + "\n", add_special_tokens=False)["input_ids"] for p in chosen.values()
         ]
-        width = max(map(len, tokens))
-        ids = torch.zeros(len(tokens), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for n, row in enumerate(tokens):
-            ids[n, width - len(row) :], mask[n, width - len(row) :] = torch.tensor(row), 1
-        with method.state(None), self._cast():
-            made = method.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                do_sample=False,
-                max_new_tokens=160,
-                pad_token_id=0,
-            )
-        texts = self.tokenizer.batch_decode(made[:, width:])
+        texts = self._completed(method, None, tokens, 160)
         ended = [text[: min([text.find(s) for s in STOPS if s in text] or [len(text)])] for text in texts]
         try:
             return {**pass_rate({name: [text] for name, text in zip(chosen, ended)}), "tasks": len(chosen)}
         except ImportError as error:  # a trained cell must not be lost for it
             return {"error": str(error)}
+
+    def _completed(self, method: Method, alphas: Alphas | None, prompts: Sequence[list[int]], tokens: int) -> list[str]:
+        """What greedy decoding adds to the prompts, at most so many tokens."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(prompts):
+            ids[n, width - len(row) :], mask[n, width - len(row) :] = torch.tensor(row), 1
+        with method.state(alphas), self._cast():
+            made = method.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        return self.tokenizer.batch_decode(made[:, width:])
 
     @torch.no_grad()
     def samples(self, rows: int, tokens: int) -> list[str]:

@@ -25,6 +25,7 @@ ORDERS = {"A": ("memory", "logic", "meta"), "B": ("logic", "meta", "memory"), "C
 M0, MULTI = ("lora", "sequence"), ("lora", "mixture")
 M1, M3, SEPARATE = ("bundles", "mixture"), ("bundles", "sequence"), ("lora_separate", "sequence")
 ALL_ON = ("bundles_all", "sequence")  # M3, but the bundles learnt before stay on while the next one learns
+LOUD = ("bundles_loud", "sequence")  # M3 without the penalty on what bundles add to general text
 MARGIN = 0.02  # of accuracy, that "at least as good" may lose
 CRITERION = 0.3  # of M0's forgetting, that must go
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ TIE = 0.01  # of mean accuracy on validation items: rates so near the best are t
 class Study:
     """Attributes:
     records: of recipes/continual.py, a cell each, without the base and without errors. failed: those with errors.
-    removal, removal_failed: the same of recipes/removal.py. spaces: what recipes/continual_spaces.py found, or None.
+    removal, removal_failed: the same of recipes/removal.py. spaces: what recipes/_spaces.py found, or None.
     """
 
     base: Record
@@ -48,8 +49,8 @@ class Study:
 
 
 def read(folder: Path) -> Study:
-    """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line; an error that a later
-    line mends is gone.
+    """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line, with what only the
+    earlier one has (hidden states and code are measured when asked for); an error that a later line mends is gone.
 
     Raises:
         ValueError: there is no record of the untouched model, which everything is measured from.
@@ -63,7 +64,9 @@ def read(folder: Path) -> Study:
         elif record["stage"] not in ("base", "code"):
             same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])
             if "error" not in record or "error" in cells.get(same, {"error": ""}):
-                cells[same] = record
+                before = cells.get(same, {})
+                goes_on = "error" not in before and before.get("settings") == record.get("settings")
+                cells[same] = {**before, **record} if goes_on else record
     bases = [r for r in found if r.get("stage") == "base" and "error" not in r]
     if not bases:
         raise ValueError(f"{folder}: no record with stage 'base'; run recipes/continual.py, which measures it first.")
@@ -241,19 +244,31 @@ def untouched(study: Study, key: Key, mode: str) -> bool:
 # ---- two conditions ----
 
 
-def too_little_learnt(study: Study, key: Key, mode: str) -> bool:
+def learnt_beside_m0(study: Study, key: Key, mode: str, order: str | None = None) -> tuple[float, float] | None:
+    """Accuracy on tasks just after their own phase, of a sequence and of M0, means over the runs that both have."""
+    both = []
+    for k, m in ((key, mode), (M0, "all")):
+        found = [r for r in finals(study, k, ORDERS[order] if order else None) if m in modes_of(r)]
+        both.append({(order_name(r), r["seed"]): measures(study, r, m).get("learnt", math.nan) for r in found})
+    shared = both[0].keys() & both[1].keys()
+    return (fmean(both[0][k] for k in shared), fmean(both[1][k] for k in shared)) if shared else None
+
+
+def too_little_learnt(study: Study, key: Key, mode: str, order: str | None = None) -> bool:
     """Whether tasks are learnt, just after their phase, to less than 0.8 of what M0 learns: it has little to forget."""
-    ours, theirs = values(study, key, mode, "learnt", None), values(study, M0, "all", "learnt", None)
-    return bool(ours and theirs) and mean(ours) < 0.8 * mean(theirs)
+    found = learnt_beside_m0(study, key, mode, order)
+    return found is not None and found[0] < 0.8 * found[1]
 
 
 def runs_of(study: Study, key: Key, mode: str) -> dict[Any, Run]:
     return {(tuple(r["order"]), r["seed"]): run_of(study, r, mode) for r in finals(study, key) if mode in modes_of(r)}
 
 
-def _compared(study: Study, key: Any, mode: str, against: Any, against_mode: str, compare: Any) -> Interval | None:
+def _compared(
+    study: Study, key: Any, mode: str, against: Any, against_mode: str, compare: Any, order: str | None = None
+) -> Interval | None:
     reference, other = runs_of(study, against, against_mode), runs_of(study, key, mode)
-    shared = reference.keys() & other.keys()
+    shared = {k for k in reference.keys() & other.keys() if order is None or k[0] == ORDERS[order]}
     if not shared:
         return None
     both = [{k: v for k, v in side.items() if k in shared} for side in (reference, other)]
@@ -265,9 +280,9 @@ def _compared(study: Study, key: Any, mode: str, against: Any, against_mode: str
     return compare(*both)
 
 
-def reduction(study: Study, key: Any, mode: str, against: Any = M0, against_mode: str = "all") -> Interval | None:
-    """`continual.forgetting_reduction` over the runs that both have."""
-    return _compared(study, key, mode, against, against_mode, continual.forgetting_reduction)
+def reduction(study: Study, key: Any, mode: str, order: str | None = None) -> Interval | None:
+    """`continual.forgetting_reduction` against M0 over the runs that both have, of one order or of all."""
+    return _compared(study, key, mode, M0, "all", continual.forgetting_reduction, order)
 
 
 def reduction_by_rate(study: Study, key: Key, mode: str) -> dict[float, Interval]:
@@ -287,26 +302,37 @@ def reduction_before_meta(study: Study, key: Any, mode: str) -> Interval | None:
     """The same of order A without its last phase: what logic alone takes from memory."""
 
     def first_two(runs: dict[Any, Run]) -> dict[Any, Run]:
-        kept = {k: run for k, run in runs.items() if tuple(run.order) == ORDERS["A"]}
-        return {k: Run(run.order[:2], {t: x[:3] for t, x in run.items.items()}) for k, run in kept.items()}
+        return {k: Run(run.order[:2], {t: x[:3] for t, x in run.items.items()}) for k, run in runs.items()}
 
-    def compare(reference: Any, other: Any) -> Interval | None:
-        sides = first_two(reference), first_two(other)
-        return continual.forgetting_reduction(*sides) if sides[0] else None
+    def compare(reference: Any, other: Any) -> Interval:
+        return continual.forgetting_reduction(first_two(reference), first_two(other))
 
-    return _compared(study, key, mode, M0, "all", compare)
+    return _compared(study, key, mode, M0, "all", compare, "A")
 
 
 def difference(
-    study: Study, key: Any, mode: str, against: Any, against_mode: str, tasks: Iterable[str] = TASKS
+    study: Study,
+    key: Any,
+    mode: str,
+    against: Any,
+    against_mode: str,
+    tasks: Iterable[str] = TASKS,
+    order: str | None = None,
 ) -> Interval | None:
-    """`continual.score_difference` over the runs that both have."""
+    """`continual.score_difference` over the runs that both have, of one order or of all."""
     wanted = list(tasks)
 
     def compare(reference: Any, other: Any) -> Interval:
         return continual.score_difference(reference, other, wanted)
 
-    return _compared(study, key, mode, against, against_mode, compare)
+    return _compared(study, key, mode, against, against_mode, compare, order)
+
+
+def shared_orders(study: Study, key: Key, against: Key) -> list[str]:
+    """Orders of which both have runs; of a mixture none."""
+    if "mixture" in (key[1], against[1]):
+        return []
+    return [o for o, tasks in ORDERS.items() if all(finals(study, k, tasks) for k in (key, against))]
 
 
 # ---- alphas, and M0 made smaller ----

@@ -217,7 +217,11 @@ def code(study: Study) -> str:
         name = "the base" if base else title((r["condition"], r["schedule"]))
         share = f"{got['passed']:g} of {got['completions']:g}"
         rows.append([name, "" if base else str(r["seed"]), f"{got['pass@1']:.3f}", share])
-    return table("condition|seed|pass@1|completions that pass", rows) if rows else "Not run."
+    if not rows:
+        return "Not run."
+    few = max(float(row[2]) for row in rows) < 0.05
+    more = "\n\nA model of this size solves next to none of them: the rows do not differ." if few else ""
+    return table("condition|seed|pass@1|completions that pass", rows) + more
 
 
 # ---- removal ----

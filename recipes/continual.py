@@ -48,7 +48,16 @@ import peft_bundles
 from peft_bundles.data.fetch import cache_folder
 
 
-LABELS = ("label", "group", "alphas", "shrink", "features", "code")  # of a condition: no settings of its training
+LABELS = (
+    "label",
+    "group",
+    "alphas",
+    "shrink",
+    "reflection",
+    "features",
+    "code",
+)  # of a condition: no settings of its training
+EXTRAS = {"alphas": "sweep", "shrink": "shrink", "reflection": "reflect"}  # field of some records -> Bench's method
 ORDERS = {"A": TASKS, "B": ("logic", "meta", "memory"), "C": ("meta", "memory", "logic")}
 
 
@@ -69,6 +78,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="conditions, instead of all")
     parser.add_argument("--grid", action="store_true", help="only the search of the rates")
     parser.add_argument("--final", action="store_true", help="only other seeds, at the best rate of the output's grid")
+    parser.add_argument("--again", choices=EXTRAS, help="also finals that lack this, run before it was measured")
     parser.add_argument("--features", type=Path, help="folder for hidden states of the conditions that say so")
     parser.add_argument("--code", type=int, default=0, metavar="N", help="also N problems of HumanEval (a few cells)")
     parser.add_argument("--smoke", action="store_true", help="few small cells on the CPU")
@@ -150,10 +160,9 @@ def settings_of(given: dict[str, Any], cell: Cell) -> dict[str, Any]:
     return json.loads(json.dumps({**cell["settings"], "data_md5": given["md5"]}))
 
 
-def record_name(record: dict[str, Any]) -> str:
-    """Name of the cell that a record is of."""
-    order = next(k for k, v in ORDERS.items() if list(v) == record["order"])
-    return name_of({**record, "order": order})
+def cell_of(record: dict[str, Any]) -> Cell:
+    """A record with its order's letter, as the cell had it."""
+    return {**record, "order": next(k for k, v in ORDERS.items() if list(v) == record["order"])}
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -271,22 +280,25 @@ def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: 
     return {**record, "seconds": {**seconds, "total": time.perf_counter() - start}}
 
 
+def extras_of(condition: dict[str, Any], cell: Cell) -> list[str]:
+    """Which of EXTRAS a cell has: those whose schedules its condition names; finals of seeds to 3, order A."""
+    if cell["stage"] != "final" or cell["order"] != "A" or cell["seed"] > 3:
+        return []
+    return [name for name in EXTRAS if cell["schedule"] in condition.get(name, ())]
+
+
 def extras(
     given: dict[str, Any], cell: Cell, condition: dict[str, Any], method: Method, bench: Bench
 ) -> dict[str, Any]:
-    """What only some final cells have: alpha sweeps, M0 shrunk, hidden states, HumanEval."""
-    found: dict[str, Any] = {}
-    if cell["stage"] != "final" or cell["order"] != "A" or cell["schedule"] != "sequence" or cell["seed"] > 3:
+    """What only some final cells have: EXTRAS, and of one seed hidden states and HumanEval."""
+    found = {name: getattr(bench, EXTRAS[name])(method) for name in extras_of(condition, cell)}
+    if cell["stage"] != "final" or cell["order"] != "A" or cell["schedule"] != "sequence" or cell["seed"] != 1:
         return found
-    if condition.get("alphas"):
-        found["alphas"] = bench.sweep(method)
-    if condition.get("shrink"):
-        found["shrink"] = bench.shrink(method)
-    if condition.get("features") and given.get("features") and cell["seed"] == 1:
+    if condition.get("features") and given.get("features"):
         name = name_of(cell).replace("|", "-") + ".npz"
         bench.features(method, given["features"] / name)
         found["features"] = name
-    if condition.get("code") and given["code"] and cell["seed"] == 1:
+    if condition.get("code") and given["code"]:
         found["code"] = bench.code(method, given["code"])
     return found
 
@@ -420,9 +432,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for record in read(given["output"]):
         if record["stage"] in ("base", "code") or "error" in record:
             continue
-        name = record_name(record)
+        cell = cell_of(record)
+        name = name_of(cell)
         if record["settings"] != wanted.get((record["condition"], record["schedule"]), record["settings"]):
             print(f"{name}: the output has it with other settings; it is run again.", flush=True)
+            continue
+        extra = given.get("again")
+        if extra not in record and extra in extras_of(given["conditions"].get(cell["condition"], {}), cell):
             continue
         (given["claims"] / name).touch()
         if record["stage"] == "grid":

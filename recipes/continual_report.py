@@ -20,9 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _spaces
 import _study as s
 import _study_plots as plots
+import _study_reflection as reflection
 import _study_tables as tables
 from _study import M3, ORDERS, Study
-from _study_words import HYPOTHESES, beyond_separate_parameters, costs, removal_claims, surprises, weaknesses
+from _study_answer import short_answer
+from _study_routing import section as routing
+from _study_words import HYPOTHESES, costs, removal_claims, surprises, weaknesses
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,8 @@ def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
             if missing := [str(seed) for seed in range(count) if seed not in have]:
                 where = "" if order == "A" else f", order {order}"
                 said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
+    if not any(r.get("reflection") for r in study.records):
+        said.append("Judging its own answers (reflection): not run yet")
     for r in study.failed:
         cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
         said.append(f"{cell}: failed: `{last_line(r)}`")
@@ -111,6 +116,7 @@ def page(study: Study, runs: list[dict[str, Any]]) -> str:
     relearning = "\n\n![Relearning](../recipes/results/continual/removal.svg)" if study.removal else ""
     alphas = "\n\n![Accuracy over alpha](../recipes/results/continual/alphas.svg)"
     sweeps = alphas if plots.has_alphas(study) else ""
+    own = f"\n\n- {claimed}" if (claimed := reflection.claim(study)) else ""
     orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
     return f"""# Does separation reduce interference?
 
@@ -125,6 +131,10 @@ and over runs, in pairs of one seed and order.
 
 {progress(study, runs)}
 
+## Short answer
+
+{bullets(short_answer(study))}
+
 ## Verdicts
 
 {tables.table("|hypothesis|verdict", [[name, words, verdict] for name, (words, verdict, _) in verdicts.items()])}
@@ -136,7 +146,7 @@ built, and is called trivial, no finding. Separate LoRAs with a tag have it too.
 
 ## What routing adds to separate parameters
 
-{bullets(beyond_separate_parameters(study))}
+{routing(study)}
 
 ## What separation costs, and gives, family by family
 
@@ -203,10 +213,20 @@ Accuracy over alpha from 0 to 1; the others all off, or all on.
 
 {tables.alphas(study)}{sweeps}
 
+## Judging its own answers
+
+Reflection: with its own part on the model answers items of memory and logic, then it is asked of each of its answers
+whether it is right, as meta's rows ask, over meta's alpha. *AUC*, *Brier*: of P("Yes"), against whether the answer was
+right; *of a constant*: the Brier score of the share of right answers; *kept*: the share that it calls right. Meta was
+taught to judge neither codes nor family relationships.
+
+{reflection.rows(study)}{own}
+
 ## M0, only smaller
 
 LoRA in sequence, its update scaled so that its last hidden state is as far from the base's, in lengths of it, as the
-bundles' is: what separation must beat.
+bundles' is: what separation must beat. Factor 1.00: the bundles are as far as the whole of M0, or further, and nothing
+is made smaller.
 
 {tables.shrink(study)}
 

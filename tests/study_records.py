@@ -132,6 +132,14 @@ def alphas(own: float = 0.8, other: float = 0.02) -> dict[str, Any]:
     return {"others_on": sweep, "others_off": sweep}
 
 
+def reflection(accuracy: float = 0.6, low: float = 0.5, high: float = 0.9, parts: bool = True) -> dict[str, Any]:
+    """Own answers judged: the AUC goes from `low` to `high` with meta's alpha; without `parts` there is one state."""
+    on = {str(a): {"auc": low + a * (high - low), "brier": 0.3 - 0.1 * a, "kept": 0.5} for a in (0.0, 0.5, 1.0)}
+    on["1.0"] = {**on["1.0"], "kept_accuracy": accuracy + 0.2}
+    states = {"others_off": on, "others_on": on} if parts else {"others_off": {}, "others_on": {"1.0": on["1.0"]}}
+    return {task: {"items": ITEMS, "accuracy": accuracy, **states} for task in TASKS[:2]}
+
+
 def shrink() -> list[dict[str, Any]]:
     """M0 scaled: its distance to the base is 0.4 of the factor, its accuracies half of it."""
     return [

@@ -331,7 +331,8 @@ def test_completions_run_in_the_harness_that_this_process_has(tmp_path, monkeypa
 def test_three_final_seeds_have_extras(modules):
     bench = SimpleNamespace(sweep=lambda method: {})
     cell = {"stage": "final", "order": "A", "schedule": "sequence", "condition": "bundles"}
-    found = [n for n in range(5) if modules[0].extras({}, {**cell, "seed": n}, {"alphas": True}, None, bench)]
+    condition = {"alphas": ["sequence"], "reflection": ["mixture"]}
+    found = [n for n in range(5) if modules[0].extras({}, {**cell, "seed": n}, condition, None, bench)]
     seeds = [n for n in found if n]  # seed 0 of order A is a cell of the search, which has none
     assert seeds == [1, 2, 3]
 
@@ -348,6 +349,71 @@ def test_extras(whole, run):
     arrays = np.load(run.folder / bundles["features"])
     assert arrays["delta_logic_mean"].shape == arrays["hidden_last"].shape
     assert arrays["hidden_last"].shape[1] == len(arrays["task"]) == 18
+
+
+def test_own_answers_are_judged(whole):
+    found = next(r for r in whole if "reflection" in r)["reflection"]
+    assert set(found) == {"memory", "logic"}
+    for of in found.values():
+        assert of["items"] == 3 and 0 <= of["accuracy"] <= 1
+        for others in ("others_off", "others_on"):
+            assert list(of[others]) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+            assert all(
+                {"brier", "kept"} <= p.keys() and ("auc" in p) == (0 < of["accuracy"] < 1) for p in of[others].values()
+            )
+    assert not any("reflection" in r for r in whole if r["stage"] != "final" or r["schedule"] != "sequence")
+
+
+def test_the_model_judges_what_it_said_itself(modules, made, monkeypatch):
+    """Items of every family, the own part on to answer, meta's alpha to judge; right answers are told from wrong."""
+    import _continual_measure as measure
+
+    base, data = TINY["llama"]().requires_grad_(False), continual_data.data()
+    bench = measure.Bench(base, tokenizer(), data, COMMON)
+    method, _ = made("bundles")
+    answered, judged = [], []
+
+    def completed(method, alphas, prompts, tokens):
+        answered.append((alphas, len(prompts), tokens))
+        task = ("memory", "logic")[len(answered) - 1]
+        items = data["test"][task][::2]
+        return [items[0][1] + "<|im_end|>and more", f" {items[1][1]}", "no"]
+
+    def states(method, rows):
+        return torch.zeros(len(rows.ids), 1)
+
+    def yes(logits):
+        return torch.tensor([0.9, 0.6, 0.7])
+
+    monkeypatch.setattr(bench, "_completed", completed)
+    monkeypatch.setattr(bench, "_states", states)
+    monkeypatch.setattr(bench, "_logits", lambda method, states: states)
+    monkeypatch.setattr(bench, "_yes", yes)
+    monkeypatch.setattr(method, "state", lambda alphas, state=method.state: judged.append(alphas) or state(alphas))
+    found = bench.reflect(method)
+    assert [a for a, *_ in answered] == [measure.alone("memory"), measure.alone("logic")]
+    assert answered[0][1:] == (3, 2 + len("<|im_end|>"))
+    assert judged[:2] == [{"memory": 0, "logic": 0, "meta": 0.0}, {"memory": 0, "logic": 0, "meta": 0.25}]
+    assert judged[9] == {"memory": 1, "logic": 1, "meta": 1.0}
+    at_one = found["memory"]["others_off"]["1.0"]
+    assert found["memory"]["accuracy"] == pytest.approx(2 / 3, abs=1e-5)
+    assert at_one["auc"] == pytest.approx(0.5) and at_one["kept"] == 1.0
+    assert at_one["brier"] == pytest.approx((0.01 + 0.16 + 0.49) / 3, abs=1e-5)
+    assert at_one["kept_accuracy"] == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_again_runs_only_what_lacks_it(whole, run):
+    """Records of before reflection was measured: their cells run again, and nothing is lost."""
+    lines = [json.loads(line) for line in (run.folder / "whole.jsonl").read_text().splitlines()]
+    had = [r for r in lines if r.pop("reflection", None)]
+    (run.folder / "again.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    assert len(run("again", RUNS)) == len(whole)  # done, as it is
+    again = run("again", RUNS, "--again", "reflection")
+    assert again[: len(whole)] == lines
+    name = lambda r: (r["condition"], r["schedule"], r["order"], r["seed"], r["lr"])  # noqa: E731
+    assert [name(r) for r in again[len(whole) :]] == [name(r) for r in had] and had
+    assert all("reflection" in r for r in again[len(whole) :])
+    assert run("again", RUNS, "--again", "reflection") == again
 
 
 def test_an_untouched_model_has_not_moved(whole):

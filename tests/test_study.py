@@ -126,6 +126,82 @@ def verdict(report, name, study):
     return report.HYPOTHESES[name][1](study)[0]
 
 
+def test_order_by_order_what_is_not_learnt_is_said(report, read):
+    cells = [made.cell(seed=n, order=o) for n in range(3) for o in "AC"]
+    cells += [made.cell("bundles", seed=n, order="A", modes=made.TAGGED) for n in range(3)]
+    cells += [made.cell("bundles", seed=n, order="C", learns=0.4, modes=made.TAGGED) for n in range(3)]
+    study = read([made.base(), *cells])
+    text = report.HYPOTHESES["H1"][1](study)[1]
+    assert "No tag, all on, by order (learnt by bundles and by M0): A +0." in text
+    assert "In order C bundles that are all on learn less than 0.8" in text
+    assert report.s.reduction(study, report.s.M3, "all", "A").runs == 3
+    assert report.s.learnt_beside_m0(study, report.s.M3, "all", "C") == pytest.approx((0.4, 0.8))
+
+
+def test_an_interval_that_ends_at_0_tells_nothing(report):
+    import _study_words
+
+    from peft_bundles.analysis.continual import Interval
+
+    assert _study_words.told(Interval(-0.05, -0.1, -0.004, 3)) == "not told apart"
+    assert _study_words.told(Interval(-0.05, -0.1, -0.006, 3)) == "worse"
+    assert _study_words.better(Interval(0.1, 0.05, 0.2, 1), "a note") == (
+        "**preliminary: better**, +0.10 [+0.05, +0.20] (n = 1; a note)"
+    )
+
+
+def test_lists_of_cases_with_commas_are_told_apart(report, read):
+    assert "(no tag, all on; no tag, trained" in verdict(
+        report, "H1", read([*made.study(), *(made.cell("bundles_all", seed=n, keeps=0.9) for n in range(3))])
+    )
+
+
+def penalised(loud: float) -> list[dict]:
+    """The study beside bundles without the penalty that end, with all on, as `loud` says."""
+    return [*made.study(), *(made.cell("bundles_loud", seed=n, modes={**made.TAGGED, "all": loud}) for n in range(3))]
+
+
+def test_what_comes_from_the_penalty_is_not_called_routing(report, read):
+    page = report.page(read(penalised(0.1)), made.RUNS)
+    assert "in no mode shown to be better than one LoRA a task" in page
+    assert "- No tag, all on, without the penalty: **worse**, -0.2" in page
+    assert "Most of it is the penalty's doing." in page
+    page = report.page(read(penalised(0.95)), made.RUNS)
+    assert "**Without the penalty bundles are better than one LoRA a task, too** (No tag, all on)." in page
+    assert "Most of it is the penalty's doing." not in page
+    assert "**Not answered yet:**" in report.page(read([made.base(), made.cell()]), made.RUNS)
+
+
+def test_orders_that_disagree_are_told_apart(report, read):
+    cells = [made.cell("bundles", seed=n, order=o, modes=made.TAGGED) for n in range(3) for o in "AB"]
+    cells += [made.cell("bundles_all", seed=n, order="A", keeps=0.1) for n in range(3)]
+    cells += [made.cell("bundles_all", seed=n, order="B", keeps=1.0) for n in range(3)]
+    page = report.page(read([made.base(), *cells]), made.RUNS)
+    assert 'against only the own one" is worse in order A, better in order B.' in page
+
+
+def test_the_short_answer_has_the_numbers(report, read):
+    records = made.study()
+    records += [made.removal(v, r, seed) for seed in (0, 1) for v, r in (("none", 0.0), ("owners", 0.0), ("all", 0.0))]
+    study = read([*records, made.removal("never"), made.removal("rmu", 1e-3, back=0.7)])
+    said = report.short_answer(study)
+    assert said[0].startswith("With a frozen trunk and the true tag nothing is forgotten: that is how it is built")
+    assert "One LoRA a task has it too." in said[0] and "End average 0.80, of M0 0." in said[0]
+    assert any("on the mixture" in line.lower() and "H2: " in line for line in said)
+    assert (
+        "brings back 0.10 of the others, in a LoRA that never knew them 0.10; after unlearning a LoRA 0.70" in said[-1]
+    )
+    assert report.short_answer(read([made.base(), made.cell()])) == []
+
+
+def test_m0_that_is_nearer_than_the_bundles_is_not_made_smaller(report, read):
+    norms = {"all": dict.fromkeys(made.TASKS, 0.1)}
+    cells = [made.cell(seed=1, shrink=made.shrink()[:1], norms=norms), made.cell("bundles", seed=1)]
+    page = report.page(read([made.base(), *cells]), made.RUNS)
+    assert "Bundles, all on, are further from the base (0.20) than the whole of M0" in page
+    assert "M0 made as small" not in page
+
+
 def test_little_learnt_is_no_reduction_and_few_runs_are_preliminary(report, read):
     cells = [made.base(), made.cell(), made.cell("bundles", learns=0.55, modes={"all": 0.9, "uniform": 1.0})]
     cases = {words: verdict for words, _, verdict in h1_cases(read(cells))}
@@ -184,6 +260,48 @@ def test_h3_wants_the_own_task_to_move_more(report, read):
     assert verdict(report, "H3", with_alphas(own=0.1, other=0.3)).startswith("**not supported**")
     assert verdict(report, "H3", with_alphas(own=-0.5)).startswith("**not supported**")
     assert verdict(report, "H3", read(made.study((0,)))) == "not run"
+
+
+def test_own_answers_judged(report, read):
+    cells = [
+        made.cell("bundles", seed=n, modes=made.TAGGED, reflection=made.reflection(high=h))
+        for n, h in ((1, 0.8), (2, 0.9), (3, 1.0))
+    ]
+    cells.append(made.cell("lora", schedule="mixture", reflection=made.reflection(parts=False)))
+    page = report.page(read([made.base(), *cells]), made.RUNS)
+    row = "| `bundles` | logic | off | 0.50 ± 0.00 | 0.70 ± 0.05 | 0.90 ± 0.10 | 0.30 ± 0.00 | 0.20 ± 0.00 |"
+    assert f"{row} 0.24 ± 0.00 | 0.50 ± 0.00 | 0.80 ± 0.00 | 0.60 ± 0.00 | 3 |" in page
+    assert "| `lora`, mixture | memory | on | - | - | 0.90 | - | 0.20 | 0.24 | 0.50 | 0.80 | 0.60 | 1 |" in page
+    assert "| `lora`, mixture | memory | off" not in page
+    assert (
+        "- With meta's alpha from 0 to 1, the others off, the AUC goes on answers to memory from 0.50 to 0.90, and of "
+        "those it calls right 0.80 are (0.60 of all); on answers to logic" in page
+    )
+    assert "not run yet" not in page.split("## Judging")[1].split("## M0")[0].lower()
+
+
+def test_own_answers_of_one_class_have_no_auc(report, read):
+    found = made.reflection(accuracy=1.0)
+    for task in found.values():
+        for others in ("others_off", "others_on"):
+            task[others] = {a: {k: v for k, v in p.items() if k != "auc"} for a, p in task[others].items()}
+    page = report.page(read([made.base(), made.cell("bundles", modes=made.TAGGED, reflection=found)]), made.RUNS)
+    assert "| `bundles` | memory | off | - | - | - | 0.30 | 0.20 | 0.00 |" in page
+    assert "the AUC goes" not in page
+
+
+def test_own_answers_not_judged_yet(report, read):
+    page = report.page(read(made.study()), made.RUNS)
+    assert "\nNot run yet.\n" in page and "- Judging its own answers (reflection): not run yet" in page
+
+
+def test_a_cell_that_is_run_again_keeps_what_only_the_earlier_one_has(report, read):
+    code = {"pass@1": 0.5, "passed": 1.0, "completions": 2.0}
+    again = made.cell(keeps=0.9, reflection=made.reflection())
+    [record] = read([made.base(), made.cell(code=code), again]).records
+    assert record["code"] == code and record["reflection"] and record["phases"] == again["phases"]
+    [record] = read([made.base(), made.cell(code=code), {**again, "settings": {"steps": 11}}]).records
+    assert "code" not in record
 
 
 @pytest.mark.parametrize(("gap", "expected"), [(1.0, "supported"), (20.0, "not supported")])
