@@ -17,6 +17,7 @@ from _continual_data import TASKS
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from quality import Rows
+from quality_methods import kl_to_base
 from torch import Tensor, nn
 
 from peft_bundles import BundleConfig, calibrate
@@ -70,9 +71,11 @@ class Method:
 
     Attributes:
         tagged: it has a part for every task.
+        general: the penalty on what it makes of general text, if its condition has one (`kl`).
     """
 
     tagged = False
+    general: Callable[[], Tensor] | None = None
 
     def __init__(self, base: nn.Module, options: dict[str, Any], seed: int) -> None:
         self.options, self.seed = options, seed
@@ -101,7 +104,7 @@ class Method:
 
     def extra(self) -> Tensor | None:
         """What is added to the loss."""
-        return None
+        return None if self.general is None else self.general()
 
     def gradients(self, batch: Rows, cast: Callable[[], Any]) -> tuple[Tensor, Tensor]:
         """Forward (inside `cast()`) and backward of one step; the loss and what was added to it."""
@@ -200,17 +203,21 @@ class Adapters(Method):
     def states_of_step(self, ids: Tensor) -> Tensor:
         if self.orthogonal is not None:
             return self.trunk(ids)
-        parts, start = [], 0
-        for tag, rows in self.runs:
+        parts = ids.split([rows for _, rows in self.runs])
+        return torch.cat([self.trunk(part) for _, part in zip(self.one_by_one(), parts)])
+
+    def one_by_one(self) -> Iterator[str]:
+        """Each tag of the phase, while its adapter is the one that is on."""
+        for tag, _ in self.runs:
             self.switch({tag: 1.0})
-            parts.append(self.trunk(ids[start : start + rows]))
-            start += rows
+            yield tag
         for tag, _ in self.runs:  # PEFT freezes what is not active; the backward is still to come
             for parameter in self.own[tag]:
                 parameter.requires_grad_(True)
-        return torch.cat(parts)
 
     def extra(self) -> Tensor | None:
+        if self.general is not None:
+            return torch.stack([self.general() for _ in self.one_by_one()]).sum()
         if not self.orthogonal or not self.before:
             return None
         pairs = [(m.lora_A[old].weight, m.lora_A[self.now].weight) for m in self.layers for old in self.before]
@@ -445,4 +452,11 @@ def build(base: nn.Module, options: dict[str, Any], seed: int, texts: Sequence[s
     torch.manual_seed(seed)
     if options["method"] == "bundles":
         return Bundles(base, options, seed, texts, tokenizer)
-    return METHODS[options["method"]](base, options, seed)
+    method = METHODS[options["method"]](base, options, seed)
+    if options.get("kl"):
+        ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"] + [0]]
+        length, tokens = 64, min(len(ids), options["calibration"]["tokens"])
+        rows = torch.tensor(ids[: tokens // length * length]).view(-1, length)
+        device = next(base.parameters()).device
+        method.general = kl_to_base(method.inner, base, rows.to(device), options["kl"])
+    return method

@@ -20,7 +20,10 @@ bundles uniform : lora_separate uniform : No tag, all at a third
 bundles_loud tag : lora_separate tag : True tag, without the penalty
 bundles_loud all : lora_separate all : No tag, all on, without the penalty
 bundles_loud uniform : lora_separate uniform : No tag, all at a third, without the penalty
+bundles tag : lora_separate_kl tag : True tag, the LoRAs with a KL penalty on the same text
+bundles all : lora_separate_kl all : No tag, all on, the LoRAs with a KL penalty on the same text
 bundles_all all : lora_separate all : No tag, all on, learning with the earlier ones on
+bundles_all_loud all : lora_separate all : The same, without the penalty
 overlap_all all : lora_separate all : The same, supports half common
 mistag tag : lora_separate_mistag tag : A fifth of the rows mis-tagged, true tag at test
 mistag all : lora_separate_mistag all : A fifth of the rows mis-tagged, no tag at test
