@@ -44,7 +44,7 @@ class _Call(threading.local):
         self.active: tuple[str, ...] | None = None  # the adapters it runs with, from its start to its end
         self.prompts: int | None = None  # inside generate: its prompts, each of which may have several beams
         self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
-        self.joined: dict[Any, Tensor] | None = None  # of a training forward, for its quiet penalty
+        self.joined: dict[Any, dict[Any, Any]] | None = None  # of a training forward, for its quiet penalty
         self.cache: dict[Any, Tensor] = {}
 
     def cached(self, key: tuple[Any, ...], like: Tensor, make: Callable[[], Tensor]) -> Tensor:

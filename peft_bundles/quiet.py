@@ -51,8 +51,10 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
             D, E = (torch.stack(each) for each in zip(*folded))
             reads, writes, factor = D.mT, E, 1.0
         else:
-            given = device, dtype, names, state.call.joined
-            maps = torch.stack([packing.maps(*layer.tables(adapter), *given) for layer in layers])
+            given = device, dtype, names
+            maps = torch.stack(
+                [packing.maps(*layer.tables(adapter), *given, layer.joined(adapter)) for layer in layers]
+            )
             reads, writes, factor = *maps.unbind(1), state.configs[adapter].scaling ** 2
         owner = packing.index(device)["owner"]
         ours = state.call.cached(

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
+from peft_bundles.functional import walk
 from peft_bundles.layer import BundleLayer
 from peft_bundles.quiet import DRAW, _Energy
 
@@ -66,6 +67,14 @@ def test_kept_states_are_those_of_the_text(monkeypatch):
             added = added_by(model, layer, together, given[layer.index].float()).square().sum(-1).mean()
             wanted += added / layer.bundle_scale["default"].square().sum()
     torch.testing.assert_close(model.quiet_loss(), wanted, rtol=1e-2, atol=0)
+
+
+def test_it_shares_what_the_forward_made_of_the_weights():
+    """Every weight has one place in the graph: its gradient is made once, and not once a use and then added up."""
+    model = calibrated(projection="free").train()
+    nodes = walk([model(input_ids=batch(), labels=batch()).loss])[0].nodes
+    edges = [child.variable for node in nodes for child, _ in node.next_functions if hasattr(child, "variable")]
+    assert sorted(map(id, edges)) == sorted(map(id, weights(model).values()))
 
 
 def test_layers_that_kept_different_numbers_of_states_count_alike():
