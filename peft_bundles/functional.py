@@ -90,7 +90,7 @@ def activate(s: Tensor, nonlinear: int) -> Tensor:
     return torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1)
 
 
-def _activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
+def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
     if nonlinear == s.shape[-1]:
         return torch.ops.aten.gelu_backward(grad, s)
     if nonlinear == 0:
@@ -171,7 +171,7 @@ class _Bundles(torch.autograd.Function):
             dE = learnt(a, dy, E_given) if needs[3] else None
         for factor in (alpha, mask):
             da = da if factor is None else da * factor.to(dtype)
-        ds = _activate_backward(da.flatten(0, -2), s, nonlinear)
+        ds = activate_backward(da.flatten(0, -2), s, nonlinear)
         d_hidden = d_residual = None
         if ctx.shared:  # the residual is h itself: one fused product gives both terms
             d_hidden = _add_product(grad, ds.view(shape), D.T) if needs[0] else None

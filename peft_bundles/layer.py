@@ -348,7 +348,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
-                call.joined if torch.is_grad_enabled() else None,
+                self.joined(adapter) if torch.is_grad_enabled() else None,
                 dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
@@ -359,6 +359,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if folds is not None:
             folds[key] = D, E
         return D, E
+
+    def joined(self, adapter: str) -> dict[Any, Any] | None:
+        """What this call's uses of an adapter's weights share (`Packing.maps`); None where there are no others."""
+        joined = self.state.call.joined
+        return None if joined is None else joined.setdefault((adapter, self.index), {})
 
     def keep_states(self, adapter: str, states: Tensor) -> None:
         """Keep states of calibration text, (N, d), for the quiet penalty."""

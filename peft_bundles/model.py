@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import signals as routing
-from .alphas import BundleState, alphas, set_alphas
+from .alphas import BundleState, alphas, bundle_layers, set_alphas
 from .base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
 from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
 from .checkpoints import weights_digest
@@ -127,6 +127,7 @@ class BundleModel(BaseTuner):
         finally:
             vars(config).pop("_given", None)  # tensors that `compose` brought; the layers have them now
         self._layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
+        self._state.nested |= len(bundle_layers(model)) < len(self._layers)
         layers = {str(m.index): m for m in self._layers if adapter_name in m.bundle_basis}
         if config.bundles and config.basis_fingerprint is None:
             config.basis_fingerprint = {i: fingerprint(m.bundle_basis[adapter_name]) for i, m in layers.items()}
@@ -368,7 +369,7 @@ class BundleModel(BaseTuner):
         alpha by layer is 0), and bundles of different signals each by themselves: the gradient of one does not depend
         on bundles that learn from something else. 0 for an adapter that was not calibrated.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, BundleLayer)]
+        layers = bundle_layers(self.model)
         learning: dict[str, list[str]] = {}
         for adapter, bundle in sorted(self._state.seen):
             learning.setdefault(adapter, []).append(bundle)

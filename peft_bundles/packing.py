@@ -198,14 +198,15 @@ class Packing:
     ) -> Tensor:
         """What the projected bundles read and write in coordinates of U, (2, H, R), in `dtype`.
 
-        `joined` is for several uses of the same weights in one graph: they share what it keeps, so that each weight
+        `joined` is for several uses of these very weights in one graph: they share what it keeps, so that each weight
         gets one gradient and not one from every use to be added up.
 
         A bundle that is not `live` (None: all are) gets no gradient at all, so that autograd leaves its `.grad` None:
         AdamW moves a parameter whose gradient is merely zero.
         """
-        live = frozenset(self.projected if live is None else live)
-        joined, key, laid = {} if joined is None else joined, (id(down), live), (id(down), live, dtype)
+        # Names and no `id`, which Dynamo of torch 2.11 cannot trace.
+        key = tuple(name for name in self.projected if live is None or name in live)
+        joined, laid = {} if joined is None else joined, (key, dtype)
         if laid in joined:
             return joined[laid]
         index = self.index(device)
@@ -215,7 +216,7 @@ class Packing:
 
         if key not in joined:
             joined[key] = [
-                self._join(tables, live, index["constants"])
+                self._join(tables, key, index["constants"])
                 for tables in ((down, up), (weight,), (weight_out,))
                 if tables[0] or tables[0] is down
             ]

@@ -7,15 +7,16 @@ sigma) U, no product with U is left, and all layers of one size are looked at in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .functional import activate
+from .functional import activate, activate_backward
 from .layer import BundleLayer
 
 
+Span: TypeAlias = tuple[int, int]  # start and number of hidden units
 DRAW = 512  # of the states kept by calibration, so many are looked at a step
 
 
@@ -27,7 +28,9 @@ def loudness(layers: Sequence[BundleLayer], adapter: str, names: list[str]) -> T
     alike: dict[Any, list[BundleLayer]] = {}
     for layer in layers:
         states = layer.bundle_states[adapter]
-        alike.setdefault((layer.packing(adapter), states.device, states.shape), []).append(layer)
+        # On a CPU kernels are not what costs: one layer's tensors stay in its caches, those of all are fresh memory.
+        alone = layer if states.device.type == "cpu" else None
+        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append(layer)
     parts = [_loudness(group, adapter, names) for group in alike.values()]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
@@ -38,9 +41,8 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
     kept = [layer.bundle_states[adapter] for layer in layers]
     if len(kept[0]) > DRAW:
-        kept = [
-            states[drawn] for states, drawn in zip(kept, torch.randint(len(kept[0]), (len(kept), DRAW), device=device))
-        ]
+        drawn = torch.randint(len(kept[0]), (len(kept), DRAW), device=device)
+        kept = [states.index_select(0, rows) for states, rows in zip(kept, drawn)]
     # Autocast's dtype, as the forward has it: they share what they make of the weights (packing.py).
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
@@ -48,42 +50,69 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
             folded = [layer._folded(adapter, dtype, None, names) for layer in layers]
-            D, E = (torch.stack(each) for each in zip(*folded))
-            reads, writes, factor = D.mT, E, 1.0
+            maps, factor = torch.stack([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
-            given = device, dtype, names, state.call.joined
-            maps = torch.stack([packing.maps(*layer.tables(adapter), *given) for layer in layers])
-            reads, writes, factor = *maps.unbind(1), state.configs[adapter].scaling ** 2
-        owner = packing.index(device)["owner"]
-        ours = state.call.cached(
-            (packing, "learns", tuple(names)),
-            reads,
-            lambda: torch.tensor([float(n in names) for n in packing.names], device=device, dtype=dtype)[owner],
-        )
-        a = activate(states @ reads.mT, packing.nonlinear) * ours
-        total = states.new_zeros(len(layers), dtype=torch.float32)
-        for members, spans in packing.groups:
-            if not set(members).isdisjoint(names):
-                units = [a.narrow(2, *span) for span in spans], [writes.narrow(1, *span) for span in spans]
-                total = total + _Energy.apply(
-                    *(u[0] if len(u) == 1 else torch.cat(u, d) for d, u in zip((2, 1), units))
-                )
+            given = device, dtype, names
+            maps = torch.stack(
+                [packing.maps(*layer.tables(adapter), *given, layer.joined(adapter)) for layer in layers]
+            )
+            factor = state.configs[adapter].scaling ** 2
+        ours = None
+        if not set(packing.names) <= set(names):
+            owner = packing.index(device)["owner"]
+            ours = state.call.cached(
+                (packing, "learns", tuple(names)),
+                maps,
+                lambda: torch.tensor([float(n in names) for n in packing.names], device=device, dtype=dtype)[owner],
+            )
+        groups = [spans for members, spans in packing.groups if not set(members).isdisjoint(names)]
+        total = _Energy.apply(states, maps, ours, packing.nonlinear, groups)
         variance = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
         return (total / variance).sum() * (factor / states.shape[1])
 
 
 class _Energy(torch.autograd.Function):
-    """sum |a E|^2 over rows, for a (L, N, h) and E (L, h, d), as a (E E^T) a^T: (L,). For h below N and d."""
+    """sum over groups of hidden units and rows of |a E|^2, for a = act(x D) * ours; x is (L, N, R): (L,).
+
+    `maps` are D and E, (L, 2, H, R). A group's sum is (a E E^T) a^T: it has fewer units than rows, and than R.
+    One node for all of it: with one for every group and slice, a CPU is busy with zeros that are added up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, E: Tensor) -> Tensor:
-        product = a @ (E @ E.mT)
-        ctx.save_for_backward(a, E, product)
-        return (product * a).sum((1, 2), dtype=torch.promote_types(a.dtype, torch.float32))
+    def forward(
+        ctx: Any, x: Tensor, maps: Tensor, ours: Tensor | None, nonlinear: int, groups: Sequence[Sequence[Span]]
+    ) -> Tensor:
+        reads, writes = maps.unbind(1)
+        s = x @ reads.mT
+        a = activate(s, nonlinear) if ours is None else activate(s, nonlinear) * ours
+        total, products = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32)), []
+        for spans in groups:
+            units, E = _taken(a, spans, 2), _taken(writes, spans, 1)
+            products.append(units @ (E @ E.mT))
+            total += (products[-1] * units).sum((1, 2), dtype=total.dtype)
+        ctx.save_for_backward(x, maps, ours, s, a, *products)
+        ctx.nonlinear, ctx.groups = nonlinear, groups
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        a, E, product = ctx.saved_tensors
+        x, maps, ours, s, a, *products = ctx.saved_tensors
+        da, d_maps, writes = torch.zeros_like(a), torch.zeros_like(maps), maps[:, 1]
         twice = (2 * grad[:, None, None]).to(a.dtype)
-        return twice * product, twice * ((a.mT @ a) @ E)
+        for spans, product in zip(ctx.groups, products):
+            units, E = _taken(a, spans, 2), _taken(writes, spans, 1)
+            sizes = [size for _, size in spans]
+            dE = (twice * (units.mT @ units)) @ E
+            for (start, size), d_units, d_writes in zip(spans, product.split(sizes, 2), dE.split(sizes, 1)):
+                da[..., start : start + size] = twice * d_units
+                d_maps[:, 1, start : start + size] = d_writes
+        ds = activate_backward(da if ours is None else da * ours, s, ctx.nonlinear)
+        d_maps[:, 0] = ds.mT @ x
+        return None, d_maps, None, None, None
+
+
+def _taken(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
+    """The hidden units of a group: a view where they lie side by side."""
+    parts = [tensor.narrow(dim, *span) for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .alphas import BundleState, check_checkpointing, state_of
+from .alphas import BundleState, bundle_layers, check_checkpointing, state_of
 from .config import BundleConfig
 from .functional import Reach, walk
-from .layer import BundleLayer
 from .packing import Packing
 
 
@@ -68,30 +67,31 @@ class Route:
             raise ValueError(f"packed rows have {sorted(lengths)} tokens; the segments of every row must add up alike.")
         if wrong := {name: len(w) for name, w in self._weights.items() if len(w) != len(self.rows)}:
             raise ValueError(f"weights have {wrong} values, but there are {len(self.rows)} rows; give one a row.")
-        self._columns = {s: routing_column(configs, s) for s in self.signals}
+        self._shares = {adapter: {s: c.column(s) for s in self.signals} for adapter, c in configs.items()}
+        self._columns = {s: tuple(w for of in self._shares.values() for w in of[s].values()) for s in self.signals}
         self.deferred = any(len({self._columns[s] for s in signals}) > 1 for row in self.rows for signals, _ in row)
         self._live = {
             adapter: {
                 name
                 for i, row in enumerate(self.rows)
                 for s in dict.fromkeys(s for segment, _ in row for s in segment)
-                for name, w in config.column(s).items()
+                for name, w in of[s].items()
                 if w > 0 and (name not in self._weights or self._weights[name][i] > 0)
             }
-            for adapter, config in configs.items()
+            for adapter, of in self._shares.items()
         }
         # Made here and not in the forward: a compiled graph only looks them up.
         self._gates: dict[tuple[str, torch.device], tuple[Packing, Tensor]] = {}
         self._places: set[tuple[str, torch.device]] = set()
         self.tokens = 1
         for (adapter, device), (packing, dtype) in packings.items():
-            table = self._table(adapter, None)
+            table, live = self._table(adapter, None), self._live[adapter]
             self.tokens = table.shape[1]
             self._places.add((adapter, device))
-            live = [name in self._live[adapter] for name in packing.names]
-            if self.deferred or not bool((table[..., live] == 1.0).all()):  # others that are not live are constants
-                gate = _sent(table.to(dtype), device)[..., packing.index(device)["owner"]]
-                self._gates[adapter, device] = packing, gate
+            ones = (table == 1.0).flatten(0, -2).all(0).tolist()
+            if self.deferred or not all(one or name not in live for name, one in zip(packing.names, ones)):
+                gate = _sent(table.to(dtype), device).index_select(-1, packing.index(device)["owner"])
+                self._gates[adapter, device] = packing, gate  # (bundles that are not live are constants)
 
     def live(self, adapter: str) -> set[str]:
         """Bundles of the adapter that some row may update."""
@@ -99,17 +99,14 @@ class Route:
 
     def _table(self, adapter: str, chosen: set[str] | None) -> Tensor:
         """Weights (B|1, T|1, M) for the chosen signals (None: all); NaN where a row's signals disagree."""
-        config = self._configs[adapter]
-        assert config.bundles is not None
-        names = list(config.bundles)
+        shares, names = self._shares[adapter], list(self._configs[adapter].bundles or ())
 
         def weights(signals: tuple[str, ...]) -> list[float]:
-            columns = [config.column(s) for s in signals if chosen is None or s in chosen]
-            if not columns:
-                return [0.0] * len(names)
-            return [columns[0][n] if all(c[n] == columns[0][n] for c in columns) else float("nan") for n in names]
+            columns = [shares[s].values() for s in signals if chosen is None or s in chosen]
+            return [w[0] if len({*w}) == 1 else float("nan") for w in zip(*columns)] or [0.0] * len(names)
 
-        rows = [[weights(signals) for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
+        known = {signals: weights(signals) for signals in {signals for row in self.rows for signals, _ in row}}
+        rows = [[known[signals] for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
         table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]), len(names))
         for name in (n for n in names if n in self._weights):
             table[..., names.index(name)] *= torch.tensor(self._weights[name], dtype=torch.float64)[:, None]
@@ -199,13 +196,12 @@ def route(
     """
     state = state_of(model)
     check_checkpointing(model)
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
     new = Route(
         state.configs,
         signals,
         {
             (adapter, basis.device): (layer.packing(adapter), basis.dtype)
-            for layer in layers
+            for layer in bundle_layers(model)
             for adapter, basis in layer.bundle_basis.items()
         },
         weights,
@@ -226,12 +222,13 @@ def route(
 def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
     """(adapter, bundle) -> its parameters over all layers."""
     table: dict[tuple[str, str], list[nn.Parameter]] = {}
-    for layer in model.modules():
-        if isinstance(layer, BundleLayer):
-            for adapter in layer.bundle_adapters():
-                kinds = layer.tables(adapter)
-                for name in layer.packing(adapter).names:
-                    table.setdefault((adapter, name), []).extend([kind[name] for kind in kinds if name in kind])
+    for layer in bundle_layers(model):
+        for adapter in layer.bundle_adapters():
+            for name in layer.packing(adapter).names:
+                table.setdefault((adapter, name), [])
+            for kind in layer.tables(adapter):
+                for name, parameter in kind.items():
+                    table[adapter, name].append(parameter)
     return table
 
 

@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.alphas import state_of
+from peft_bundles.functional import walk
 from peft_bundles.layer import BundleLayer
-from peft_bundles.quiet import DRAW, _Energy
+from peft_bundles.quiet import DRAW, _Energy, _loudness, loudness
 
 
 def calibrated(**fields):
@@ -66,6 +67,27 @@ def test_kept_states_are_those_of_the_text(monkeypatch):
             added = added_by(model, layer, together, given[layer.index].float()).square().sum(-1).mean()
             wanted += added / layer.bundle_scale["default"].square().sum()
     torch.testing.assert_close(model.quiet_loss(), wanted, rtol=1e-2, atol=0)
+
+
+def test_it_shares_what_the_forward_made_of_the_weights():
+    """Every weight has one place in the graph: its gradient is made once, and not once a use and then added up."""
+    model = calibrated(projection="free").train()
+    nodes = walk([model(input_ids=batch(), labels=batch()).loss])[0].nodes
+    edges = [child.variable for node in nodes for child, _ in node.next_functions if hasattr(child, "variable")]
+    assert sorted(map(id, edges)) == sorted(map(id, weights(model).values()))
+
+
+@pytest.mark.parametrize("names", [["b_mlp", "b_linear", "b_diag"], ["b_diag"]])
+def test_layers_looked_at_together_or_one_by_one_are_as_loud(names):
+    """Together is how a GPU does it, one by one a CPU."""
+    model = calibrated()
+    found, losses = [], (_loudness(layers(model), "default", names), loudness(layers(model), "default", names))
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(weights(model).values()), allow_unused=True)
+        found.append({n: g for n, g in zip(weights(model), gradients) if g is not None})
+    torch.testing.assert_close(*losses)
+    assert {n.rsplit(".")[-1] for n in found[0]} == set(names)
+    torch.testing.assert_close(*found)
 
 
 def test_layers_that_kept_different_numbers_of_states_count_alike():
@@ -276,7 +298,22 @@ def test_under_autocast_it_is_the_same_to_its_rounding():
     assert 0 < (rounded - grad).norm() / grad.norm() < 2e-2
 
 
-def test_energy_and_its_gradient():
-    a, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (2, 3, 7)))
-    torch.testing.assert_close(_Energy.apply(a, E), (a @ E).square().sum((1, 2)))
-    assert torch.autograd.gradcheck(_Energy.apply, (a, E))
+@pytest.mark.parametrize("nonlinear", [0, 4, 7])
+def test_energy_and_its_gradient(nonlinear):
+    def drawn(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    x, maps = drawn(2, 5, 6), drawn(2, 2, 7, 6).requires_grad_()
+    ours = torch.tensor([1, 0, 1, 1, 1, 0, 1], dtype=torch.float64)
+    groups = [[(0, 2)], [(2, 1), (4, 2)]]  # units 3 and 6 are of bundles that learn nothing
+
+    def plain(maps):
+        s = x @ maps[:, 0].mT
+        a = torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * ours
+        return sum((a[..., units] @ maps[:, 1, units]).square().sum((1, 2)) for units in ([0, 1], [2, 4, 5]))
+
+    energy = lambda maps: _Energy.apply(x, maps, ours, nonlinear, groups)  # noqa: E731
+    torch.testing.assert_close(energy(maps), plain(maps))
+    found, wanted = (torch.autograd.grad(f(maps).square().sum(), maps)[0] for f in (energy, plain))
+    torch.testing.assert_close(found, wanted)
+    assert torch.autograd.gradcheck(energy, maps)

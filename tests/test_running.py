@@ -27,9 +27,11 @@ from models import (
     weights,
 )
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import peft_bundles
+from peft_bundles.alphas import bundle_layers
 
 
 # ---- generation, padding, hidden states ----
@@ -233,6 +235,46 @@ def test_checkpointing_from_outside_of_the_blocks_is_refused_where_it_would_lose
                 pass
     with torch.no_grad(), model.alphas(b_mlp=0.5):  # no backward, nothing to lose
         model(batch())
+
+
+def test_checkpointing_around_the_decoder_is_refused_and_inside_of_a_block_changes_nothing():
+    model = attached().train()
+    whole = model.get_base_model()
+    whole.model = checkpoint_wrapper(whole.model)
+    with pytest.raises(RuntimeError, match="checkpoint_wrapper"), model.route("lm"):
+        pass
+
+    def gradients(wrapped):
+        model = attached().train()
+        for block in model.get_base_model().model.layers if wrapped else ():
+            block.mlp = checkpoint_wrapper(block.mlp)
+        with model.route(["lm", "policy"]), model.alphas(b_mlp=torch.tensor([0.5, 2.0])):
+            model(input_ids=batch(2), labels=batch(2)).loss.backward()
+        return [p.grad for p in weights(model).values() if p.grad is not None]
+
+    plain, other = gradients(False), gradients(True)
+    assert len(plain) == len(other) > 0
+    for gradient, expected in zip(other, plain):
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@every
+def test_a_walk_that_stops_at_the_blocks_finds_all_bundle_layers(name):
+    model = attached(name)
+    assert len(layers(model)) == LAYERS
+    for each in (model, model.get_base_model(), copy.deepcopy(model), nn.Sequential(model, model)):
+        assert bundle_layers(each) == layers(each)
+
+
+def test_blocks_inside_of_blocks_are_found_too():
+    model = attached(target_modules=r".*layers\.\d+(\.mlp)?")
+    assert len(layers(model)) == 2 * LAYERS
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model.base_model))):
+        assert bundle_layers(each) == layers(each)
+    with model.route(["lm", "policy"]):
+        model(input_ids=batch(2), labels=batch(2)).loss.backward()
+    model.finalize_grads()
+    assert all(p.grad is not None for p in weights(model).values())
 
 
 def test_gradient_checkpointing_under_alphas():
