@@ -17,15 +17,15 @@ COLORS = {"memory": "#d94a10", "logic": "#1f5fa8", "meta": "#2f8f46"}
 Spaces = dict[str, Any]
 
 
-def arrays_of(folder: Path, records: list[Record]) -> dict[str, dict[str, np.ndarray]]:
-    """Space -> {"last", "mean"}: (depths, N, d). "trunk" is the base model; of every cell that left features its hidden
-    states, what each of its bundles adds, and the three of them side by side ("bundles")."""
-    files = {"trunk": folder / "base.npz"}
-    files |= {
-        f"{r['condition']}/{r['schedule']}": folder / Path(r["features"]).name for r in records if r.get("features")
-    }
+def arrays_of(folder: Path, records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """(space, seed) -> {"last", "mean"}: (depths, N, d). "trunk" is the base model; of every cell that left features
+    its hidden states, what each of its bundles adds, and the three of them side by side ("bundles")."""
+    files = {("trunk", "0"): folder / "base.npz"}
+    for r in records:
+        if r.get("features"):
+            files[f"{r['condition']}/{r['schedule']}", str(r["seed"])] = folder / Path(r["features"]).name
     found = {}
-    for name, path in files.items():
+    for (name, seed), path in files.items():
         if not path.exists():
             continue
         with np.load(path) as file:
@@ -35,24 +35,26 @@ def arrays_of(folder: Path, records: list[Record]) -> dict[str, dict[str, np.nda
         for part, keys in parts.items():
             if all(key in given for key in keys):
                 space = name if name == "trunk" else f"{name}/{part}"
-                found[space] = dict(zip(("last", "mean"), (given[key] for key in keys)))
-        if all(f"{name}/{task}" in found for task in TASKS):
-            sides = [found[f"{name}/{task}"] for task in TASKS]
-            found[f"{name}/bundles"] = {at: np.concatenate([s[at] for s in sides], -1) for at in ("last", "mean")}
+                found[space, seed] = dict(zip(("last", "mean"), (given[key] for key in keys)))
+        if all((f"{name}/{task}", seed) in found for task in TASKS):
+            sides = [found[f"{name}/{task}", seed] for task in TASKS]
+            found[f"{name}/bundles", seed] = {at: np.concatenate([s[at] for s in sides], -1) for at in ("last", "mean")}
     return found
 
 
-def measured(folder: Path, records: list[Record]) -> Spaces | None:
-    """What goes into spaces.json; None without the features of the base model."""
+def measured(folder: Path, records: list[Record], before: Spaces | None = None) -> Spaces | None:
+    """What goes into spaces.json: space -> seed -> its numbers, over those of `before`; None without the features of
+    the base model."""
     if not (folder / "base.npz").exists():
         return None
     with np.load(folder / "base.npz") as file:
         depths, labels = file["depths"].tolist(), [TASKS[n] for n in file["task"]]
     arrays = arrays_of(folder, records)
-    found: Spaces = {"depths": depths, "rows": len(labels), "spaces": {}}
-    for name, space in arrays.items():
-        found["spaces"][name] = {
-            at: [one(space[at][n], labels, arrays["trunk"][at][n]) for n in range(len(depths))] for at in space
+    found: Spaces = {"depths": depths, "rows": len(labels), "spaces": dict((before or {}).get("spaces", {}))}
+    trunk = arrays["trunk", "0"]
+    for (name, seed), space in arrays.items():
+        found["spaces"].setdefault(name, {})[seed] = {
+            at: [one(space[at][n], labels, trunk[at][n]) for n in range(len(depths))] for at in space
         }
     return found
 
@@ -70,9 +72,10 @@ def rounded(value: float) -> float | None:
     return round(value, 4) if np.isfinite(value) else None
 
 
-def write(folder: Path, records: list[Record], output: Path) -> Spaces | None:
-    """spaces.json and spaces.svg; nothing where the features are not there."""
-    found = measured(folder, records)
+def write(folder: Path, records: list[Record], output: Path, before: Spaces | None = None) -> Spaces | None:
+    """spaces.json, what is not measured anew as it was `before`, and spaces.svg; nothing where the features are not
+    there."""
+    found = measured(folder, records, before)
     if found is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "spaces.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -88,17 +91,16 @@ def draw(folder: Path, records: list[Record], depths: list[int], path: Path) -> 
         labels = np.array([TASKS[n] for n in file["task"]])
     arrays = arrays_of(folder, records)
     wanted = ("trunk", "lora/sequence/hidden", "bundles/sequence/hidden", "bundles/sequence/bundles")
-    shown = [name for name in wanted if name in arrays]
+    shown = {name: min(seeds) for name in wanted if (seeds := [seed for space, seed in arrays if space == name])}
     middle = len(depths) // 2
     pyplot.switch_backend("svg")
     pyplot.rcParams.update({"svg.hashsalt": "peft_bundles", "font.size": 8})
     size = (2.6 * (len(depths) + 1), 2.4 * len(shown))
     figure, axes = pyplot.subplots(len(shown), len(depths) + 1, figsize=size, squeeze=False, layout="constrained")
-    for row, name in enumerate(shown):
-        pictures = [
-            (f"PCA, layer {depth}", representations.pca(arrays[name]["last"][n])[0]) for n, depth in enumerate(depths)
-        ]
-        pictures.append((f"t-SNE, layer {depths[middle]}", representations.tsne(arrays[name]["last"][middle])))
+    for row, key in enumerate(shown.items()):
+        name, states = key[0], arrays[key]["last"]
+        pictures = [(f"PCA, layer {depth}", representations.pca(states[n])[0]) for n, depth in enumerate(depths)]
+        pictures.append((f"t-SNE, layer {depths[middle]}", representations.tsne(states[middle])))
         for axis, (title, points) in zip(axes[row], pictures):
             for task in TASKS:
                 mine = labels == task

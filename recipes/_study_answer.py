@@ -7,6 +7,7 @@ from typing import Any
 import _study as s
 from _study import ALL_ON, CRITERION, LOUD, M0, M1, M3, MULTI, SEPARATE, TASKS, Key, Study, ci
 from _study_routing import beyond, without_penalty
+from _study_tables import h4_seeds
 from _study_words import HYPOTHESES, told
 
 
@@ -118,7 +119,9 @@ def alphas(study: Study) -> str:
 
 def spaces(study: Study) -> str:
     found = verdicts(study, "H4")
-    return "" if found == "not run" else f"H4 (tasks further apart in bundle space): {found}, one seed."
+    seeds = len(h4_seeds(study))
+    many = "one seed" if seeds == 1 else f"{seeds} seeds"
+    return "" if found == "not run" else f"H4 (tasks further apart in bundle space): {found}, {many}."
 
 
 def removal(study: Study) -> str:

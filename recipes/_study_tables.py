@@ -189,6 +189,15 @@ def h4_spaces(study: Study) -> dict[str, str]:
     return {role: name for role, name in wanted.items() if study.spaces and name in study.spaces["spaces"]}
 
 
+def h4_seeds(study: Study) -> list[str]:
+    """Those of which there are bundles' features and M0's."""
+    roles = h4_spaces(study)
+    if study.spaces is None or not {"M0", "bundle space (the three side by side)"} <= roles.keys():
+        return []
+    ours = study.spaces["spaces"][roles["bundle space (the three side by side)"]]
+    return [seed for seed in ours if seed in study.spaces["spaces"][roles["M0"]]]
+
+
 def spaces(study: Study) -> str:
     if study.spaces is None:
         return "Not run."
@@ -196,16 +205,13 @@ def spaces(study: Study) -> str:
     for role, name in h4_spaces(study).items():
         for n, depth in enumerate(study.spaces["depths"]):
             for at in ("last", "mean"):
-                got = study.spaces["spaces"][name][at][n]
-                pairs = [number(got["cka_tasks"].get(p)) for p in ("memory-logic", "memory-meta", "logic-meta")]
-                probe = f"{got['accuracy']:.3f} ± {got['sd']:.3f}"
-                rows.append([role, str(depth), at, probe, number(got["silhouette"]), *pairs, number(got["cka_trunk"])])
-    head = "space|layer|token|probe|silhouette|memory-logic|memory-meta|logic-meta|CKA to the trunk"
+                got = [of_seed[at][n] for of_seed in study.spaces["spaces"][name].values()]
+                tasks = [[g["cka_tasks"].get(p) for g in got] for p in ("memory-logic", "memory-meta", "logic-meta")]
+                each = [[g["silhouette"] for g in got], *tasks, [g["cka_trunk"] for g in got]]
+                numbers = [pm([value for value in values if value is not None], 2) for values in each]
+                rows.append([role, str(depth), at, pm([g["accuracy"] for g in got]), *numbers, str(len(got))])
+    head = "space|layer|token|probe|silhouette|memory-logic|memory-meta|logic-meta|CKA to the trunk|n"
     return table(head, rows)
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def code(study: Study) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import _study as s
 from _study import ALL_ON, CRITERION, LOUD, M0, M1, M3, MARGIN, MULTI, SEPARATE, TASKS, Key, Study, ci, pm
-from _study_tables import REMOVAL_WORDS, h4_spaces, title
+from _study_tables import REMOVAL_WORDS, h4_seeds, h4_spaces, title
 
 
 # Where forgetting is not excluded by how the thing is built, and what keeps it from being so.
@@ -189,20 +189,25 @@ def h3(study: Study) -> tuple[str, str]:
 
 def h4(study: Study) -> tuple[str, str]:
     roles = h4_spaces(study)
-    ours, rivals = roles.get("bundle space (the three side by side)"), [r for r in ("trunk", "M0") if r in roles]
-    if study.spaces is None or ours is None or len(rivals) < 2:
+    seeds = h4_seeds(study)
+    if study.spaces is None or not seeds:
         return "not run", "No features of bundles, M0 and the trunk."
-    spaces = study.spaces["spaces"]
-    wins = {}
-    for at in ("last", "mean"):
-        mine, theirs = spaces[ours][at], [spaces[roles[r]][at] for r in rivals]
-        wins[at] = [m["silhouette"] > max(t[n]["silhouette"] for t in theirs) for n, m in enumerate(mine)]
+    spaces, depths = study.spaces["spaces"], range(len(study.spaces["depths"]))
+    ours, m0, trunk = spaces[roles["bundle space (the three side by side)"]], spaces[roles["M0"]], spaces["trunk"]["0"]
+
+    def higher(at: str, n: int) -> bool:
+        """In every seed."""
+        rivals = {seed: max(m0[seed][at][n]["silhouette"], trunk[at][n]["silhouette"]) for seed in seeds}
+        return all(ours[seed][at][n]["silhouette"] > rival for seed, rival in rivals.items())
+
+    wins = {at: [higher(at, n) for n in depths] for at in ("last", "mean")}
     won = wins["last"]
-    probes = [spaces[name]["last"][n]["accuracy"] for name in roles.values() for n in range(len(won))]
+    probes = [one["last"][n]["accuracy"] for name in roles.values() for one in spaces[name].values() for n in depths]
     flat = "Probes tell the tasks apart nearly everywhere" if min(probes) > 0.95 else "Probes differ"
-    return f"**{judged(all(won), 1)}**", (
-        f"Silhouette of the tasks higher in bundle space than in trunk and M0 at {sum(won)} of {len(won)} depths, last "
-        f"token of the prompt; in the mean over the prompt at {sum(wins['mean'])}. One seed. {flat} "
+    of = "One seed" if len(seeds) == 1 else f"In all of {len(seeds)} seeds"
+    return f"**{judged(all(won), len(seeds))}**", (
+        f"{of}: silhouette of the tasks higher in bundle space than in trunk and M0 at {sum(won)} of {len(won)} "
+        f"depths, last token of the prompt; in the mean over the prompt at {sum(wins['mean'])}. {flat} "
         f"(accuracy {min(probes):.2f} to {max(probes):.2f}): that alone says little."
     )
 

@@ -78,7 +78,9 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="conditions, instead of all")
     parser.add_argument("--grid", action="store_true", help="only the search of the rates")
     parser.add_argument("--final", action="store_true", help="only other seeds, at the best rate of the output's grid")
-    parser.add_argument("--again", choices=EXTRAS, help="also finals that lack this, run before it was measured")
+    parser.add_argument(
+        "--again", nargs="+", choices=(*EXTRAS, "features"), help="also finals that lack these, run before"
+    )
     parser.add_argument("--features", type=Path, help="folder for hidden states of the conditions that say so")
     parser.add_argument("--code", type=int, default=0, metavar="N", help="also N problems of HumanEval (a few cells)")
     parser.add_argument("--smoke", action="store_true", help="few small cells on the CPU")
@@ -106,6 +108,8 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"--only {unknown}: known are {sorted(given['conditions'])}.")
         given["runs"] = [run for run in given["runs"] if run["condition"] in only]
     given |= {name: value for name, value in flags.items() if value is not None}
+    if "features" in given.get("again", ()) and not given.get("features"):
+        raise ValueError("--again features: they go into a folder; say which with --features FOLDER.")
     if given["grid"] and given["final"]:
         raise ValueError("--grid and --final exclude each other; give neither to have both.")
     given["output"], given["scratch"] = Path(given["output"]), Path(given["scratch"])
@@ -281,24 +285,27 @@ def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: 
 
 
 def extras_of(condition: dict[str, Any], cell: Cell) -> list[str]:
-    """Which of EXTRAS a cell has: those whose schedules its condition names; finals of seeds to 3, order A."""
+    """Which of EXTRAS a cell has: those whose schedules its condition names; finals of seeds to 3, order A. And
+    "features", in sequence, of as many seeds as the condition says."""
     if cell["stage"] != "final" or cell["order"] != "A" or cell["seed"] > 3:
         return []
-    return [name for name in EXTRAS if cell["schedule"] in condition.get(name, ())]
+    found = [name for name in EXTRAS if cell["schedule"] in condition.get(name, ())]
+    seeds = range(1, 1 + condition.get("features", 0)) if cell["schedule"] == "sequence" else ()
+    return [*found, "features"] if cell["seed"] in seeds else found
 
 
 def extras(
     given: dict[str, Any], cell: Cell, condition: dict[str, Any], method: Method, bench: Bench
 ) -> dict[str, Any]:
-    """What only some final cells have: EXTRAS, and of one seed hidden states and HumanEval."""
-    found = {name: getattr(bench, EXTRAS[name])(method) for name in extras_of(condition, cell)}
-    if cell["stage"] != "final" or cell["order"] != "A" or cell["schedule"] != "sequence" or cell["seed"] != 1:
-        return found
-    if condition.get("features") and given.get("features"):
+    """What only some final cells have: `extras_of`, and of one seed HumanEval."""
+    wanted = extras_of(condition, cell)
+    found = {name: getattr(bench, EXTRAS[name])(method) for name in wanted if name in EXTRAS}
+    if "features" in wanted and given.get("features"):
         name = name_of(cell).replace("|", "-") + ".npz"
         bench.features(method, given["features"] / name)
         found["features"] = name
-    if condition.get("code") and given["code"]:
+    first = (cell["stage"], cell["order"], cell["schedule"], cell["seed"]) == ("final", "A", "sequence", 1)
+    if first and condition.get("code") and given["code"]:
         found["code"] = bench.code(method, given["code"])
     return found
 
@@ -385,17 +392,18 @@ def measure_base(given: dict[str, Any]) -> None:
     what = given["common"]
     if not given["samples"].exists():
         given["samples"].write_text(json.dumps(bench.samples(**what["samples"])))
+    method = Method(base, {}, 0)
+    if given.get("features") and not (given["features"] / "base.npz").exists():
+        bench.features(method, given["features"] / "base.npz")
     if any(record["stage"] == "base" for record in read(given["output"])):
         return
     begin = time.perf_counter()
-    method = Method(base, {}, 0)
     record: dict[str, Any] = {"schema": 1, "stage": "base", "condition": "base", "label": "base model"}
     record |= {"settings": {**what, "data_md5": given["md5"]}, "trainable": 0}
     record["phases"] = [{"task": None, "steps": 0, **bench.measure(method, True)}]
     record["norms"] = record["phases"][0].pop("norms")
     record |= {"validation": bench.validate(method, "all"), **bench.about()}
     if given.get("features"):
-        bench.features(method, given["features"] / "base.npz")
         record["features"] = "base.npz"
     record["seconds"] = {"total": time.perf_counter() - begin}
     append(given["output"], {**record, **stamp(given, device)})
@@ -437,8 +445,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if record["settings"] != wanted.get((record["condition"], record["schedule"]), record["settings"]):
             print(f"{name}: the output has it with other settings; it is run again.", flush=True)
             continue
-        extra = given.get("again")
-        if extra not in record and extra in extras_of(given["conditions"].get(cell["condition"], {}), cell):
+        extra = extras_of(given["conditions"].get(cell["condition"], {}), cell)
+        if any(name in extra and name not in record for name in given.get("again", ())):
             continue
         (given["claims"] / name).touch()
         if record["stage"] == "grid":

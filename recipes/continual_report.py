@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     study = s.read(given.results)
     if given.features is not None:
-        study.spaces = _spaces.write(given.features, study.records, given.results)
+        study.spaces = _spaces.write(given.features, study.records, given.results, study.spaces)
     given.page.write_text(page(study, asked()), encoding="utf-8")
     plots.draw(study, given.results)
     failed = len(study.failed) + len(study.removal_failed)

@@ -356,6 +356,15 @@ def test_three_final_seeds_have_extras(modules):
     assert seeds == [1, 2, 3]
 
 
+def test_features_are_of_as_many_seeds_as_the_condition_says(modules):
+    continual = modules[0]
+    cell = {"stage": "final", "order": "A", "schedule": "sequence"}
+    assert [n for n in range(5) if "features" in continual.extras_of({"features": 2}, {**cell, "seed": n})] == [1, 2]
+    assert not continual.extras_of({"features": 2}, {**cell, "seed": 1, "schedule": "mixture"})
+    with pytest.raises(ValueError, match="--features FOLDER"):
+        continual.settings(["--again", "features"])
+
+
 def test_extras(whole, run):
     bundles = next(r for r in whole if "alphas" in r)
     ones = [bundles["alphas"]["others_on"][task]["1.0"] for task in ("memory", "logic", "meta")]

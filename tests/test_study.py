@@ -313,6 +313,18 @@ def test_h4_compares_with_trunk_and_m0(report, read, tmp_path, gap, expected):
         made.features(tmp_path / "features", name, gap, bundles)
     study.spaces = report._spaces.measured(tmp_path / "features", study.records)
     assert verdict(report, "H4", study) == f"**preliminary: {expected}**"
+    # Two seeds more, from another machine that has not the first one's files.
+    for seed in (2, 3):
+        cells += [made.cell(seed=seed, features=f"lora{seed}.npz")]
+        cells += [made.cell("bundles", seed=seed, modes=made.TAGGED, features=f"bundles{seed}.npz")]
+        for name, bundles in (("base.npz", False), (f"lora{seed}.npz", False), (f"bundles{seed}.npz", True)):
+            made.features(tmp_path / "more", name, gap, bundles)
+    before = json.loads(json.dumps(study.spaces))
+    study = read(cells)
+    study.spaces = report._spaces.measured(tmp_path / "more", study.records, before)
+    assert verdict(report, "H4", study) == f"**{expected}**"
+    assert list(study.spaces["spaces"]["bundles/sequence/bundles"]) == ["1", "2", "3"]
+    assert study.spaces["spaces"]["bundles/sequence/bundles"]["1"] == before["spaces"]["bundles/sequence/bundles"]["1"]
 
 
 def test_m0_made_as_small_as_the_bundles(report, read):
