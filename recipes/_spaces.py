@@ -84,7 +84,7 @@ def write(folder: Path, records: list[Record], output: Path, before: Spaces | No
 
 
 def draw(folder: Path, records: list[Record], depths: list[int], path: Path) -> None:
-    """A row a space (trunk, M0, the bundles' hidden states, what the bundles add): PCA at every depth, t-SNE at one."""
+    """A row a space (trunk, M0, the bundles' hidden states, what the bundles add): PCA at every depth, UMAP at one."""
     from matplotlib import pyplot
 
     with np.load(folder / "base.npz") as file:
@@ -100,7 +100,7 @@ def draw(folder: Path, records: list[Record], depths: list[int], path: Path) -> 
     for row, key in enumerate(shown.items()):
         name, states = key[0], arrays[key]["last"]
         pictures = [(f"PCA, layer {depth}", representations.pca(states[n])[0]) for n, depth in enumerate(depths)]
-        pictures.append((f"t-SNE, layer {depths[middle]}", representations.tsne(states[middle])))
+        pictures.append((f"UMAP, layer {depths[middle]}", representations.umap(states[middle])))
         for axis, (title, points) in zip(axes[row], pictures):
             for task in TASKS:
                 mine = labels == task

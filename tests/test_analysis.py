@@ -201,8 +201,8 @@ def test_pictures():
     assert np.allclose(
         coordinates, representations.pca(np.concatenate([x, np.ones((120, 1))], 1))[0]
     )  # a constant channel
-    picture = representations.tsne(x)
-    assert np.array_equal(picture, representations.tsne(x))
+    picture = representations.umap(x)
+    assert np.array_equal(picture, representations.umap(x))
     assert representations.silhouette(picture, labels) > 0.5
 
 
@@ -215,7 +215,7 @@ def test_pictures():
         (lambda x, y: representations.cka(x, x[:-1]), "the same examples"),
         (lambda x, y: representations.covariance_cka(x, x[:, 1:]), "in one space"),
         (lambda x, y: representations.pca(x, 13), "has only 12"),
-        (lambda x, y: representations.tsne(x[:3]), "too few for a picture"),
+        (lambda x, y: representations.umap(x[:3]), "too few for a picture"),
         (lambda x, y: representations.cka(x * np.nan, x), "all finite"),
     ],
 )

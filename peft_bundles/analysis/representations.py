@@ -78,19 +78,18 @@ def pca(features: Any, dimensions: int = 2) -> tuple[np.ndarray, np.ndarray]:
     return u[:, :dimensions] * s[:dimensions], s[:dimensions] ** 2 / max(float((s**2).sum()), 1e-30)
 
 
-def tsne(features: Any, *, seed: int = 0) -> np.ndarray:
-    """(N, 2): t-SNE (van der Maaten & Hinton 2008; scikit-learn's) of the first 30 principal components.
+def umap(features: Any, *, seed: int = 0) -> np.ndarray:
+    """(N, 2): UMAP (McInnes et al. 2018, arXiv 1802.03426; umap-learn's) of the first 30 principal components.
 
-    A picture only: distances between clusters, and their sizes, mean nothing in it.
+    A picture only: distances between clusters, and their sizes, mean nothing in it. Needs the extra `umap`.
     """
-    from sklearn.manifold import TSNE
+    from umap import UMAP
 
     x = _centred(features)
     if len(x) < 4:
         raise ValueError(f"{len(x)} rows are too few for a picture; give at least 4.")
     coordinates, _ = pca(x, min(30, *x.shape))
-    perplexity = min(30.0, (len(x) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(coordinates)
+    return UMAP(n_neighbors=min(15, len(x) - 1), init="pca", random_state=seed, n_jobs=1).fit_transform(coordinates)
 
 
 def _checked(features: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
