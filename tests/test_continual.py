@@ -431,17 +431,26 @@ def test_the_model_judges_what_it_said_itself(modules, made, monkeypatch):
 
 
 def test_again_runs_only_what_lacks_it(whole, run):
-    """Records of before reflection was measured: their cells run again, and nothing is lost."""
+    """Records of before something was measured: their cells run again, and nothing is lost."""
+    fields, flags = (
+        ("reflection", "features"),
+        ("--again", "reflection", "features", f"--features={run.folder / 'more'}"),
+    )
     lines = [json.loads(line) for line in (run.folder / "whole.jsonl").read_text().splitlines()]
-    had = [r for r in lines if r.pop("reflection", None)]
+    had = [(r, [name for name in fields if r.pop(name, None)]) for r in lines if r["stage"] != "base"]
+    had = [(r, names) for r, names in had if names]
+    assert {name for _, names in had for name in names} == set(fields)
     (run.folder / "again.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     assert len(run("again", RUNS)) == len(whole)  # done, as it is
-    again = run("again", RUNS, "--again", "reflection")
+    again = run("again", RUNS, *flags)
     assert again[: len(whole)] == lines
     name = lambda r: (r["condition"], r["schedule"], r["order"], r["seed"], r["lr"])  # noqa: E731
-    assert [name(r) for r in again[len(whole) :]] == [name(r) for r in had] and had
-    assert all("reflection" in r for r in again[len(whole) :])
-    assert run("again", RUNS, "--again", "reflection") == again
+    assert [name(r) for r in again[len(whole) :]] == [name(r) for r, _ in had]
+    for record, (_, names) in zip(again[len(whole) :], had):
+        assert set(names) <= record.keys()
+        assert "features" not in names or (run.folder / "more" / record["features"]).exists()
+    assert (run.folder / "more/base.npz").exists()
+    assert run("again", RUNS, *flags) == again
 
 
 def test_an_untouched_model_has_not_moved(whole):
