@@ -40,6 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_bundles.calibration import plain_samples
+
 
 STEPS, LENGTH, WARMUP = 300, 64, 20
 MEASURE_AT = (150,)  # and at the end
@@ -357,19 +359,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name, start in starts.items():
         prompt = torch.tensor([tokenizer(start, add_special_tokens=False)["input_ids"]] * args.samples, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            sampled = base.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_length=DOMAIN_LENGTH,
-                min_length=DOMAIN_LENGTH,
-                pad_token_id=0,
-            )
-        rows[f"own_{name}"] = sampled.cpu()
+            rows[f"own_{name}"] = plain_samples(base, prompt, DOMAIN_LENGTH).cpu()
     rows["own"] = torch.stack([rows[f"own_{name}"] for name in starts], 1).flatten(0, 1)
     most = min(len(rows["own"]) - OWN_HELD_OUT, len(rows["mixture"]))
     rows["both"] = torch.stack([rows["own"][:most], rows["mixture"][:most]], 1).flatten(0, 1)

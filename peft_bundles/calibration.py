@@ -290,6 +290,27 @@ def own_samples(
     return [{"input_ids": row} for batch in batches for row in batch["input_ids"].tolist()]
 
 
+@torch.no_grad()
+def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
+    """Rows (N, length) of token ids: prompts (N, P) and what the model goes on with, sampled as it is.
+
+    Instruct models ship with generation settings that make every sample the same.
+    """
+    return model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        min_new_tokens=length - prompts.shape[1],
+        max_new_tokens=length - prompts.shape[1],
+        pad_token_id=int(prompts[0, 0]),  # never needed: all rows are of full length
+    )
+
+
 def _own_samples(
     model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
@@ -302,18 +323,5 @@ def _own_samples(
     for number in range(math.ceil(tokens / (batch_size * max_length))):
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed + number)
-            prompt = torch.full((batch_size, 1), start, device=device)
-            ids = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,  # as it is: instruct models ship with settings that make every sample the same
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                num_beams=1,
-                min_new_tokens=max_length - 1,
-                max_new_tokens=max_length - 1,
-                pad_token_id=start,
-            )
+            ids = plain_samples(model, torch.full((batch_size, 1), start, device=device), max_length)
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

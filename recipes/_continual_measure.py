@@ -22,6 +22,7 @@ from quality_data import PROMPT
 from torch import Tensor
 
 from peft_bundles.base import CHILD
+from peft_bundles.calibration import plain_samples
 from peft_bundles.evaluation.answers import f1
 from peft_bundles.evaluation.code import human_eval_problems, pass_rate
 
@@ -387,21 +388,8 @@ class Bench:
         torch.manual_seed(0)
         for start in ("<|endoftext|>", "<|im_start|>user\n"):
             prompt = torch.tensor([self.tokenizer(start, add_special_tokens=False)["input_ids"]], device=self.device)
-            prompt = prompt.expand(-(-rows // 2), -1)
-            new = max(1, tokens - prompt.shape[1])
             with self._cast():
-                made = self.base.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    min_new_tokens=new,
-                    max_new_tokens=new,
-                    pad_token_id=0,
-                )
+                made = plain_samples(self.base, prompt.expand(-(-rows // 2), -1), max(tokens, prompt.shape[1] + 1))
             texts.append(self.tokenizer.batch_decode(made))
         return [text for pair in zip(*texts) for text in pair][:rows]
 

@@ -50,10 +50,11 @@ def measured(folder: Path, records: list[Record], before: Spaces | None = None) 
     with np.load(folder / "base.npz") as file:
         depths, labels = file["depths"].tolist(), [TASKS[n] for n in file["task"]]
     arrays = arrays_of(folder, records)
-    found: Spaces = {"depths": depths, "rows": len(labels), "spaces": dict((before or {}).get("spaces", {}))}
+    spaces = {name: dict(seeds) for name, seeds in (before or {}).get("spaces", {}).items()}
+    found: Spaces = {"depths": depths, "rows": len(labels), "spaces": spaces}
     trunk = arrays["trunk", "0"]
     for (name, seed), space in arrays.items():
-        found["spaces"].setdefault(name, {})[seed] = {
+        spaces.setdefault(name, {})[seed] = {
             at: [one(space[at][n], labels, trunk[at][n]) for n in range(len(depths))] for at in space
         }
     return found

@@ -48,15 +48,8 @@ import peft_bundles
 from peft_bundles.data.fetch import cache_folder
 
 
-LABELS = (
-    "label",
-    "group",
-    "alphas",
-    "shrink",
-    "reflection",
-    "features",
-    "code",
-)  # of a condition: no settings of its training
+# Of a condition, what is no setting of its training.
+LABELS = ("label", "group", "alphas", "shrink", "reflection", "features", "code")
 EXTRAS = {"alphas": "sweep", "shrink": "shrink", "reflection": "reflect"}  # field of some records -> Bench's method
 ORDERS = {"A": TASKS, "B": ("logic", "meta", "memory"), "C": ("meta", "memory", "logic")}
 

@@ -5,17 +5,14 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import snapshot, unchanged
 from safetensors.torch import load_file, save_file
-from training import arguments, config, losses_of, model, pairs, texts, tokenizer, trainer
+from training import arguments, config, losses_of, model, pairs, texts, tokenizer, trainer, two_processes
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_bundles import BundleConfig
@@ -177,31 +174,22 @@ def _run(folder: str, world: int, **fields) -> BundleTrainer:
     return BundleTrainer(model(calibrated=True), args, kept, tokenizer())
 
 
-def _worker(rank: int, world: int, folder: str, port: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
-    )
-    torch.set_num_threads(1)
-    run = _run(folder, world, ddp_backend="gloo", save_strategy="steps", save_steps=2)
+def _worker(rank: int, folder: str) -> None:
+    run = _run(folder, 2, ddp_backend="gloo", save_strategy="steps", save_steps=2)
     run.train()
     found = run.evaluate()
     heads = run.objectives["ppo"].value_head.state_dict()
     torch.save(
         {"state": run.model.state_dict(), "heads": heads, "log": losses_of(run), "eval": found}, f"{folder}/{rank}.pt"
     )
-    again = _run(folder, world, ddp_backend="gloo", save_strategy="steps", save_steps=2)
+    again = _run(folder, 2, ddp_backend="gloo", save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     torch.save(again.model.state_dict(), f"{folder}/resumed-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    mp.spawn(_worker, args=(2, str(tmp_path / "two"), port), nprocs=2)
-    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
+    first, second = two_processes(_worker, tmp_path / "two")
     assert unchanged(first["state"], second["state"]) and unchanged(first["heads"], second["heads"])
     for rank in (0, 1):
         assert unchanged(first["state"], torch.load(tmp_path / "two" / f"resumed-{rank}.pt"))

@@ -1,19 +1,15 @@
 """FSDP2: a run whose frozen trunk is sharded over two processes is the run of one process with a whole model."""
 
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.utils import FullyShardedDataParallelPlugin
 from models import TINY, batch, layers, logits, quietly_loaded, unchanged
 from torch import nn
 from torch.distributed.tensor import DTensor
-from training import arguments, bundles_of, losses_of, model, pairs, texts, tokenizer
+from training import arguments, bundles_of, losses_of, model, pairs, texts, tokenizer, two_processes
 
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
@@ -42,9 +38,7 @@ def run_of(folder: Path, world: int, **fields) -> BundleTrainer:
     return BundleTrainer(model(calibrated=True), args, objectives, tokenizer())
 
 
-def worker(rank: int, folder: str, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     common = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 3, **FSDP}
     run = run_of(Path(folder), 2, **common)
     run.train()
@@ -68,18 +62,13 @@ def worker(rank: int, folder: str, port: str) -> None:
     again = run_of(Path(folder), 2, **common)
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
     torch.save(bundles_of(again.model), f"{folder}/resumed-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> tuple[Path, dict, dict]:
     """The folder of a run of two processes, and what each of them found."""
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    mp.spawn(worker, args=(str(folder), port), nprocs=2)
-    return folder, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return folder, *two_processes(worker, folder)
 
 
 @pytest.fixture(scope="module")

@@ -319,10 +319,11 @@ def test_h4_compares_with_trunk_and_m0(report, read, tmp_path, gap, expected):
         cells += [made.cell("bundles", seed=seed, modes=made.TAGGED, features=f"bundles{seed}.npz")]
         for name, bundles in (("base.npz", False), (f"lora{seed}.npz", False), (f"bundles{seed}.npz", True)):
             made.features(tmp_path / "more", name, gap, bundles)
-    before = json.loads(json.dumps(study.spaces))
+    before, kept = study.spaces, json.dumps(study.spaces)
     study = read(cells)
     study.spaces = report._spaces.measured(tmp_path / "more", study.records, before)
     assert verdict(report, "H4", study) == f"**{expected}**"
+    assert json.dumps(before) == kept
     assert list(study.spaces["spaces"]["bundles/sequence/bundles"]) == ["1", "2", "3"]
     assert study.spaces["spaces"]["bundles/sequence/bundles"]["1"] == before["spaces"]["bundles/sequence/bundles"]["1"]
 

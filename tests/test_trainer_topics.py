@@ -3,20 +3,16 @@
 import ast
 import itertools
 import json
-import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import TINY, perturb, snapshot, unchanged
 from peft import get_peft_model
 from torch import Tensor
-from training import arguments, bundles_of, losses_of, tokenizer
+from training import arguments, bundles_of, losses_of, tokenizer, two_processes
 from transformers import TrainerCallback
 
 from peft_bundles import BundleConfig, calibrate
@@ -308,25 +304,18 @@ def run_of(folder: Path, world: int, mask: str, **fields) -> BundleTrainer:
     )  # fmt: skip
 
 
-def worker(rank: int, folder: str, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     found = {}
     for mask in ("stochastic", "rate", "hard"):
         run = run_of(Path(folder), 2, mask, ddp_backend="gloo")
         run.train()
         found[mask] = bundles_of(run.model), run.evaluate()["eval_loss/lm"]
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    mp.spawn(worker, args=(str(tmp_path), port), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = two_processes(worker, tmp_path)
     for mask in ("stochastic", "rate", "hard"):
         alone = run_of(tmp_path, 1, mask)
         alone.train()

@@ -1,18 +1,15 @@
 """DeepSpeed's ZeRO: the run of two processes whose optimizer lies in parts is the run of two with a whole one each."""
 
 import itertools
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import unchanged
 from torch import nn
-from training import arguments, bundles_of, losses_of, model, pairs, texts, tokenizer
+from training import arguments, bundles_of, losses_of, model, pairs, texts, tokenizer, two_processes
 from transformers import TrainerCallback
 
 from peft_bundles.objectives import LM, PPO, Preference
@@ -69,9 +66,7 @@ def outcome(run: BundleTrainer) -> dict:
     }
 
 
-def worker(rank: int, folder: str, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     found = {}
     for name, fields in (("ddp", {}), ("zero", ZERO), ("whole", ZERO | WHOLE)):
         run = run_of(Path(folder) / name, 2, ddp_backend="gloo", **fields)
@@ -85,18 +80,13 @@ def worker(rank: int, folder: str, port: str) -> None:
         again.train(resume_from_checkpoint=f"{folder}/{name}/checkpoint-3")
         found[f"resumed from {name}"] = outcome(again)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, dict, dict]:
     """The folder of the runs of two processes, and what each of them found."""
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    mp.spawn(worker, args=(str(folder), port), nprocs=2)
-    return folder, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return folder, *two_processes(worker, folder)
 
 
 def same(a: dict, b: dict) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from models import BOS, EOS, PAD, TINY, VOCABULARY, perturb
 from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -108,3 +112,20 @@ def losses_of(run: BundleTrainer, prefix: str = "loss/") -> list[dict[str, float
     """The logged losses, a step each."""
     steps = [{k: v for k, v in entry.items() if k.startswith(prefix)} for entry in run.state.log_history]
     return [s for s in steps if s]
+
+
+def _started(rank: int, work: Callable[[int, str], None], folder: str, port: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    work(rank, folder)
+    dist.destroy_process_group()
+
+
+def two_processes(work: Callable[[int, str], None], folder: Path) -> tuple[Any, Any]:
+    """Run work(rank, folder) in two processes on the CPU; what each has saved as folder/<rank>.pt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    mp.spawn(_started, args=(work, str(folder), port), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return first, second
