@@ -36,6 +36,7 @@ cut: null basis up to {} of the variance | train_basis: basis trained | out: wri
 act=shrink: one-sided threshold | act=shrink_both: two-sided threshold | act=shrink_square: squared threshold
 out=quiet: writes along the Fisher matrix's eigenvectors | threshold: at {} deviations | decay: weight decay {}
 learn_threshold: threshold trained | freeze_down: keys random and frozen | projector: tied projector of {} R
+bottleneck: hidden units {} of its rank
 novelty: gate that opens above quantile {} of novelty | centre: mean output on calibration text subtracted
 norm_budget: delta at most {} of the state
 ramp: from {} times its scale to the whole of it | scale: output times {}
@@ -395,7 +396,7 @@ Rows with their rate: learning / rise / ratio.
 | --- | --- | --- |
 | `projection` | `"none"` | {ref}; {row("form:projector=1.0", TUNED)} (with fewer parameters); the package with \
 "tied", twice the parameters: {row("bundles:quiet=20,projection=tied", TUNED)} against {row(*OURS)}. \
-Without one the hidden width is what the budget leaves: no bottleneck ratio to choose |
+Without one the hidden width is what the budget leaves; other bottleneck ratios with one are not run |
 | `input_norm` | `"standard"` | {ref}; {row("form:input=rms", TUNED)}; {row("form:input=next_norm", TUNED)}. Without \
 a basis: {row("form:basis=identity,out=identity", TUNED)}; \
 {row("form:input=centred,basis=identity,out=identity", TUNED)}; \
