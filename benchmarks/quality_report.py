@@ -395,8 +395,11 @@ Rows with their rate: learning / rise / ratio.
 | field of `BundleConfig` | value | what set it |
 | --- | --- | --- |
 | `projection` | `"none"` | {ref}; {row("form:projector=1.0", TUNED)} (with fewer parameters); the package with \
-"tied", twice the parameters: {row("bundles:quiet=20,projection=tied", TUNED)} against {row(*OURS)}. \
-Without one the hidden width is what the budget leaves; other bottleneck ratios with one are not run |
+"tied", twice the parameters: {row("bundles:quiet=20,projection=tied", TUNED)}, with "free", three times: \
+{row("bundles:quiet=20,projection=free", TUNED)}, against {row(*OURS)}. Without one the hidden width is what the \
+budget leaves; with one, at that budget and half of the rank as hidden units: \
+{row("form:projector=1.0,bottleneck=0.5", TUNED)}, and with the penalty \
+{row("form:quiet=30.0,projector=1.0,bottleneck=0.5", 0.004)} against {row("form:quiet=30.0", 0.004)} |
 | `input_norm` | `"standard"` | {ref}; {row("form:input=rms", TUNED)}; {row("form:input=next_norm", TUNED)}. Without \
 a basis: {row("form:basis=identity,out=identity", TUNED)}; \
 {row("form:input=centred,basis=identity,out=identity", TUNED)}; \
