@@ -12,6 +12,7 @@ them (decoding); with many, matrix products are faster.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,11 +148,35 @@ if triton is not None:
         tl.store(out + at, whole.to(out.dtype.element_ty), mask=inside)
 
 
+_built: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...], *constants: Any,
+    **options: Any,
+) -> None:  # fmt: skip
+    """`kernel` over a grid. Triton looks at every argument of every call, which takes longer than a decoding kernel.
+
+    So one that was built for arguments like these is called as it is. Alike is what Triton builds anew for: dtypes,
+    numbers that are 1 or multiples of 16, pointers to multiples of 16 bytes; on AMD's GPUs it is more.
+    """
+    kinds = [-1 if n == 1 else n % 16 == 0 for n in numbers]
+    key = kernel, tensors[0].device, constants, *kinds, *[t.dtype for t in tensors]
+    aligned = not any(t.data_ptr() % 16 for t in tensors) and torch.version.hip is None
+    built = _built.get(key) if aligned else None
+    if built is not None:
+        built[(*grid, 1)](*tensors, *numbers, *constants)
+        return
+    built = kernel[grid](*tensors, *numbers, *constants, **options)
+    if aligned:
+        _built[key] = built  # (None from the interpreter)
+
+
 def centred(hidden: Tensor, mean: Tensor) -> Tensor:
     """hidden - mean, contiguous, for (B, T, d) and (d,); see `usable`."""
     hidden, d = hidden.contiguous(), hidden.shape[-1]
     x = torch.empty_like(hidden)
-    _centre[(hidden.numel() // d,)](hidden, mean.contiguous(), x, d, C=triton.next_power_of_2(d))
+    _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x), (d,), triton.next_power_of_2(d))
     return x
 
 
@@ -159,8 +184,8 @@ def added(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right, contiguous, for (B, T, d), (B, T, H) and (H, d) of one dtype; see `usable`."""
     base, left, right = base.contiguous(), left.contiguous(), right.contiguous()
     (H, d), out = right.shape, torch.empty_like(base)
-    N = base.numel() // d
-    _add[(triton.cdiv(d, 128), triton.cdiv(N, 64))](base, left, right, out, N, H, d, BM=64, BN=128, BK=64, num_stages=2)
+    N, M = base.numel() // d, 64
+    _launch(_add, (-(-d // 128), -(-N // M)), (base, left, right, out), (N, H, d), M, 128, 64, num_stages=2)
     return out
 
 
@@ -179,11 +204,9 @@ def few_tokens(
         (B, T, d).
     """
     (batch, length, d), H, D, E = hidden.shape, E.shape[0], D.T, E.T
-    a = hidden.new_empty(batch * length, H)
+    a, y = hidden.new_empty(batch * length, H), torch.empty_like(residual)
     given = mean if mean is not None else D, D, alpha if alpha is not None else D
-    _read[(-(-H // 2), batch * length)](
-        hidden, *given, a, H, d, nonlinear, length, MEAN=mean is not None, ALPHA=alpha is not None, U=2, C=1024
-    )
-    y = torch.empty_like(residual)
-    _write[(-(-d // 8), batch * length)](residual, a, E, y, H, d, U=256, C=8)
+    flags = mean is not None, alpha is not None
+    _launch(_read, (-(-H // 2), batch * length), (hidden, *given, a), (H, d, nonlinear, length), *flags, 2, 1024)
+    _launch(_write, (-(-d // 8), batch * length), (residual, a, E, y), (H, d), 256, 8)
     return y
