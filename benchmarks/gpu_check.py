@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
 from peft_bundles.functional import activate, bundle_reference
-from peft_bundles.kernels import centred, fits
+from peft_bundles.kernels import added, centred, fits
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -123,8 +123,13 @@ def decoding() -> dict[str, Any]:
     layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
     mean = layer.bundle_mean["default"].normal_(0, 3).bfloat16()
     states = torch.randn(4, 300, 256, device="cuda", dtype=torch.bfloat16)
-    x, copy = centred(states, layer.bundle_mean["default"])
-    found: dict[str, Any] = {"centred_is_exact": torch.equal(x, states - mean) and torch.equal(copy, states)}
+    x = centred(states, layer.bundle_mean["default"])
+    left, right = torch.randn_like(x[..., :72]), torch.randn_like(x[0, :72]) / 8
+    update, got = left.double() @ right.double(), added(states, left, right).double() - states.double()
+    found: dict[str, Any] = {
+        "centred_is_exact": torch.equal(x, states - mean),
+        "added_relative_error": float((got - update).norm() / update.norm()),
+    }
     for rows, alphas in ((1, {}), (8, {}), (8, {"b_policy": torch.linspace(0, 1, 8)})):
         hidden = torch.randn(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
         with model.alphas(alphas):

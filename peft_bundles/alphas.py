@@ -196,7 +196,7 @@ def parse_alphas(
             raise ValueError(
                 f"alphas of shape {tuple(table.shape)} must end in one value per bundle, {len(known)}: {known}."
             )
-        values = dict(zip(known, table.unbind(-1)))
+        return _parse_columns(known, table, per, state.num_layers)
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"alphas for unknown bundle(s) {unknown}; known are {known}.")
     return {name: _parse_one(name, value, per, state.num_layers) for name, value in values.items()}
@@ -223,21 +223,33 @@ def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
 @torch.compiler.disable  # it looks at values, which no graph holds; traced, each new list would compile again
 def _parse_table(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
     tensor = _tensor(f"alphas[{name!r}]", value)
-    tensor = tensor if tensor.is_floating_point() else tensor.float()
-    tensor = tensor if tensor.requires_grad else tensor.clone()  # what the user does to it later is no new alpha
-    if not bool(torch.isfinite(tensor.detach()).all()):
-        raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
-    if per == "layer" and tensor.dim() == 1:
-        if len(tensor) != num_layers:
-            raise ValueError(f"alphas[{name!r}] has {len(tensor)} values, but the model has {num_layers} layers.")
-        return tuple(tensor.tolist())
-    if tensor.dim() > 2 or (per == "layer" and tensor.dim() > 0):
-        wanted = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
-        raise ValueError(f"alphas[{name!r}] of shape {tuple(tensor.shape)} must be {wanted}.")
-    if not tensor.requires_grad and (tensor.dim() == 0 or not tensor.any()):
-        # Off in every row is the number 0: such a bundle gets no gradient, where zeros would let AdamW move it.
-        return float(tensor.reshape(-1)[0]) if tensor.numel() else 0.0
-    return tensor
+    return _parse_columns([name], tensor[..., None], per, num_layers)[name]
+
+
+@torch.compiler.disable
+def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: int) -> dict[str, AlphaValue]:
+    """A table whose last axis is that of the bundles; all are looked at together, for each look waits for a GPU."""
+    table = table if table.is_floating_point() else table.float()
+    table = table if table.requires_grad else table.clone()  # what the user does to it later is no new alpha
+    values = table.detach().reshape(-1, len(names))
+    finite, off = torch.stack([values.isfinite().all(0), (values == 0).all(0)]).tolist()
+    found: dict[str, AlphaValue] = {}
+    for name, tensor, is_finite, is_off in zip(names, table.unbind(-1), finite, off):
+        if not is_finite:
+            raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
+        if per == "layer" and tensor.dim() == 1:
+            if len(tensor) != num_layers:
+                raise ValueError(f"alphas[{name!r}] has {len(tensor)} values, but the model has {num_layers} layers.")
+            found[name] = tuple(tensor.tolist())
+        elif tensor.dim() > 2 or (per == "layer" and tensor.dim() > 0):
+            wanted = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
+            raise ValueError(f"alphas[{name!r}] of shape {tuple(tensor.shape)} must be {wanted}.")
+        elif tensor.requires_grad or not (tensor.dim() == 0 or is_off):
+            found[name] = tensor
+        else:
+            # Off in every row is the number 0: such a bundle gets no gradient, where zeros would let AdamW move it.
+            found[name] = 0.0 if is_off else float(tensor)
+    return found
 
 
 @contextmanager

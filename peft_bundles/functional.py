@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import centred, usable
+from .kernels import MANY, added, centred, usable
 
 
 @dataclass
@@ -101,6 +101,8 @@ def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
+    if base[..., 0].numel() >= MANY and usable(base, right.dtype):
+        return added(base, left, right)
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
         # No view: an in-place operation on a block's output that is one loses the hooks that FSDP puts on it.
@@ -119,9 +121,8 @@ class _Bundles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
-        out = None
-        if mean is not None and residual is None and usable(hidden, dtype):
-            x, out = centred(hidden, mean)
+        if mean is not None and usable(hidden, dtype):
+            x = centred(hidden, mean)
         else:
             x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         x = x.flatten(0, -2).to(dtype)
@@ -129,10 +130,7 @@ class _Bundles(torch.autograd.Function):
         a = activate(s, nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
-        if out is not None:
-            out.flatten(0, -2).addmm_(a.flatten(0, -2), E.to(dtype))
-        else:
-            out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
+        out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
         # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
         # passes of one graph (signals.py), which the version check of saved tensors would forbid.

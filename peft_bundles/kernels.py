@@ -1,11 +1,12 @@
-"""Triton kernels for what plain PyTorch does badly on a GPU: a few tokens (decoding), and centring a training batch.
+"""Triton kernels for what plain PyTorch does badly on a GPU; benchmarks/kernel_trials.py times each against it.
 
 `few_tokens` is the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels, where PyTorch
 takes six, rounded where it is rounded there. A program reads its part of D or E for one token, so this is for few of
-them; with many, matrix products are faster.
+them (decoding); with many, matrix products are faster.
 
-`centred` is h - mu and a copy of h (to add the update to, in place) in one pass over h: PyTorch's subtraction of a row
-runs at half of the memory's speed.
+`centred` is h - mu in one pass at the memory's speed: PyTorch's subtraction of a row runs at half of it.
+
+`added` is base + left right with all three kept. PyTorch has no such product: `addmm` copies the base first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ try:
 except ImportError:  # a PyTorch without GPU support has none
     triton = None
 
-TOKENS = 8  # as many at most
+TOKENS, MANY = 8, 512  # `few_tokens` is for as many at most, `added` for as many at least
 
 
 def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -60,21 +61,24 @@ def _right(device: torch.device) -> bool:
 
 @torch.no_grad()
 def _error(device: torch.device) -> float:
-    """Relative error of `few_tokens` on random numbers, infinite if `centred` is not exact. float16 has its digits."""
+    """The largest relative error on random numbers, infinite if `centred` is not exact. float16 has its digits."""
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device).half()
 
+    def off(found: Tensor, update: Tensor) -> float:
+        return float((found.double() - residual.double() - update).norm() / update.norm())
+
     h, residual, mean, alpha = new(2, 2, 72) + 3, new(2, 2, 72), new(72) + 3, new(2, 1, 12)
-    D, E, nonlinear = (new(12, 72) / 72**0.5).T, new(12, 72), 5
-    x, copy = centred(h, mean)
-    if not (torch.equal(x, h - mean) and torch.equal(copy, h)):
+    D, E, nonlinear = (new(12, 72) / 72**0.5).T, new(72, 12).T, 5
+    x = centred(h, mean)
+    if not torch.equal(x, h - mean):
         return float("inf")
-    s = (h - mean).double() @ D.double()
+    s = x.double() @ D.double()
     update = (torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * alpha.double()) @ E.double()
-    found = few_tokens(h, residual, mean, D, E, nonlinear, alpha)
-    return float((found.double() - residual.double() - update).norm() / update.norm())
+    sum_error = off(added(residual, s.half(), E), s.half().double() @ E.double())
+    return max(sum_error, off(few_tokens(h, residual, mean, D, E, nonlinear, alpha), update))
 
 
 if triton is not None:
@@ -105,36 +109,59 @@ if triton is not None:
 
     @triton.jit
     def _write(h, a, E, y, H, d, U: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """y (N, d) = h + a E of C columns and a token a program."""
+        """y (N, d) = h + a E of C columns and a token a program; E is (d, H) here."""
         columns, token = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1)
-        units = tl.arange(0, U)
-        total = tl.zeros((U, C), tl.float32)
+        total = tl.zeros((C, U), tl.float32)
         for start in range(0, H, U):
-            at = start + units
+            at = start + tl.arange(0, U)
             active = tl.load(a + token * H + at, mask=at < H, other=0.0).to(tl.float32)
-            inside = (at < H)[:, None] & (columns < d)[None, :]
-            weights = tl.load(E + at[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += active[:, None] * weights
+            inside = (columns < d)[:, None] & (at < H)[None, :]
+            weights = tl.load(E + columns[:, None] * H + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += weights * active[None, :]
         base = tl.load(h + token * d + columns, mask=columns < d, other=0.0).to(tl.float32)
-        tl.store(y + token * d + columns, (base + tl.sum(total, 0)).to(y.dtype.element_ty), mask=columns < d)
+        tl.store(y + token * d + columns, (base + tl.sum(total, 1)).to(y.dtype.element_ty), mask=columns < d)
 
     @triton.jit
-    def _centre(h, mean, x, y, d, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """x = h - mean and y = h of a token, all (N, d), a program."""
+    def _centre(h, mean, x, d, C: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x = h - mean of a token, both (N, d), a program."""
         columns = tl.arange(0, C)
         at = tl.program_id(0).to(tl.int64) * d + columns
         value = tl.load(h + at, mask=columns < d)
         middle = tl.load(mean + columns, mask=columns < d).to(value.dtype).to(tl.float32)
         tl.store(x + at, (value.to(tl.float32) - middle).to(value.dtype), mask=columns < d)
-        tl.store(y + at, value, mask=columns < d)
+
+    @triton.jit
+    def _add(base, left, right, out, N, H, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """out (N, d) = base + left (N, H) @ right (H, d), BM x BN of it a program."""
+        columns, rows = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+        total = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, H, BK):
+            k = start + tl.arange(0, BK)
+            a = tl.load(left + rows[:, None] * H + k[None, :], mask=(rows < N)[:, None] & (k < H)[None, :], other=0.0)
+            b = tl.load(
+                right + k[:, None] * d + columns[None, :], mask=(k < H)[:, None] & (columns < d)[None, :], other=0.0
+            )
+            total = tl.dot(a, b, total)
+        at, inside = rows[:, None].to(tl.int64) * d + columns[None, :], (rows < N)[:, None] & (columns < d)[None, :]
+        whole = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + total
+        tl.store(out + at, whole.to(out.dtype.element_ty), mask=inside)
 
 
-def centred(hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden - mean and a copy of hidden, both contiguous, for (B, T, d) and (d,); see `usable`."""
+def centred(hidden: Tensor, mean: Tensor) -> Tensor:
+    """hidden - mean, contiguous, for (B, T, d) and (d,); see `usable`."""
     hidden, d = hidden.contiguous(), hidden.shape[-1]
-    x, copy = torch.empty_like(hidden), torch.empty_like(hidden)
-    _centre[(hidden.numel() // d,)](hidden, mean.contiguous(), x, copy, d, C=triton.next_power_of_2(d))
-    return x, copy
+    x = torch.empty_like(hidden)
+    _centre[(hidden.numel() // d,)](hidden, mean.contiguous(), x, d, C=triton.next_power_of_2(d))
+    return x
+
+
+def added(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left @ right, contiguous, for (B, T, d), (B, T, H) and (H, d) of one dtype; see `usable`."""
+    base, left, right = base.contiguous(), left.contiguous(), right.contiguous()
+    (H, d), out = right.shape, torch.empty_like(base)
+    N = base.numel() // d
+    _add[(triton.cdiv(d, 128), triton.cdiv(N, 64))](base, left, right, out, N, H, d, BM=64, BN=128, BK=64, num_stages=2)
+    return out
 
 
 def few_tokens(
@@ -145,18 +172,18 @@ def few_tokens(
     Args:
         hidden, residual: (B, T, d), contiguous, of one dtype; see `fits`.
         mean: (d,) or None.
-        D, E: (d, H) and (H, d), D with its columns and E with its rows contiguous.
+        D, E: (d, H) and (H, d), both with their columns contiguous.
         alpha: (B, 1, H), contiguous, or None.
 
     Returns:
         (B, T, d).
     """
-    (batch, length, d), H, D = hidden.shape, E.shape[0], D.T
+    (batch, length, d), H, D, E = hidden.shape, E.shape[0], D.T, E.T
     a = hidden.new_empty(batch * length, H)
     given = mean if mean is not None else D, D, alpha if alpha is not None else D
     _read[(-(-H // 2), batch * length)](
         hidden, *given, a, H, d, nonlinear, length, MEAN=mean is not None, ALPHA=alpha is not None, U=2, C=1024
     )
     y = torch.empty_like(residual)
-    _write[(-(-d // 32), batch * length)](residual, a, E, y, H, d, U=64, C=32)
+    _write[(-(-d // 8), batch * length)](residual, a, E, y, H, d, U=256, C=8)
     return y

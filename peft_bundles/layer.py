@@ -263,8 +263,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 out = out.flatten(0, -2)
                 continue
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
-            if alpha is not None:
-                a.view(*hidden.shape[:-1], -1).mul_(alpha)  # in place: one look at the shape less than a new tensor
+            if alpha is not None:  # in place: one look at the shape less than a new tensor
+                (a if alpha.dim() == 2 else a.view(*hidden.shape[:-1], -1)).mul_(alpha)
             out = torch.addmm(out, a, E) if out.dtype == dtype else out + a @ E
         return out.view(hidden.shape)
 
@@ -285,7 +285,9 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 if alpha is not None:
                     alpha = alpha.to(dtype)
                     alpha = alpha.expand(len(hidden), -1, -1).contiguous() if few else alpha
-                plan.append((few, mean, D.T.contiguous().T if few else D, E, packing.nonlinear, alpha))
+                    alpha = alpha[:, 0] if hidden.shape[1] == 1 and not few else alpha
+                D, E = (t.T.contiguous().T for t in (D, E)) if few else (D, E)
+                plan.append((few, mean, D, E, packing.nonlinear, alpha))
         return plan
 
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:

@@ -160,7 +160,8 @@ class Packing:
             """Which entry of the joined weights, the 0 and the 1 behind them, each place gets; and the way back."""
             place = torch.full((size,), len(index)).index_fill_(0, ones, len(index) + 1)
             place.index_copy_(0, index, torch.arange(len(index)))
-            return {"place": place, "back": torch.cat([index, index.new_zeros(2)]) if size else index.new_zeros(0)}
+            back = torch.cat([index, index.new_zeros(2)]) if size else index.new_zeros(0)
+            return {"place": place.int(), "back": back.int()}  # half of what a gather reads is its indices
 
         self._index = {
             "owner": self.owner,
@@ -215,11 +216,8 @@ class Packing:
             return _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype).view(size)
 
         if key not in joined:
-            joined[key] = [
-                self._join(tables, key, index["constants"])
-                for tables in ((down, up), (weight,), (weight_out,))
-                if tables[0] or tables[0] is down
-            ]
+            tables = [(down, up), *((each,) for each in (weight, weight_out) if each)]
+            joined[key] = [self._join(each, key, index["constants"]) for each in tables]
         flat, *projectors = joined[key]
         maps = lay(flat, "maps", 2, self.total_hidden, self.width)
         if projectors:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .basis import align
 from .functional import activate, activate_backward
 from .layer import BundleLayer
 
@@ -103,6 +105,7 @@ class _Energy(torch.autograd.Function):
         for spans, product in zip(ctx.groups, products):
             units, E = _taken(a, spans, 2), _taken(writes, spans, 1)
             sizes = [size for _, size in spans]
+            sizes.append(E.shape[1] - sum(sizes))
             dE = (twice * (units.mT @ units)) @ E
             for (start, size), d_units, d_writes in zip(spans, product.split(sizes, 2), dE.split(sizes, 1)):
                 da[..., start : start + size] = twice * d_units
@@ -113,6 +116,10 @@ class _Energy(torch.autograd.Function):
 
 
 def _taken(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
-    """The hidden units of a group: a view where they lie side by side."""
+    """The hidden units of a group side by side, with zeros to a good size.
+
+    Copied, for where they lie they may begin at any number: a GPU has its slowest products for those.
+    """
     parts = [tensor.narrow(dim, *span) for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    units = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return F.pad(units, (0, 0) * (tensor.dim() - 1 - dim) + (0, align(units.shape[dim]) - units.shape[dim]))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPARE = """
 import itertools
 import torch
-from peft_bundles.kernels import centred, few_tokens
+from peft_bundles.kernels import added, centred, few_tokens
 from peft_bundles.functional import bundle_forward
 
 torch.manual_seed(0)
@@ -29,7 +29,7 @@ cases = itertools.product([(1, 1, 64, 8, 8), (2, 2, 72, 12, 5)], *[(True, False)
 for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0), True, True, True)]:
     # The interpreter cuts bfloat16 off where it should round: float16.
     new = lambda *size: torch.randn(*size, dtype=torch.float16)
-    hidden, E, D = new(B, T, d) + 3, new(H, d), (new(H, d) / d**0.5).T
+    hidden, E, D = new(B, T, d) + 3, new(d, H).T, (new(H, d) / d**0.5).T
     mean = new(d) + 3 if middle else None
     alpha = torch.rand(B, 1, H).half() if gated else None
     residual = hidden if own else new(B, T, d)
@@ -43,11 +43,21 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
     assert found.dtype == torch.float16 and error < 2e-3, (B, T, d, H, nonlinear, middle, gated, own, error)
     if mean is not None:
         for given in (mean, mean.float()):
-            x, copy = centred(hidden, given)
-            assert torch.equal(x, hidden - mean) and torch.equal(copy, hidden) and copy is not hidden
+            assert torch.equal(centred(hidden, given), hidden - mean)
     if gated:
         alpha[0] = 0
         assert torch.equal(few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)[0], residual[0])
+
+for B, T, d, H in ((1, 2, 64, 8), (2, 75, 200, 72), (3, 50, 130, 64)):  # whole tiles and parts of one
+    base, left, right = new(B, T, d), new(B, T, H), new(H, d)
+    for into in (right, right.T.contiguous().T):
+        before = base.clone()
+        exact, found = base.double() + left.double() @ into.double(), added(base, left, into)
+        assert torch.equal(base, before) and found.shape == base.shape
+        assert (found.double() - exact).norm() / (exact - base.double()).norm() < 2e-3, (B, T, d, H)
+    off = left.clone()
+    off[0] = 0
+    assert torch.equal(added(base, off, right)[0], base[0])
 """
 
 
@@ -69,19 +79,27 @@ def test_where_they_cannot_be_built_they_are_not_used():
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(kernels, "centred", lambda h, mean: (h - mean, h))
+    monkeypatch.setattr(kernels, "centred", lambda h, mean: h - mean)
+
+    def summed(base, left, right):
+        return (base.double() + left.double() @ right.double()).half()
 
     def plain(h, residual, mean, D, E, nonlinear, alpha, off=0.0):
         a = activate((h - mean).double() @ D.double(), nonlinear) * alpha.double()
         return (residual.double() + (1 + off) * a @ E.double()).half()
 
     monkeypatch.setattr(kernels, "few_tokens", plain)
+    monkeypatch.setattr(kernels, "added", summed)
     assert kernels._right(cpu)
     kernels._checked.pop(cpu)
-    monkeypatch.setattr(kernels, "few_tokens", lambda *given: plain(*given, off=0.02))
-    with pytest.warns(UserWarning, match="off by 2"):
-        assert not kernels._right(cpu)
-    kernels._checked.pop(cpu)
+    for name, wrong in (
+        ("few_tokens", lambda *given: plain(*given, off=0.02)),
+        ("added", lambda base, left, right: summed(base, 1.02 * left, right)),
+    ):
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="off by 2"):
+            patch.setattr(kernels, name, wrong)
+            assert not kernels._right(cpu)
+        kernels._checked.pop(cpu)
 
 
 def test_they_are_for_a_gpu_only():
