@@ -65,6 +65,7 @@ def why(study: Study) -> str:
     beside = [
         (LOUD, "bundles without the penalty on what they add to general text"),
         (SEPARATE, "one LoRA a task, all on"),
+        (("lora_separate_kl", "sequence"), "the same with a KL penalty on the same text"),
         (ALL_ON, "bundles that learn with the earlier ones on"),
     ]
     more = [f"{words} {ci(f)}" for key, words in beside if (f := s.reduction(study, key, "all")) is not None]

@@ -28,6 +28,7 @@ overlap_all all : lora_separate all : The same, supports half common
 mistag tag : lora_separate_mistag tag : A fifth of the rows mis-tagged, true tag at test
 mistag all : lora_separate_mistag all : A fifth of the rows mis-tagged, no tag at test
 mistag m tag : lora_separate_mistag m tag : Mixture, a fifth mis-tagged, true tag at test"""
+KL = ", the LoRAs with a KL penalty on the same text"
 BEYOND = """bundles_all all : bundles all : No tag: learning with the earlier ones on, against only the own one
 overlap tag : bundles tag : True tag: supports half common against apart
 overlap all : bundles all : No tag: supports half common against apart
@@ -39,6 +40,7 @@ bundles_trunk_projected all : bundles_trunk all : No tag: the trunk's gradients 
 CONTROLS = """bundles all : bundles_loud all : No tag: with the penalty on what they add to other text, against without
 bundles all : unrouted all : No tag: routing against none
 bundles all : random all : No tag: routing by task against random routing
+bundles all : lora_kl all : No tag: against one LoRA for all tasks with a KL penalty on the same text
 bundles_trunk tag : full all : Trunk trained, true tag: against full fine-tuning
 bundles_trunk all : full all : Trunk trained, no tag: against full fine-tuning
 bundles_trunk m tag : full m all : Mixture, trunk trained, true tag: against full fine-tuning
@@ -106,11 +108,22 @@ def without_penalty(study: Study) -> str:
         return ""
     won = [c.words.removesuffix(", without the penalty") for c in kind if told(c.found) == "better"]
     if won:
-        return f"**Without the penalty bundles are better than one LoRA a task, too** ({'; '.join(won)})."
-    return (
-        "**Without the penalty bundles are in no mode shown to be better than one LoRA a task.** What is better with "
-        "it is the doing of the adapter and its penalty, not of routing."
-    )
+        said = f"**Without the penalty bundles are better than one LoRA a task, too** ({'; '.join(won)})."
+    else:
+        said = (
+            "**Without the penalty bundles are in no mode shown to be better than one LoRA a task.** What is better "
+            "with it is the doing of the adapter and its penalty, not of routing."
+        )
+    penalised = [c for c in compared(study, KIND) if c.words.endswith(KL)]
+    lost = [f"{c.words.removesuffix(KL)} {ci(c.found)}" for c in penalised if told(c.found) == "worse"]
+    if lost:
+        said += (
+            " **LoRAs with a penalty of their own, KL to the base on the same text, end better than bundles** "
+            f"(bundles against them: {'; '.join(lost)}); it costs passes through the trunk, which `quiet` does not."
+        )
+    elif penalised:
+        said += " LoRAs with a KL penalty on the same text are not shown to be better than bundles."
+    return said
 
 
 def beyond(study: Study) -> str:
@@ -138,7 +151,10 @@ def section(study: Study) -> str:
     parts = {
         "Bundles against one LoRA a task. In a sequence where only the own bundle is on, a bundle is a part by itself "
         "as a LoRA with a tag is, and routing has nothing to do. What differs is the kind of adapter, and the penalty "
-        "on what bundles add to general text (`quiet`), which no LoRA here has.": (KIND, without_penalty(study)),
+        "on what bundles add to general text (`quiet`); LoRAs have one where the line says so.": (
+            KIND,
+            without_penalty(study),
+        ),
         "Beyond parts that learn each by itself: with the earlier ones on (as O-LoRA's do), with common supports, with "
         "a common trunk.": (BEYOND, beyond(study)),
         "Controls.": (CONTROLS, ""),
