@@ -40,7 +40,6 @@ bundles_trunk_projected all : bundles_trunk all : No tag: the trunk's gradients 
 CONTROLS = """bundles all : bundles_loud all : No tag: with the penalty on what they add to other text, against without
 bundles all : unrouted all : No tag: routing against none
 bundles all : random all : No tag: routing by task against random routing
-bundles all : lora_kl all : No tag: against one LoRA for all tasks with a KL penalty on the same text
 bundles_trunk tag : full all : Trunk trained, true tag: against full fine-tuning
 bundles_trunk all : full all : Trunk trained, no tag: against full fine-tuning
 bundles_trunk m tag : full m all : Mixture, trunk trained, true tag: against full fine-tuning

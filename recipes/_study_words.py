@@ -381,7 +381,9 @@ def weaknesses(study: Study) -> list[str]:
             "Bundles and one LoRA a task are compared without a tag too, at rates that were chosen with it. Best with "
             f"all on, of the rates searched (seed 0, on test items, so a little flattered): {'; '.join(best)}."
         )
-    if LOUD in seeds and SEPARATE in seeds and ("lora_separate_kl", "sequence") not in seeds:
+    if ("lora_separate_kl", "sequence") in seeds:
+        said.append("Bundles with the KL penalty that LoRAs were given, instead of their own, were not run.")
+    elif LOUD in seeds and SEPARATE in seeds:
         said.append(
             "No LoRA was trained with a penalty on general text (`lora_separate_kl`): what it gives one is not known."
         )
