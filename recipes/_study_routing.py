@@ -22,6 +22,8 @@ bundles_loud all : lora_separate all : No tag, all on, without the penalty
 bundles_loud uniform : lora_separate uniform : No tag, all at a third, without the penalty
 bundles tag : lora_separate_kl tag : True tag, the LoRAs with a KL penalty on the same text
 bundles all : lora_separate_kl all : No tag, all on, the LoRAs with a KL penalty on the same text
+bundles_kl tag : lora_separate_kl tag : True tag, both with that KL penalty
+bundles_kl all : lora_separate_kl all : No tag, all on, both with that KL penalty
 bundles_all all : lora_separate all : No tag, all on, learning with the earlier ones on
 bundles_all_loud all : lora_separate all : The same, without the penalty
 overlap_all all : lora_separate all : The same, supports half common
@@ -38,6 +40,7 @@ bundles_trunk all : bundles all : No tag: trunk trained against frozen
 bundles_trunk_projected tag : bundles_trunk tag : True tag: the trunk's gradients projected by signal against not
 bundles_trunk_projected all : bundles_trunk all : No tag: the trunk's gradients projected by signal against not"""
 CONTROLS = """bundles all : bundles_loud all : No tag: with the penalty on what they add to other text, against without
+bundles all : bundles_kl all : No tag: with that penalty, against KL to the base on the same text
 bundles all : unrouted all : No tag: routing against none
 bundles all : random all : No tag: routing by task against random routing
 bundles_trunk tag : full all : Trunk trained, true tag: against full fine-tuning
