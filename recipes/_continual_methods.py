@@ -357,7 +357,8 @@ class Bundles(Method):
             yield
 
     def extra(self) -> Tensor | None:
-        return self.model.quiet_loss()
+        quiet = self.model.quiet_loss()
+        return quiet if self.general is None else quiet + self.general()
 
     def backward(self, loss: Tensor) -> None:
         if self.projection is None:
@@ -450,9 +451,8 @@ def build(base: nn.Module, options: dict[str, Any], seed: int, texts: Sequence[s
     if options["method"] not in METHODS:
         raise ValueError(f"method: {options['method']!r} is unknown; choose one of {', '.join(METHODS)}.")
     torch.manual_seed(seed)
-    if options["method"] == "bundles":
-        return Bundles(base, options, seed, texts, tokenizer)
-    method = METHODS[options["method"]](base, options, seed)
+    given = (texts, tokenizer) if options["method"] == "bundles" else ()
+    method = METHODS[options["method"]](base, options, seed, *given)
     if options.get("kl"):
         ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"] + [0]]
         length, tokens = 64, min(len(ids), options["calibration"]["tokens"])

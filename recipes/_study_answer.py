@@ -64,7 +64,9 @@ def why(study: Study) -> str:
     found, loud = s.reduction(study, M3, "all"), s.reduction(study, LOUD, "all")
     beside = [
         (LOUD, "bundles without the penalty on what they add to general text"),
+        (("bundles_kl", "sequence"), "bundles with a KL penalty on that text instead"),
         (SEPARATE, "one LoRA a task, all on"),
+        (("lora_separate_kl", "sequence"), "the same with that KL penalty"),
         (ALL_ON, "bundles that learn with the earlier ones on"),
     ]
     more = [f"{words} {ci(f)}" for key, words in beside if (f := s.reduction(study, key, "all")) is not None]

@@ -22,12 +22,15 @@ bundles_loud all : lora_separate all : No tag, all on, without the penalty
 bundles_loud uniform : lora_separate uniform : No tag, all at a third, without the penalty
 bundles tag : lora_separate_kl tag : True tag, the LoRAs with a KL penalty on the same text
 bundles all : lora_separate_kl all : No tag, all on, the LoRAs with a KL penalty on the same text
+bundles_kl tag : lora_separate_kl tag : True tag, both with that KL penalty
+bundles_kl all : lora_separate_kl all : No tag, all on, both with that KL penalty
 bundles_all all : lora_separate all : No tag, all on, learning with the earlier ones on
 bundles_all_loud all : lora_separate all : The same, without the penalty
 overlap_all all : lora_separate all : The same, supports half common
 mistag tag : lora_separate_mistag tag : A fifth of the rows mis-tagged, true tag at test
 mistag all : lora_separate_mistag all : A fifth of the rows mis-tagged, no tag at test
 mistag m tag : lora_separate_mistag m tag : Mixture, a fifth mis-tagged, true tag at test"""
+KL = ", the LoRAs with a KL penalty on the same text"
 BEYOND = """bundles_all all : bundles all : No tag: learning with the earlier ones on, against only the own one
 overlap tag : bundles tag : True tag: supports half common against apart
 overlap all : bundles all : No tag: supports half common against apart
@@ -37,6 +40,7 @@ bundles_trunk all : bundles all : No tag: trunk trained against frozen
 bundles_trunk_projected tag : bundles_trunk tag : True tag: the trunk's gradients projected by signal against not
 bundles_trunk_projected all : bundles_trunk all : No tag: the trunk's gradients projected by signal against not"""
 CONTROLS = """bundles all : bundles_loud all : No tag: with the penalty on what they add to other text, against without
+bundles all : bundles_kl all : No tag: with that penalty, against KL to the base on the same text
 bundles all : unrouted all : No tag: routing against none
 bundles all : random all : No tag: routing by task against random routing
 bundles_trunk tag : full all : Trunk trained, true tag: against full fine-tuning
@@ -106,11 +110,22 @@ def without_penalty(study: Study) -> str:
         return ""
     won = [c.words.removesuffix(", without the penalty") for c in kind if told(c.found) == "better"]
     if won:
-        return f"**Without the penalty bundles are better than one LoRA a task, too** ({'; '.join(won)})."
-    return (
-        "**Without the penalty bundles are in no mode shown to be better than one LoRA a task.** What is better with "
-        "it is the doing of the adapter and its penalty, not of routing."
-    )
+        said = f"**Without the penalty bundles are better than one LoRA a task, too** ({'; '.join(won)})."
+    else:
+        said = (
+            "**Without the penalty bundles are in no mode shown to be better than one LoRA a task.** What is better "
+            "with it is the doing of the adapter and its penalty, not of routing."
+        )
+    penalised = [c for c in compared(study, KIND) if c.words.endswith(KL)]
+    lost = [f"{c.words.removesuffix(KL)} {ci(c.found)}" for c in penalised if told(c.found) == "worse"]
+    if lost:
+        said += (
+            " **LoRAs with a penalty of their own, KL to the base on the same text, end better than bundles** "
+            f"(bundles against them: {'; '.join(lost)}); it costs passes through the trunk, which `quiet` does not."
+        )
+    elif penalised:
+        said += " LoRAs with a KL penalty on the same text are not shown to be better than bundles."
+    return said
 
 
 def beyond(study: Study) -> str:
@@ -138,7 +153,10 @@ def section(study: Study) -> str:
     parts = {
         "Bundles against one LoRA a task. In a sequence where only the own bundle is on, a bundle is a part by itself "
         "as a LoRA with a tag is, and routing has nothing to do. What differs is the kind of adapter, and the penalty "
-        "on what bundles add to general text (`quiet`), which no LoRA here has.": (KIND, without_penalty(study)),
+        "on what bundles add to general text (`quiet`); LoRAs have one where the line says so.": (
+            KIND,
+            without_penalty(study),
+        ),
         "Beyond parts that learn each by itself: with the earlier ones on (as O-LoRA's do), with common supports, with "
         "a common trunk.": (BEYOND, beyond(study)),
         "Controls.": (CONTROLS, ""),

@@ -158,20 +158,23 @@ def test_loud_bundles_have_no_penalty(made):
     assert made("bundles")[0].model.peft_config["default"].quiet > 0
 
 
-@pytest.mark.parametrize("condition", ["lora_kl", "lora_separate_kl"])
+@pytest.mark.parametrize("condition", ["lora_kl", "lora_separate_kl", "bundles_kl"])
 def test_a_kl_penalty_is_of_what_is_on_and_learns(made, condition):
     """0 for the base; then more, and its gradient goes to the adapters of the phase's tags and to no other."""
     method, _ = made(condition)
-    for tags in (["memory"], ["memory", "meta"]):
+    for tags in (["memory"], *([["memory", "meta"]] if condition != "bundles_kl" else [])):
         method.begin(0, tags)
-        assert abs(float(method.extra().detach())) < 1e-6
-    one = method.own["memory"] if condition == "lora_separate_kl" else method.own
+        with method.training():
+            assert abs(float(method.extra().detach())) < 1e-6
+    one = {"lora_kl": lambda: method.own, "bundles_kl": lambda: method.own["b_memory"]}
+    one = one.get(condition, lambda: method.own["memory"])()
     with torch.no_grad():
         for parameter in one:
             parameter.add_(0.1)
     method.begin(0, ["memory"])
-    penalty = method.extra()
-    penalty.backward()
+    with method.training():
+        penalty = method.extra()
+        penalty.backward()
     assert penalty > 1e-3
     reached = {id(p) for p in method.model.parameters() if p.grad is not None}
     assert reached == {id(p) for p in one}

@@ -172,6 +172,18 @@ def test_what_comes_from_the_penalty_is_not_called_routing(report, read):
     assert "**Not answered yet:**" in report.page(read([made.base(), made.cell()]), made.RUNS)
 
 
+def test_loras_with_a_penalty_of_their_own_are_compared_too(report, read):
+    for ends, said in (
+        (0.95, "end better than bundles** (bundles against them: No tag, all on"),
+        (0.1, "are not shown"),
+    ):
+        separate = {**made.TAGGED, "all": ends}
+        beside = [made.cell("lora_separate_kl", seed=n, modes=separate) for n in range(3)]
+        page = report.page(read([*penalised(0.1), *beside]), made.RUNS)
+        assert said in page
+        assert ("LoRAs with a KL penalty on the same text are not shown to be better" in page) == (ends == 0.1)
+
+
 def test_orders_that_disagree_are_told_apart(report, read):
     cells = [made.cell("bundles", seed=n, order=o, modes=made.TAGGED) for n in range(3) for o in "AB"]
     cells += [made.cell("bundles_all", seed=n, order="A", keeps=0.1) for n in range(3)]
