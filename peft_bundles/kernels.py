@@ -35,10 +35,14 @@ def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
 
 def usable(hidden: Tensor, dtype: torch.dtype) -> bool:
     """Whether these states, with products in `dtype`, can have Triton kernels at all."""
-    if triton is None or not hidden.is_cuda or hidden.dtype != dtype or torch.compiler.is_compiling():
+    return hidden.dtype == dtype and dtype in (torch.bfloat16, torch.float16) and _launches(hidden)
+
+
+def _launches(tensor: Tensor) -> bool:
+    """Whether Triton kernels run where this tensor is, and are right there."""
+    if triton is None or not tensor.is_cuda or torch.compiler.is_compiling():
         return False
-    here = hidden.device.index == torch.cuda.current_device()  # where Triton launches
-    return here and dtype in (torch.bfloat16, torch.float16) and _right(hidden.device)
+    return tensor.device.index == torch.cuda.current_device() and _right(tensor.device)  # the one it launches on
 
 
 _checked: dict[torch.device, bool] = {}
@@ -62,7 +66,7 @@ def _right(device: torch.device) -> bool:
 
 @torch.no_grad()
 def _error(device: torch.device) -> float:
-    """The largest relative error on random numbers, infinite if `centred` is not exact. float16 has its digits."""
+    """The largest relative error on random numbers, infinite where they should be exact. float16 has its digits."""
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*size: int) -> Tensor:
@@ -73,8 +77,8 @@ def _error(device: torch.device) -> float:
 
     h, residual, mean, alpha = new(2, 2, 72) + 3, new(2, 2, 72), new(72) + 3, new(2, 1, 12)
     D, E, nonlinear = (new(12, 72) / 72**0.5).T, new(72, 12).T, 5
-    x = centred(h, mean)
-    if not torch.equal(x, h - mean):
+    x, places = centred(h, mean), torch.arange(71, -1, -1, device=device, dtype=torch.int32)
+    if not (torch.equal(x, h - mean) and torch.equal(_gathered(h[0, 0].float(), places, h.dtype), h[0, 0].flip(0))):
         return float("inf")
     s = x.double() @ D.double()
     update = (torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * alpha.double()) @ E.double()
@@ -132,6 +136,13 @@ if triton is not None:
         tl.store(x + at, (value.to(tl.float32) - middle).to(value.dtype), mask=columns < d)
 
     @triton.jit
+    def _gather(values, index, out, n, C: tl.constexpr):  # type: ignore[no-untyped-def]
+        """out (n,) = values[index], C of them a program."""
+        at = tl.program_id(0) * C + tl.arange(0, C)
+        found = tl.load(values + tl.load(index + at, mask=at < n, other=0), mask=at < n, other=0.0)
+        tl.store(out + at, found.to(out.dtype.element_ty), mask=at < n)
+
+    @triton.jit
     def _add(base, left, right, out, N, H, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
         """out (N, d) = base + left (N, H) @ right (H, d), BM x BN of it a program."""
         columns, rows = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
@@ -178,6 +189,20 @@ def centred(hidden: Tensor, mean: Tensor) -> Tensor:
     x = torch.empty_like(hidden)
     _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x), (d,), triton.next_power_of_2(d))
     return x
+
+
+def gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """values[index] in `dtype`, (n,), for (N,) and (n,) of int32; plain PyTorch where Triton is not to be used."""
+    if _launches(values):
+        return _gathered(values, index, dtype)
+    values = values.to(dtype) if dtype.itemsize < values.dtype.itemsize else values
+    return values.index_select(0, index).to(dtype)
+
+
+def _gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(len(index), device=values.device, dtype=dtype)
+    _launch(_gather, (-(-len(index) // 512), 1), (values.contiguous(), index, out), (len(index),), 512)
+    return out
 
 
 def added(base: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .basis import ALIGN, BundleShape, align
+from .kernels import gathered
 
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
@@ -54,11 +55,11 @@ class _Lay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, place: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.index, ctx.dtype = index, flat.dtype
-        return flat.to(dtype).index_select(0, place)
+        return gathered(flat, place, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.index_select(0, ctx.index).to(ctx.dtype), None, None, None
+        return gathered(grad, ctx.index, ctx.dtype), None, None, None
 
 
 class _Fold(torch.autograd.Function):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPARE = """
 import itertools
 import torch
-from peft_bundles.kernels import added, centred, few_tokens
+from peft_bundles.kernels import _gathered, added, centred, few_tokens
 from peft_bundles.functional import bundle_forward
 
 torch.manual_seed(0)
@@ -47,6 +47,12 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
     if gated:
         alpha[0] = 0
         assert torch.equal(few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)[0], residual[0])
+
+for n, many in ((5, 7), (600, 2000)):
+    values, index = torch.randn(n), torch.randint(n, (many,), dtype=torch.int32)
+    for dtype in (torch.float32, torch.float16):
+        assert torch.equal(_gathered(values, index, dtype), values.to(dtype)[index.long()])
+    assert torch.equal(_gathered(values.half(), index, torch.float32), values.half().float()[index.long()])
 
 for B, T, d, H in ((1, 2, 64, 8), (2, 75, 200, 72), (3, 50, 130, 64)):  # whole tiles and parts of one
     base, left, right = new(B, T, d), new(B, T, H), new(H, d)
@@ -90,6 +96,7 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
 
     monkeypatch.setattr(kernels, "few_tokens", plain)
     monkeypatch.setattr(kernels, "added", summed)
+    monkeypatch.setattr(kernels, "_gathered", kernels.gathered)
     assert kernels._right(cpu)
     kernels._checked.pop(cpu)
     for name, wrong in (
