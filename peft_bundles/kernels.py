@@ -162,24 +162,25 @@ if triton is not None:
 _built: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...], *constants: Any,
-    **options: Any,
-) -> None:  # fmt: skip
+def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
     """`kernel` over a grid. Triton looks at every argument of every call, which takes longer than a decoding kernel.
 
-    So one that was built for arguments like these is called as it is. Alike is what Triton builds anew for: dtypes,
-    numbers that are 1 or multiples of 16, pointers to multiples of 16 bytes; on AMD's GPUs it is more.
+    So one that was built for these very numbers, with pointers to multiples of 16 bytes, is called as it is. (All
+    tensors have the dtype of the first, but for the second of `_centre` and the last of `_gather`; on AMD's GPUs Triton
+    tells apart more than this.)
     """
-    kinds = [-1 if n == 1 else n % 16 == 0 for n in numbers]
-    key = kernel, tensors[0].device, constants, *kinds, *[t.dtype for t in tensors]
-    aligned = not any(t.data_ptr() % 16 for t in tensors) and torch.version.hip is None
-    built = _built.get(key) if aligned else None
+    address = 0
+    for tensor in tensors:
+        address |= tensor.data_ptr()
+    key = kernel, tensors[0].dtype, tensors[1].dtype, tensors[-1].dtype, tensors[0].device, rest
+    built = _built.get(key) if address % 16 == 0 else None
     if built is not None:
-        built[(*grid, 1)](*tensors, *numbers, *constants)
+        built[(*grid, 1)](*tensors, *rest)
         return
-    built = kernel[grid](*tensors, *numbers, *constants, **options)
-    if aligned:
+    built = kernel[grid](*tensors, *rest, **options)
+    if address % 16 == 0 and torch.version.hip is None:
+        if len(_built) > 1000:  # batches of many sizes
+            _built.clear()
         _built[key] = built  # (None from the interpreter)
 
 
@@ -187,7 +188,7 @@ def centred(hidden: Tensor, mean: Tensor) -> Tensor:
     """hidden - mean, contiguous, for (B, T, d) and (d,); see `usable`."""
     hidden, d = hidden.contiguous(), hidden.shape[-1]
     x = torch.empty_like(hidden)
-    _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x), (d,), triton.next_power_of_2(d))
+    _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x), d, triton.next_power_of_2(d))
     return x
 
 
@@ -201,7 +202,7 @@ def gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(len(index), device=values.device, dtype=dtype)
-    _launch(_gather, (-(-len(index) // 512), 1), (values.contiguous(), index, out), (len(index),), 512)
+    _launch(_gather, (-(-len(index) // 512), 1), (values.contiguous(), index, out), len(index), 512)
     return out
 
 
@@ -210,7 +211,7 @@ def added(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     base, left, right = base.contiguous(), left.contiguous(), right.contiguous()
     (H, d), out = right.shape, torch.empty_like(base)
     N, M = base.numel() // d, 64
-    _launch(_add, (-(-d // 128), -(-N // M)), (base, left, right, out), (N, H, d), M, 128, 64, num_stages=2)
+    _launch(_add, (-(-d // 128), -(-N // M)), (base, left, right, out), N, H, d, M, 128, 64, num_stages=2)
     return out
 
 
@@ -232,6 +233,6 @@ def few_tokens(
     a, y = hidden.new_empty(batch * length, H), torch.empty_like(residual)
     given = mean if mean is not None else D, D, alpha if alpha is not None else D
     flags = mean is not None, alpha is not None
-    _launch(_read, (-(-H // 2), batch * length), (hidden, *given, a), (H, d, nonlinear, length), *flags, 2, 1024)
-    _launch(_write, (-(-d // 8), batch * length), (residual, a, E, y), (H, d), 256, 8)
+    _launch(_read, (-(-H // 2), batch * length), (hidden, *given, a), H, d, nonlinear, length, *flags, 2, 1024)
+    _launch(_write, (-(-d // 8), batch * length), (residual, a, E, y), H, d, 256, 8)
     return y

@@ -256,17 +256,17 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             found = call.folds[self] = key, call.alphas, self._plan(hidden, dtype, active)  # type: ignore[index]
         if not found[2]:
             return hidden
-        flat = out = hidden.flatten(0, -2)
+        out = hidden
         for few, mean, D, E, nonlinear, alpha in found[2]:
             if few:
-                out = few_tokens(hidden.contiguous(), out.view(hidden.shape).contiguous(), mean, D, E, nonlinear, alpha)
-                out = out.flatten(0, -2)
+                out = few_tokens(hidden.contiguous(), out.contiguous(), mean, D, E, nonlinear, alpha)
                 continue
+            flat, base = hidden.flatten(0, -2), out.flatten(0, -2)
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
             if alpha is not None:  # in place: one look at the shape less than a new tensor
                 (a if alpha.dim() == 2 else a.view(*hidden.shape[:-1], -1)).mul_(alpha)
-            out = torch.addmm(out, a, E) if out.dtype == dtype else out + a @ E
-        return out.view(hidden.shape)
+            out = (torch.addmm(base, a, E) if base.dtype == dtype else base + a @ E).view(hidden.shape)
+        return out
 
     def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
         """For every adapter that acts: whether the tokens are few, mu, D, E, the number of non-linear units, alphas."""
