@@ -22,7 +22,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from peft_bundles.kernels import added, centred, few_tokens
+from peft_bundles.functional import activate, activate_backward
+from peft_bundles.kernels import FewTokens, centred, gathered, units_backward
 
 
 WIDTHS = {"1.2b": (2048, 176), "3b": (3072, 192)}  # d and H
@@ -35,26 +36,36 @@ def ways(d: int, H: int) -> dict[str, tuple[Callable[[], Any], int]]:
     def new(*size: int) -> Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
-    base, left, right, mean = new(1, TOKENS, d), new(1, TOKENS, H), new(H, d) / 16, new(d)
+    base, s, da, mean, gate = new(1, TOKENS, d), new(TOKENS, H), new(TOKENS, H), new(d), new(8, 1, H)
+    n = 2 * H * (d * 3 // 4)
+    weights, places = torch.randn(n + 2, device="cuda"), torch.randperm(n, device="cuda").sort().values.int()
+
+    def backward() -> None:
+        ds = activate_backward(da, s, H).view(8, -1, H)
+        (activate(s, H).view(8, -1, H) * gate, ds * gate)
+
     found: dict[str, tuple[Callable[[], Any], int]] = {
-        "h - mu": (lambda: base - mean, 1),
+        "h - mu, and a copy of h": (lambda: (base - mean, base.clone()), 1),
         "centred": (lambda: centred(base, mean), 1),
-        "addmm": (lambda: torch.addmm(base[0], left[0], right), 1),
-        "added": (lambda: added(base, left, right), 1),
+        "hidden units backward": (backward, 1),
+        "units_backward": (lambda: units_backward(s.view(8, -1, H), da.view(8, -1, H), gate, H), 1),
+        "cast and gather": (lambda: weights.bfloat16().index_select(0, places), 1),
+        "gathered": (lambda: gathered(weights, places, torch.bfloat16), 1),
     }
     layers = [((new(H, d) / 64).T, new(d, H).T / 16) for _ in range(LAYERS)]
     for rows in (1, 8):
         h = new(rows, 1, d)
+        few = [FewTokens(h.shape, mean, D, E, H, None) for D, E in layers]
 
         def plain(h: Tensor = h) -> None:
             for D, E in layers:
                 torch.addmm(h[:, 0], F.gelu((h[:, 0] - mean) @ D), E)
 
-        def kernels(h: Tensor = h) -> None:
-            for D, E in layers:
-                few_tokens(h, h, mean, D, E, H, None)
+        def kernels(h: Tensor = h, few: list[FewTokens] = few) -> None:
+            for each in few:
+                each(h, h)
 
-        found |= {f"plain, {rows} tokens": (plain, LAYERS), f"few_tokens, {rows} tokens": (kernels, LAYERS)}
+        found |= {f"plain, {rows} tokens": (plain, LAYERS), f"FewTokens, {rows} tokens": (kernels, LAYERS)}
     return found
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import MANY, added, centred, usable
+from .kernels import centred, units_backward, usable
 
 
 @dataclass
@@ -101,8 +101,6 @@ def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
-    if base[..., 0].numel() >= MANY and usable(base, right.dtype):
-        return added(base, left, right)
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
         # No view: an in-place operation on a block's output that is one loses the hooks that FSDP puts on it.
@@ -121,8 +119,9 @@ class _Bundles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
-        if mean is not None and usable(hidden, dtype):
-            x = centred(hidden, mean)
+        out = None
+        if mean is not None and residual is None and usable(hidden, dtype):
+            x, out = centred(hidden, mean)
         else:
             x = hidden if mean is None else hidden - mean.to(hidden.dtype)
         x = x.flatten(0, -2).to(dtype)
@@ -130,7 +129,10 @@ class _Bundles(torch.autograd.Function):
         a = activate(s, nonlinear).view(*hidden.shape[:-1], -1)
         for factor in (mask, alpha):
             a = a if factor is None else a * factor.to(dtype)
-        out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
+        if out is not None:
+            out.flatten(0, -2).addmm_(a.flatten(0, -2), E.to(dtype))
+        else:
+            out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
         # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
         # passes of one graph (signals.py), which the version check of saved tensors would forbid.
@@ -149,10 +151,11 @@ class _Bundles(torch.autograd.Function):
 
         # Units outside have a gate of 0 in this pass (`Route.choose`).
         first, last = getattr(ctx.gate, "units", (0, s.shape[-1]))
-        gate = None if ctx.gate is None else ctx.gate[..., first:last].to(dtype)
+        fused = alpha is None and mask is None and usable(da, dtype)
+        gate = None if ctx.gate is None or fused else ctx.gate[..., first:last].to(dtype)
 
         def learnt(units: Tensor, states: Tensor, like: Tensor) -> Tensor:
-            """units^T states, (H, d), with the gate on the units."""
+            """units^T states, (H, d), with the gate on the units where it is not there yet."""
             units = units.view(shape)[..., first:last]
             part = (units if gate is None else units * gate).flatten(0, -2).T @ states
             whole = part if len(part) == s.shape[-1] else part.new_zeros(s.shape[-1], part.shape[1])
@@ -160,23 +163,27 @@ class _Bundles(torch.autograd.Function):
                 whole[first:last] = part
             return whole.to(like.dtype)
 
-        d_alpha = dE = None
-        if needs[5] or needs[3]:
-            a = activate(s, nonlinear).view(shape)
-            a = a if mask is None else a * mask.to(dtype)
-            d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
-            a = a if alpha is None else a * alpha.to(dtype)
-            dE = learnt(a, dy, E_given) if needs[3] else None
-        for factor in (alpha, mask):
-            da = da if factor is None else da * factor.to(dtype)
-        ds = activate_backward(da.flatten(0, -2), s, nonlinear)
+        a: Any = None
+        d_alpha = None
+        if fused:
+            a, ds, learning = units_backward(s.view(shape), da, ctx.gate, nonlinear)
+        else:
+            if needs[5] or needs[3]:
+                a = activate(s, nonlinear).view(shape)
+                a = a if mask is None else a * mask.to(dtype)
+                d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
+                a = a if alpha is None else a * alpha.to(dtype)
+            for factor in (alpha, mask):
+                da = da if factor is None else da * factor.to(dtype)
+            ds = learning = activate_backward(da.flatten(0, -2), s, nonlinear)
+        dE = learnt(a, dy, E_given) if needs[3] else None
         d_hidden = d_residual = None
         if ctx.shared:  # the residual is h itself: one fused product gives both terms
             d_hidden = _add_product(grad, ds.view(shape), D.T) if needs[0] else None
         else:
-            d_hidden = (ds @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
+            d_hidden = (ds.flatten(0, -2) @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
             d_residual = grad if needs[1] else None
-        dD = learnt(ds, x, D_given).T if needs[2] else None
+        dD = learnt(learning, x, D_given).T if needs[2] else None
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 

@@ -1,12 +1,13 @@
 """Triton kernels for what plain PyTorch does badly on a GPU; benchmarks/kernel_trials.py times each against it.
 
-`few_tokens` is the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels, where PyTorch
+`FewTokens` is the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels, where PyTorch
 takes six, rounded where it is rounded there. A program reads its part of D or E for one token, so this is for few of
 them (decoding); with many, matrix products are faster.
 
-`centred` is h - mu in one pass at the memory's speed: PyTorch's subtraction of a row runs at half of it.
+`centred` is h - mu and a copy of h (to add the update to, in place) in one pass over h: PyTorch's subtraction of a row
+runs at half of the memory's speed.
 
-`added` is base + left right with all three kept. PyTorch has no such product: `addmm` copies the base first.
+`units_backward` is what backward does with the hidden units, and `gathered` a gather and a cast, in one kernel each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ try:
 except ImportError:  # a PyTorch without GPU support has none
     triton = None
 
-TOKENS, MANY = 8, 512  # `few_tokens` is for as many at most, `added` for as many at least
+TOKENS = 8  # as many at most
 
 
 def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -77,13 +78,20 @@ def _error(device: torch.device) -> float:
 
     h, residual, mean, alpha = new(2, 2, 72) + 3, new(2, 2, 72), new(72) + 3, new(2, 1, 12)
     D, E, nonlinear = (new(12, 72) / 72**0.5).T, new(72, 12).T, 5
-    x, places = centred(h, mean), torch.arange(71, -1, -1, device=device, dtype=torch.int32)
-    if not (torch.equal(x, h - mean) and torch.equal(_gathered(h[0, 0].float(), places, h.dtype), h[0, 0].flip(0))):
+    gate, places = new(2, 1, 12), torch.arange(71, -1, -1, device=device, dtype=torch.int32)
+    x, copy = centred(h, mean)
+    exact = torch.equal(x, h - mean) and torch.equal(copy, h)
+    if not (exact and torch.equal(_gathered(h[0, 0].float(), places, h.dtype), h[0, 0].flip(0))):
         return float("inf")
-    s = x.double() @ D.double()
-    update = (torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * alpha.double()) @ E.double()
-    sum_error = off(added(residual, s.half(), E), s.half().double() @ E.double())
-    return max(sum_error, off(few_tokens(h, residual, mean, D, E, nonlinear, alpha), update))
+    s, da = (x.double() @ D.double()).half(), new(2, 2, 12)
+    wide = s.double().requires_grad_()
+    with torch.enable_grad():
+        active = torch.cat([F.gelu(wide[..., :nonlinear]), wide[..., nonlinear:]], -1)
+    (slope,) = torch.autograd.grad(active, wide, da.double())
+    back = zip(units_backward(s, da, gate, nonlinear), (active * gate, slope, slope * gate))
+    few = FewTokens(h.shape, mean, D, E, nonlinear, alpha)(h, residual).double() - residual.double()
+    pairs = [*back, (few, (active * alpha) @ E.double())]
+    return max(float((found.double() - right).norm() / right.norm()) for found, right in pairs)
 
 
 if triton is not None:
@@ -127,13 +135,14 @@ if triton is not None:
         tl.store(y + token * d + columns, (base + tl.sum(total, 1)).to(y.dtype.element_ty), mask=columns < d)
 
     @triton.jit
-    def _centre(h, mean, x, d, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """x = h - mean of a token, both (N, d), a program."""
+    def _centre(h, mean, x, y, d, C: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x = h - mean and y = h of a token, all (N, d), a program."""
         columns = tl.arange(0, C)
         at = tl.program_id(0).to(tl.int64) * d + columns
         value = tl.load(h + at, mask=columns < d)
         middle = tl.load(mean + columns, mask=columns < d).to(value.dtype).to(tl.float32)
         tl.store(x + at, (value.to(tl.float32) - middle).to(value.dtype), mask=columns < d)
+        tl.store(y + at, value, mask=columns < d)
 
     @triton.jit
     def _gather(values, index, out, n, C: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -143,53 +152,83 @@ if triton is not None:
         tl.store(out + at, found.to(out.dtype.element_ty), mask=at < n)
 
     @triton.jit
-    def _add(base, left, right, out, N, H, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """out (N, d) = base + left (N, H) @ right (H, d), BM x BN of it a program."""
-        columns, rows = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
-        total = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, H, BK):
-            k = start + tl.arange(0, BK)
-            a = tl.load(left + rows[:, None] * H + k[None, :], mask=(rows < N)[:, None] & (k < H)[None, :], other=0.0)
-            b = tl.load(
-                right + k[:, None] * d + columns[None, :], mask=(k < H)[:, None] & (columns < d)[None, :], other=0.0
-            )
-            total = tl.dot(a, b, total)
-        at, inside = rows[:, None].to(tl.int64) * d + columns[None, :], (rows < N)[:, None] & (columns < d)[None, :]
-        whole = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + total
-        tl.store(out + at, whole.to(out.dtype.element_ty), mask=inside)
+    def _back(  # type: ignore[no-untyped-def]
+        s, gate, da, a, ds, gated, H, nonlinear, length, by_row, by_token, GATE: tl.constexpr, C: tl.constexpr
+    ):
+        """Of a token a program: a = act(s) and ds = act'(s) da, (N, H), with the gate on a and in `gated`."""
+        token, units = tl.program_id(0).to(tl.int64), tl.arange(0, C)
+        at, inside = token * H + units, units < H
+        x = tl.load(s + at, mask=inside, other=0.0)
+        above = tl.load(da + at, mask=inside, other=0.0)
+        wide = x.to(tl.float32)
+        below = 0.5 * (1.0 + tl.math.erf(wide * 0.7071067811865476))
+        slope = below + wide * tl.exp(-0.5 * wide * wide) * 0.3989422804014327
+        active = tl.where(units < nonlinear, (wide * below).to(x.dtype), x)
+        down = tl.where(units < nonlinear, (above.to(tl.float32) * slope).to(x.dtype), above)
+        tl.store(ds + at, down, mask=inside)
+        if GATE:
+            row = gate + token // length * by_row + token % length * by_token
+            open = tl.load(row + units, mask=inside, other=0.0).to(x.dtype).to(tl.float32)
+            active = (active.to(tl.float32) * open).to(x.dtype)
+            tl.store(gated + at, (down.to(tl.float32) * open).to(x.dtype), mask=inside)
+        tl.store(a + at, active, mask=inside)
 
 
 _built: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
-    """`kernel` over a grid. Triton looks at every argument of every call, which takes longer than a decoding kernel.
+def _alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a kernel that Triton built for these may be called as it is, with others of these dtypes, again.
 
-    So one that was built for these very numbers, with pointers to multiples of 16 bytes, is called as it is. (All
-    tensors have the dtype of the first, but for the second of `_centre` and the last of `_gather`; on AMD's GPUs Triton
-    tells apart more than this.)
+    It builds anew for a pointer to no multiple of 16 bytes; on AMD's GPUs it tells apart more.
     """
-    address = 0
-    for tensor in tensors:
-        address |= tensor.data_ptr()
+    return not any(t.data_ptr() % 16 for t in tensors) and torch.version.hip is None
+
+
+def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
+    """`kernel` over a grid. Triton looks at every argument of every call, which takes longer than many a kernel.
+
+    So one that was built for these very numbers is called as it is. (All tensors have the dtype of the first, but for
+    the second of `_centre` and `_back`, and the last two of `_gather`.)
+    """
     key = kernel, tensors[0].dtype, tensors[1].dtype, tensors[-1].dtype, tensors[0].device, rest
-    built = _built.get(key) if address % 16 == 0 else None
+    alike = _alike(tensors)
+    built = _built.get(key) if alike else None
     if built is not None:
         built[(*grid, 1)](*tensors, *rest)
         return
     built = kernel[grid](*tensors, *rest, **options)
-    if address % 16 == 0 and torch.version.hip is None:
+    if alike and built is not None:  # (None from the interpreter)
         if len(_built) > 1000:  # batches of many sizes
             _built.clear()
-        _built[key] = built  # (None from the interpreter)
+        _built[key] = built
 
 
-def centred(hidden: Tensor, mean: Tensor) -> Tensor:
-    """hidden - mean, contiguous, for (B, T, d) and (d,); see `usable`."""
+def centred(hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden - mean and a copy of hidden, both contiguous, for (B, T, d) and (d,); see `usable`."""
     hidden, d = hidden.contiguous(), hidden.shape[-1]
-    x = torch.empty_like(hidden)
-    _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x), d, triton.next_power_of_2(d))
-    return x
+    x, copy = torch.empty_like(hidden), torch.empty_like(hidden)
+    _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x, copy), d, triton.next_power_of_2(d))
+    return x, copy
+
+
+def units_backward(s: Tensor, da: Tensor, gate: Tensor | None, nonlinear: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of the hidden units in one pass: gate act(s), act'(s) da, gate act'(s) da, each (B, T, H); see `usable`.
+
+    `s` and `da` are (B, T, H) of one dtype, `gate` is broadcast against them. With a gate of None the last two are one.
+    """
+    s, da, H = s.contiguous(), da.contiguous(), s.shape[-1]
+    a, ds = torch.empty_like(s), torch.empty_like(s)
+    gated = ds if gate is None else torch.empty_like(s)
+    by_row = by_token = 0
+    if gate is not None:
+        gate = gate.expand(s.shape)
+        gate = gate if gate.stride(-1) == 1 else gate.contiguous()
+        by_row, by_token, _ = gate.stride()
+    given = (s, s if gate is None else gate, da, a, ds, gated)
+    rest = H, nonlinear, s.shape[1], by_row, by_token, gate is not None, triton.next_power_of_2(H)
+    _launch(_back, (s.shape[0] * s.shape[1], 1), given, *rest, num_warps=1 if H <= 512 else 4)
+    return a, ds, gated
 
 
 def gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,33 +245,42 @@ def _gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def added(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """base + left @ right, contiguous, for (B, T, d), (B, T, H) and (H, d) of one dtype; see `usable`."""
-    base, left, right = base.contiguous(), left.contiguous(), right.contiguous()
-    (H, d), out = right.shape, torch.empty_like(base)
-    N, M = base.numel() // d, 64
-    _launch(_add, (-(-d // 128), -(-N // M)), (base, left, right, out), N, H, d, M, 128, 64, num_stages=2)
-    return out
+class FewTokens:
+    """residual + (alpha * act((hidden - mean) D)) E for a few tokens of always the same number, without gradients.
 
-
-def few_tokens(
-    hidden: Tensor, residual: Tensor, mean: Tensor | None, D: Tensor, E: Tensor, nonlinear: int, alpha: Tensor | None
-) -> Tensor:
-    """residual + (alpha * act((hidden - mean) D)) E, without gradients.
+    Called for every layer and token, where each look-up counts: what can be is settled before.
 
     Args:
-        hidden, residual: (B, T, d), contiguous, of one dtype; see `fits`.
+        shape: of hidden and residual, (B, T, d); see `fits`.
         mean: (d,) or None.
-        D, E: (d, H) and (H, d), both with their columns contiguous.
-        alpha: (B, 1, H), contiguous, or None.
-
-    Returns:
-        (B, T, d).
+        D, E: (d, H) and (H, d).
+        alpha: (B|1, 1, H) or None. All of one dtype.
     """
-    (batch, length, d), H, D, E = hidden.shape, E.shape[0], D.T, E.T
-    a, y = hidden.new_empty(batch * length, H), torch.empty_like(residual)
-    given = mean if mean is not None else D, D, alpha if alpha is not None else D
-    flags = mean is not None, alpha is not None
-    _launch(_read, (-(-H // 2), batch * length), (hidden, *given, a), H, d, nonlinear, length, *flags, 2, 1024)
-    _launch(_write, (-(-d // 8), batch * length), (residual, a, E, y), H, d, 256, 8)
-    return y
+
+    def __init__(
+        self, shape: torch.Size, mean: Tensor | None, D: Tensor, E: Tensor, nonlinear: int, alpha: Tensor | None
+    ) -> None:
+        batch, length, d = shape
+        H, tokens = E.shape[0], batch * length
+        D, self.E = D.T.contiguous(), E.T.contiguous()
+        alpha = None if alpha is None else alpha.expand(batch, -1, -1).contiguous()
+        self.given = D if mean is None else mean, D, D if alpha is None else alpha
+        self.units = D.new_empty(tokens, H)  # (as a pattern: two streams may run at once)
+        self.read = (-(-H // 2), tokens, 1), (H, d, nonlinear, length, mean is not None, alpha is not None, 2, 1024)
+        self.write = (-(-d // 8), tokens, 1), (H, d, 256, 8)
+        self.built: tuple[Any, Any] | None = None
+
+    def __call__(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """(B, T, d), for contiguous (B, T, d)."""
+        a, y = torch.empty_like(self.units), torch.empty_like(residual)
+        if self.built is not None and (hidden.data_ptr() | residual.data_ptr()) % 16 == 0:
+            read, write = self.built
+            read(hidden, *self.given, a, *self.read[1])
+            write(residual, a, self.E, y, *self.write[1])
+            return y
+        first, second = (hidden, *self.given, a), (residual, a, self.E, y)
+        read = _read[self.read[0]](*first, *self.read[1])
+        write = _write[self.write[0]](*second, *self.write[1])
+        if read is not None and _alike(first) and _alike(second):
+            self.built = read[self.read[0]], write[self.write[0]]
+        return y

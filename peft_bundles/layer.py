@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .alphas import BundleState, expand_rows, layer_alphas
 from .basis import draw_basis
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
-from .kernels import few_tokens, fits
+from .kernels import FewTokens, fits
 from .packing import Packing
 from .prepared import Slot, apply
 
@@ -258,8 +258,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return hidden
         out = hidden
         for few, mean, D, E, nonlinear, alpha in found[2]:
-            if few:
-                out = few_tokens(hidden.contiguous(), out.contiguous(), mean, D, E, nonlinear, alpha)
+            if few is not None:
+                out = few(hidden.contiguous(), out.contiguous())
                 continue
             flat, base = hidden.flatten(0, -2), out.flatten(0, -2)
             a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
@@ -269,7 +269,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return out
 
     def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
-        """For every adapter that acts: whether the tokens are few, mu, D, E, the number of non-linear units, alphas."""
+        """For every adapter that acts: kernels if tokens are few, mu, D, E, the number of non-linear units, alphas."""
         plan = []
         for adapter in active:
             if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
@@ -281,12 +281,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             if numbers is None or any(numbers):
                 mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
                 D, E = self._folded(adapter, dtype, numbers, names)
-                few = fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1)
-                if alpha is not None:
-                    alpha = alpha.to(dtype)
-                    alpha = alpha.expand(len(hidden), -1, -1).contiguous() if few else alpha
-                    alpha = alpha[:, 0] if hidden.shape[1] == 1 and not few else alpha
-                D, E = (t.T.contiguous().T for t in (D, E)) if few else (D, E)
+                alpha, few = None if alpha is None else alpha.to(dtype), None
+                if fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1):
+                    few = FewTokens(hidden.shape, mean, D, E, packing.nonlinear, alpha)
+                elif alpha is not None and hidden.shape[1] == 1:
+                    alpha = alpha[:, 0]
                 plan.append((few, mean, D, E, packing.nonlinear, alpha))
         return plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from models import attached, layers
 
 from peft_bundles import kernels
-from peft_bundles.functional import activate
+from peft_bundles.functional import activate, activate_backward
 from peft_bundles.kernels import fits
 
 
@@ -21,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPARE = """
 import itertools
 import torch
-from peft_bundles.kernels import _gathered, added, centred, few_tokens
-from peft_bundles.functional import bundle_forward
+from peft_bundles.kernels import FewTokens, _gathered, centred, units_backward
+from peft_bundles.functional import activate, activate_backward, bundle_forward
 
 torch.manual_seed(0)
 cases = itertools.product([(1, 1, 64, 8, 8), (2, 2, 72, 12, 5)], *[(True, False)] * 3)
@@ -33,7 +34,7 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
     mean = new(d) + 3 if middle else None
     alpha = torch.rand(B, 1, H).half() if gated else None
     residual = hidden if own else new(B, T, d)
-    found = few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)
+    found = FewTokens(hidden.shape, mean, D, E, nonlinear, alpha)(hidden, residual)
     x = (hidden if mean is None else hidden - mean).double()
     exact = bundle_forward(
         x, D.double(), E.double(), nonlinear=nonlinear, residual=residual.double(),
@@ -43,10 +44,11 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
     assert found.dtype == torch.float16 and error < 2e-3, (B, T, d, H, nonlinear, middle, gated, own, error)
     if mean is not None:
         for given in (mean, mean.float()):
-            assert torch.equal(centred(hidden, given), hidden - mean)
+            x, copy = centred(hidden, given)
+            assert torch.equal(x, hidden - mean) and torch.equal(copy, hidden) and copy is not hidden
     if gated:
         alpha[0] = 0
-        assert torch.equal(few_tokens(hidden, residual, mean, D, E, nonlinear, alpha)[0], residual[0])
+        assert torch.equal(FewTokens(hidden.shape, mean, D, E, nonlinear, alpha)(hidden, residual)[0], residual[0])
 
 for n, many in ((5, 7), (600, 2000)):
     values, index = torch.randn(n), torch.randint(n, (many,), dtype=torch.int32)
@@ -54,16 +56,16 @@ for n, many in ((5, 7), (600, 2000)):
         assert torch.equal(_gathered(values, index, dtype), values.to(dtype)[index.long()])
     assert torch.equal(_gathered(values.half(), index, torch.float32), values.half().float()[index.long()])
 
-for B, T, d, H in ((1, 2, 64, 8), (2, 75, 200, 72), (3, 50, 130, 64)):  # whole tiles and parts of one
-    base, left, right = new(B, T, d), new(B, T, H), new(H, d)
-    for into in (right, right.T.contiguous().T):
-        before = base.clone()
-        exact, found = base.double() + left.double() @ into.double(), added(base, left, into)
-        assert torch.equal(base, before) and found.shape == base.shape
-        assert (found.double() - exact).norm() / (exact - base.double()).norm() < 2e-3, (B, T, d, H)
-    off = left.clone()
-    off[0] = 0
-    assert torch.equal(added(base, off, right)[0], base[0])
+for B, T, H, nonlinear in ((1, 1, 8, 8), (2, 3, 12, 5), (3, 2, 70, 0)):
+    s, da = new(B, T, H), new(B, T, H)
+    row = torch.rand(B, 1, H)
+    for gate in (None, row, row.half(), torch.rand(1, T, H).half(), torch.rand(B, T, 1).expand(B, T, H)):
+        a, ds, gated = units_backward(s, da, gate, nonlinear)
+        open = 1.0 if gate is None else gate.half().double()
+        down = activate_backward(da.double().flatten(0, 1), s.double().flatten(0, 1), nonlinear).view(s.shape)
+        for found, exact in ((a, activate(s.double(), nonlinear) * open), (ds, down), (gated, down * open)):
+            assert found.dtype == torch.float16 and (found.double() - exact).norm() < 2e-3 * exact.norm()
+        assert (gated is ds) == (gate is None)
 """
 
 
@@ -85,26 +87,36 @@ def test_where_they_cannot_be_built_they_are_not_used():
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(kernels, "centred", lambda h, mean: h - mean)
 
-    def summed(base, left, right):
-        return (base.double() + left.double() @ right.double()).half()
+    def back(s, da, gate, nonlinear, off=0.0):
+        down = activate_backward(da.double().flatten(0, 1), s.double().flatten(0, 1), nonlinear).view(s.shape)
+        return activate(s.double(), nonlinear) * gate, (1 + off) * down, down * gate
 
-    def plain(h, residual, mean, D, E, nonlinear, alpha, off=0.0):
-        a = activate((h - mean).double() @ D.double(), nonlinear) * alpha.double()
-        return (residual.double() + (1 + off) * a @ E.double()).half()
+    class Plain:
+        off = 0.0
 
-    monkeypatch.setattr(kernels, "few_tokens", plain)
-    monkeypatch.setattr(kernels, "added", summed)
+        def __init__(self, shape, mean, D, E, nonlinear, alpha):
+            self.made_of = mean, D.double(), E.double(), nonlinear, alpha
+
+        def __call__(self, h, residual):
+            mean, D, E, nonlinear, alpha = self.made_of
+            update = (activate((h - mean).double() @ D, nonlinear) * alpha.double()) @ E
+            return residual.double() + (1 + self.off) * update
+
+    class Wrong(Plain):
+        off = 0.02
+
+    monkeypatch.setattr(kernels, "centred", lambda h, mean: (h - mean, h))
     monkeypatch.setattr(kernels, "_gathered", kernels.gathered)
+    monkeypatch.setattr(kernels, "units_backward", back)
+    monkeypatch.setattr(kernels, "FewTokens", Plain)
     assert kernels._right(cpu)
     kernels._checked.pop(cpu)
-    for name, wrong in (
-        ("few_tokens", lambda *given: plain(*given, off=0.02)),
-        ("added", lambda base, left, right: summed(base, 1.02 * left, right)),
-    ):
-        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="off by 2"):
-            patch.setattr(kernels, name, wrong)
+    wrong = [("FewTokens", Wrong, "2"), ("units_backward", partial(back, off=0.02), "2")]
+    wrong += [("centred", lambda h, mean: (h, h), "inf"), ("_gathered", lambda values, *_: 2 * values, "inf")]
+    for name, replacement, by in wrong:
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"off by {by}"):
+            patch.setattr(kernels, name, replacement)
             assert not kernels._right(cpu)
         kernels._checked.pop(cpu)
 
@@ -117,12 +129,16 @@ def test_they_get_contiguous_states(monkeypatch):
     """A block may output a part of something larger."""
     seen = []
 
-    def few(hidden, residual, *rest):
-        seen.append((hidden.is_contiguous(), residual.is_contiguous()))
-        return residual
+    class Few:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, hidden, residual):
+            seen.append((hidden.is_contiguous(), residual.is_contiguous()))
+            return residual
 
     monkeypatch.setattr("peft_bundles.layer.fits", lambda *_: True)
-    monkeypatch.setattr("peft_bundles.layer.few_tokens", few)
+    monkeypatch.setattr("peft_bundles.layer.FewTokens", Few)
     model = attached()
     with torch.no_grad(), model.folded():
         layers(model)[0](torch.randn(2, 5, 64)[:, -1:])
