@@ -11,7 +11,7 @@ import copy
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -111,7 +111,7 @@ class BundleState:
         return list(dict.fromkeys(name for config in list(self.configs.values()) for name in config.bundles or ()))
 
 
-def _down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
+def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """What `model.modules()` gives, but of a block with bundles the bundle layer only.
 
     Every step asks before its first kernel, when the GPU waits: for 16 blocks 8 us against 350.
@@ -137,7 +137,7 @@ def bundle_layers(model: nn.Module) -> list[BundleLayer]:
     """The bundle layers of a model, in order."""
     from .layer import BundleLayer
 
-    return [module for module in _down_to_blocks(model) if isinstance(module, BundleLayer)]
+    return [module for module in down_to_blocks(model) if isinstance(module, BundleLayer)]
 
 
 def state_of(model: nn.Module) -> BundleState:
@@ -148,7 +148,7 @@ def state_of(model: nn.Module) -> BundleState:
     """
     from .layer import BundleLayer
 
-    for module in _down_to_blocks(model):
+    for module in down_to_blocks(model):
         if isinstance(module, BundleLayer):
             return module.state
     raise ValueError(
@@ -156,13 +156,16 @@ def state_of(model: nn.Module) -> BundleState:
     )
 
 
-def check_checkpointing(model: nn.Module) -> None:
-    """Refuse what would run a block's hook once more in backward, when this call's alphas and route are gone.
+def check_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Refuse, among `down_to_blocks` of a model, what would run a block's hook once more in backward.
+
+    This call's alphas and route are gone by then.
 
     Raises:
         RuntimeError: gradients are on, and blocks are wrapped for activation checkpointing from outside.
     """
-    if torch.is_grad_enabled() and any(isinstance(module, CheckpointWrapper) for module in _down_to_blocks(model)):
+    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
+    if torch.is_grad_enabled() and any(CheckpointWrapper in type(module).__mro__ for module in modules):
         raise RuntimeError(
             "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP); it would "
             "run their bundles again in backward without this call's alphas and route. Leave it out and call "
@@ -265,7 +268,7 @@ def alphas(
     Args: see `parse_alphas`; bundles may also be given as keywords, `alphas(model, b_rl_policy=0.0)`.
     """
     state = state_of(model)
-    check_checkpointing(model)
+    check_checkpointing(down_to_blocks(model))
     given = parse_alphas(values, state, per) if values is not None else {}
     given.update(parse_alphas(by_name, state, per))
     call = state.call

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .alphas import BundleState, bundle_layers, check_checkpointing, state_of
+from .alphas import BundleState, bundle_layers, check_checkpointing, down_to_blocks, state_of
 from .config import BundleConfig
 from .functional import Reach, walk
+from .layer import BundleLayer
 from .packing import Packing
 
 
@@ -69,11 +70,14 @@ class Route:
             raise ValueError(f"weights have {wrong} values, but there are {len(self.rows)} rows; give one a row.")
         self._shares = {adapter: {s: c.column(s) for s in self.signals} for adapter, c in configs.items()}
         self._columns = {s: tuple(w for of in self._shares.values() for w in of[s].values()) for s in self.signals}
-        self.deferred = any(len({self._columns[s] for s in signals}) > 1 for row in self.rows for signals, _ in row)
+        segments_met = {signals for row in self.rows for signals, _ in row}
+        self.deferred = any(len({self._columns[s] for s in signals}) > 1 for signals in segments_met)
+        # Every signal is some row's: where rows have no weights of their own, one row with all of them says as much.
+        rows_met = list(enumerate(self.rows if self._weights else [[(tuple(self.signals), 0)]]))
         self._live = {
             adapter: {
                 name
-                for i, row in enumerate(self.rows)
+                for i, row in rows_met
                 for s in dict.fromkeys(s for segment, _ in row for s in segment)
                 for name, w in of[s].items()
                 if w > 0 and (name not in self._weights or self._weights[name][i] > 0)
@@ -194,18 +198,15 @@ def route(
             outside [0, 1].
         RuntimeError: activation checkpointing from outside of the blocks (`alphas.check_checkpointing`).
     """
+    modules = list(down_to_blocks(model))  # once: the GPU waits for a step to begin
+    check_checkpointing(modules)
     state = state_of(model)
-    check_checkpointing(model)
-    new = Route(
-        state.configs,
-        signals,
-        {
-            (adapter, basis.device): (layer.packing(adapter), basis.dtype)
-            for layer in bundle_layers(model)
-            for adapter, basis in layer.bundle_basis.items()
-        },
-        weights,
-    )
+    packings: dict[tuple[str, torch.device], tuple[Packing, torch.dtype]] = {}
+    for layer in (module for module in modules if isinstance(module, BundleLayer)):
+        for adapter, basis in layer.bundle_basis._buffers.items():
+            if (adapter, basis.device) not in packings:
+                packings[adapter, basis.device] = layer.packing(adapter), basis.dtype
+    new = Route(state.configs, signals, packings, weights)
     if new.packed and not block_diagonal:
         warnings.warn(
             "A gate per segment is exact only where segments do not attend to each other; with ordinary attention it "
