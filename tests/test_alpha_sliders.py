@@ -81,7 +81,10 @@ def test_with_all_off_both_texts_are_one(app, model, tokenizer):
     """Also when sampling: the random numbers are shared."""
     for temperature in (0.0, 1.0):
         *_, (left, right) = app.stream(model, tokenizer, "the", OFF, tokens=20, temperature=temperature)
-        assert left == right and all(t.base == t.dialled for t in left)
+        # Not to the bit: rows of a batch may differ in the last digit by where they stand in it (some CPUs' products).
+        numbers = [x for pair in zip(left, right) for t in pair for x in (t.base, t.dialled)]
+        assert [t.id for t in left] == [t.id for t in right] and len(left) == len(right)
+        assert numbers == pytest.approx([x for t in left for x in [t.base] * 4], abs=1e-5)
     runs = [
         [t.id for t in list(app.stream(model, tokenizer, "the", OFF, tokens=20, temperature=1.0, seed=seed))[-1][0]]
         for seed in (0, 0, 1)
