@@ -111,8 +111,10 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "_gathered", kernels.gathered)
     monkeypatch.setattr(kernels, "units_backward", back)
     monkeypatch.setattr(kernels, "FewTokens", Plain)
-    assert kernels._right(cpu)
-    kernels._checked.pop(cpu)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            assert kernels._right(cpu)
+        kernels._checked.pop(cpu)
     wrong = [("FewTokens", Wrong, "2"), ("units_backward", partial(back, off=0.02), "2")]
     wrong += [("centred", lambda h, mean: (h, h), "inf"), ("_gathered", lambda values, *_: 2 * values, "inf")]
     for name, replacement, by in wrong:
