@@ -131,7 +131,7 @@ def decoding() -> dict[str, Any]:
     )
     down = activate_backward(above.double().flatten(0, 1), units.double().flatten(0, 1), 40).view(units.shape)
     wanted = activate(units.double(), 40) * gate.double(), down, down * gate.double()
-    pairs = list(zip(units_backward(units, above, gate, 40), wanted))
+    pairs = [pair for _ in "ab" for pair in zip(units_backward(units, above, gate, 40), wanted)]  # built, then as built
     found: dict[str, Any] = {
         "centred_is_exact": torch.equal(x, states - mean) and torch.equal(copy, states),
         "units_backward_worst_relative_error": max(float((a.double() - b).norm() / b.norm()) for a, b in pairs),
@@ -149,6 +149,7 @@ def decoding() -> dict[str, Any]:
             plain = layer(hidden)
             with model.folded():
                 assert fits(hidden, torch.bfloat16)
+                layer(hidden)
                 few = layer(hidden)
         for name, got in (("plain", plain), ("few_tokens", few)):
             error = float((got.double() - hidden.double() - wanted).norm() / wanted.norm())
@@ -181,8 +182,16 @@ def main() -> None:
             record[part.__name__] = {"error": traceback.format_exc()}
     args.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    worst = record["compiled"].get("worst_relative_error", 0.0)
-    sys.exit(worst > 1e-3 or any("error" in record[part.__name__] for part in (correctness, decoding, compiled)))
+    sys.exit(
+        not all(right(*item) for part in (correctness, decoding, compiled) for item in record[part.__name__].items())
+    )
+
+
+def right(name: str, value: Any) -> bool:
+    """Whether an entry of the record is as it should be: true, or an error of rounding."""
+    return (
+        value is True if isinstance(value, bool) else name != "error" and value < (1e-4 if "routed" in name else 1e-2)
+    )
 
 
 if __name__ == "__main__":

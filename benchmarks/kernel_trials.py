@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_trials.py --output benchmarks/results/kernel_trials.json
 
-Shapes of bundles with LoRA r16's parameters: batch 8 x 1024 of training, and 1 and 8 tokens of decoding. A time is
+Shapes of bundles with LoRA r16's parameters: batch 8 x 1024 of training, and a few tokens of decoding. A time is
 that of a replayed CUDA graph, the ways side by side three times over. Decoding goes through the D and E of 64 layers in
 turn, as a model does: those of one would lie in the GPU's cache.
 """
@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from peft_bundles.functional import activate, activate_backward
-from peft_bundles.kernels import FewTokens, centred, gathered, units_backward
+from peft_bundles.kernels import FewTokens, centred, units_backward
 
 
 WIDTHS = {"1.2b": (2048, 176), "3b": (3072, 192)}  # d and H
@@ -37,8 +37,6 @@ def ways(d: int, H: int) -> dict[str, tuple[Callable[[], Any], int]]:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
     base, s, da, mean, gate = new(1, TOKENS, d), new(TOKENS, H), new(TOKENS, H), new(d), new(8, 1, H)
-    n = 2 * H * (d * 3 // 4)
-    weights, places = torch.randn(n + 2, device="cuda"), torch.randperm(n, device="cuda").sort().values.int()
 
     def backward() -> None:
         ds = activate_backward(da, s, H).view(8, -1, H)
@@ -49,11 +47,9 @@ def ways(d: int, H: int) -> dict[str, tuple[Callable[[], Any], int]]:
         "centred": (lambda: centred(base, mean), 1),
         "hidden units backward": (backward, 1),
         "units_backward": (lambda: units_backward(s.view(8, -1, H), da.view(8, -1, H), gate, H), 1),
-        "cast and gather": (lambda: weights.bfloat16().index_select(0, places), 1),
-        "gathered": (lambda: gathered(weights, places, torch.bfloat16), 1),
     }
     layers = [((new(H, d) / 64).T, new(d, H).T / 16) for _ in range(LAYERS)]
-    for rows in (1, 8):
+    for rows in (1, 8, 16, 32, 64):
         h = new(rows, 1, d)
         few = [FewTokens(h.shape, mean, D, E, H, None) for D, E in layers]
 

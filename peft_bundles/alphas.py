@@ -232,6 +232,8 @@ def _parse_table(name: str, value: Any, per: str, num_layers: int) -> AlphaValue
 @torch.compiler.disable
 def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: int) -> dict[str, AlphaValue]:
     """A table whose last axis is that of the bundles; all are looked at together, for each look waits for a GPU."""
+    if not names:
+        return {}
     table = table if table.is_floating_point() else table.float()
     table = table if table.requires_grad else table.clone()  # what the user does to it later is no new alpha
     values = table.detach().reshape(-1, len(names))

@@ -58,6 +58,7 @@ class _Lay(torch.autograd.Function):
         return gathered(flat, place, dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return gathered(grad, ctx.index, ctx.dtype), None, None, None
 

@@ -23,6 +23,7 @@ COMPARE = """
 import itertools
 import torch
 from peft_bundles.kernels import FewTokens, _gathered, centred, units_backward
+import peft_bundles.functional as functional
 from peft_bundles.functional import activate, activate_backward, bundle_forward
 
 torch.manual_seed(0)
@@ -66,6 +67,25 @@ for B, T, H, nonlinear in ((1, 1, 8, 8), (2, 3, 12, 5), (3, 2, 70, 0)):
         for found, exact in ((a, activate(s.double(), nonlinear) * open), (ds, down), (gated, down * open)):
             assert found.dtype == torch.float16 and (found.double() - exact).norm() < 2e-3 * exact.norm()
         assert (gated is ds) == (gate is None)
+
+# The operation's own backward, with the kernels and without.
+def gradients(usable, gate, own):
+    functional.usable = lambda *_: usable
+    functional.centred = lambda hidden, mean: (hidden - mean, hidden.clone())
+    given = [t.clone().requires_grad_() for t in (h, D, E)]
+    y = bundle_forward(
+        given[0], *given[1:], nonlinear=7, residual=None if own else h, mean=mean, gate=gate, route=None
+    )
+    return torch.autograd.grad(y, given, weights)
+
+h, D, E, mean, weights = new(3, 4, 40), new(40, 24) / 6, new(24, 40), new(40), new(3, 4, 40)
+some = torch.rand(3, 1, 24).half()
+some[..., :8] = some[..., 16:] = 0
+vars(some)["units"] = 8, 16
+gates = None, torch.rand(3, 1, 24).half(), torch.rand(1, 4, 24).half(), some
+for gate, own in itertools.product(gates, (True, False)):
+    for found, exact in zip(gradients(True, gate, own), gradients(False, gate, own)):
+        assert torch.isfinite(exact).all() and (found - exact).norm() <= 2e-3 * exact.norm(), (gate is None, own)
 """
 
 
@@ -77,6 +97,53 @@ def test_they_give_what_the_plain_operation_gives():
         return
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", COMPARE], cwd=ROOT, env=env, check=True)
+
+
+class Built:
+    """Takes the place of a kernel, and of what Triton makes of it."""
+
+    def __init__(self, log, as_built=False):
+        self.log, self.as_built = log, as_built
+
+    def __getitem__(self, grid):
+        def run(*given, **options):
+            self.log.append((self.as_built, grid, options, given))
+            return None if self.as_built else Built(self.log, True)
+
+        return run
+
+
+def test_a_built_kernel_is_called_as_it_is_where_it_may_be():
+    log, x, whole = [], torch.zeros(8), torch.zeros(9)
+    kernel = Built(log)
+    for tensors, number in (
+        ((x, x), 3),
+        ((x, x), 3),
+        ((x, x), 4),
+        ((x.double(), x), 3),
+        ((whole[1:], x), 3),
+        ((x, x), 4),
+    ):
+        kernels._launch(kernel, (2, 1), tensors, number, 64, num_warps=1)
+        assert log[-1][3][2:] == (number, 64)
+    assert [as_built for as_built, *_ in log] == [False, True, False, False, False, True]
+    assert log[1][1:3] == ((2, 1, 1), {}) and log[0][1:3] == ((2, 1), {"num_warps": 1})
+    for key in [k for k in kernels._built if k[0] is kernel]:
+        kernels._built.pop(key)
+
+
+def test_a_planned_step_calls_what_it_built(monkeypatch):
+    log = []
+    monkeypatch.setattr(kernels, "_read", Built(log), raising=False)
+    monkeypatch.setattr(kernels, "_write", Built(log), raising=False)
+    few = kernels.FewTokens(torch.Size((2, 1, 8)), None, torch.zeros(8, 4), torch.zeros(4, 8), 4, None)
+    h, apart = torch.zeros(2, 1, 8), torch.zeros(17)[1:].view(2, 1, 8)
+    for hidden in (h, h, apart, h):
+        few(hidden, hidden)
+    assert [as_built for as_built, *_ in log] == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    first, second = (given for *_, given in log[:2])
+    assert [len(given) for given in (first, second)] == [len(given) for *_, given in log[2:4]]
+    assert first[4] is second[1] and first[5:] == log[2][3][5:]
 
 
 def test_where_they_cannot_be_built_they_are_not_used():
