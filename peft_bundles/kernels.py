@@ -87,8 +87,11 @@ def _error(device: torch.device) -> float:
     active[..., :nonlinear] = F.gelu(wide[..., :nonlinear])
     slope[..., :nonlinear] = torch.ops.aten.gelu_backward(above[..., :nonlinear], wide[..., :nonlinear])
     back = zip(units_backward(s, da, gate, nonlinear), (active * gate, slope, slope * gate))
-    tokens = FewTokens(h.shape, mean, D, E, nonlinear, alpha)
-    pairs = [*back, *((tokens(h, residual).double() - residual.double(), (active * alpha) @ E.double()) for _ in "ab")]
+    pairs, update = [*back], (active * alpha) @ E.double()
+    for many in (slice(0, 2), slice(0, 1)):  # several tokens and one, each as it is built and as it was
+        x, y = h[many, many], residual[many, many].contiguous()
+        tokens = FewTokens(x.shape, mean, D, E, nonlinear, alpha[many])
+        pairs += [(tokens(x.contiguous(), y).double() - y.double(), update[many, many]) for _ in "ab"]
     return max(float((found.double() - right).norm() / right.norm()) for found, right in pairs)
 
 
@@ -264,7 +267,10 @@ class FewTokens:
         alpha = None if alpha is None else alpha.expand(batch, -1, -1).contiguous()
         self.given = D if mean is None else mean, D, D if alpha is None else alpha
         self.units = D.new_empty(tokens, H)  # (as a pattern: two streams may run at once)
-        self.read = (-(-H // 2), tokens, 1), (H, d, nonlinear, length, mean is not None, alpha is not None, 2, 1024)
+        # Units and columns a program, and warps: for one token as many programs as there are units.
+        U, C, self.warps = (1, 2048, 8) if tokens == 1 else (2, 1024, 4)
+        flags = mean is not None, alpha is not None
+        self.read = (-(-H // U), tokens, 1), (H, d, nonlinear, length, *flags, U, C)
         self.write = (-(-d // 8), tokens, 1), (H, d, 256, 8)
         self.built: tuple[Any, Any] | None = None
 
@@ -277,7 +283,7 @@ class FewTokens:
             write(residual, a, self.E, y, *self.write[1])
             return y
         first, second = (hidden, *self.given, a), (residual, a, self.E, y)
-        read = _read[self.read[0]](*first, *self.read[1])
+        read = _read[self.read[0]](*first, *self.read[1], num_warps=self.warps)
         write = _write[self.write[0]](*second, *self.write[1])
         if read is not None and _alike(first) and _alike(second):
             self.built = read[self.read[0]], write[self.write[0]]
