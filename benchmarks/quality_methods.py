@@ -84,7 +84,8 @@ def build_bundles(
 ) -> Built:
     """The package's own bundles. `options`: fields of BundleConfig, and source, tokens, bundles, routed, owners, kl.
 
-    routed: a bundle for every kind of row. owners: while training, a row sees the bundle of its own kind only.
+    bundles: so many, of equal size. routed: each learns from one kind of row, every kind has as many or one more; at
+    least one a kind. owners: while training, a row sees the bundles of its own kind only.
     """
     options = {"source": "both", "tokens": "20000", "bundles": "1", "routed": "", "owners": "", "kl": "", **options}
     source, tokens, count = options.pop("source"), int(options.pop("tokens")), int(options.pop("bundles"))
@@ -94,15 +95,18 @@ def build_bundles(
         name: value if isinstance(getattr(BundleConfig(), name), str) else float(value)
         for name, value in options.items()
     }
-    names = sorted(set(kinds)) if routed else [f"b_{n}" for n in range(count)]
+    signals = sorted(set(kinds)) if routed else ["all"]
+    owner: dict[str, str] = {}  # bundle -> what it learns from
+    for n in range(max(count, len(signals))):
+        again, place = divmod(n, len(signals))
+        name = f"b_{signals[place]}" + (f"_{again}" if again else "") if routed else f"b_{n}"
+        owner[name] = signals[place]
     rank = fields.pop("rank", 0.75)
     # 189 hidden units of 432 columns, in all: 4.90 M parameters, as LoRA r16 on all linears has.
     # Trained together, all learn from one signal: the penalty then takes them together too.
     bundles = {
-        f"b_{name}" if routed else name: BundleSpec(
-            rank, ["main"], bottleneck=189 // len(names), signals={name if routed else "all": 1.0}
-        )
-        for name in names
+        name: BundleSpec(rank, ["main"], bottleneck=189 // len(owner), signals={signal: 1.0})
+        for name, signal in owner.items()
     }
     config = BundleConfig(bundles=bundles, sub_bases={"main": rank}, basis_seed=seed, task_type="CAUSAL_LM", **fields)
     model = get_peft_model(copy.deepcopy(base), config)
@@ -118,9 +122,9 @@ def build_bundles(
     parameters = [p for p in model.parameters() if p.requires_grad]
     built = Built(model, lambda ids: _trunk(inner, ids), parameters, extra, context=route)
     if routed:
-        built.tag = lambda kind: model.alphas({f"b_{name}": float(name == kind) for name in names})
+        built.tag = lambda kind: model.alphas({name: float(of == kind) for name, of in owner.items()})
     if owners:
-        gates = {f"b_{name}": torch.tensor([float(name == kind) for kind in kinds]) for name in names}
+        gates = {name: torch.tensor([float(of == kind) for kind in kinds]) for name, of in owner.items()}
         built.rows = lambda: model.alphas(gates)
     return built
 

@@ -120,7 +120,7 @@ def goals(record: Any) -> Iterator[Goal]:
     name = "decode, batch 1, CUDA graph / base"
     yield goal(name, "1.05", "graphs", "bundles_15/cuda_graph", "base/cuda_graph", token)
     name = "decode, batch 64, alphas by row / one alpha"
-    where = "The same two kernels a block either way; alphas by row are looked at when they are given."
+    where = "The same two kernels a block either way; one reads and multiplies the alphas by row. Checked when given."
     yield goal(name, "1.00", "decode", "bundles_15_row_alphas/64", "bundles_15_one_alpha/64", where)
 
 
