@@ -236,7 +236,7 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
         return {}
     table = table if table.is_floating_point() else table.float()
     table = table if table.requires_grad else table.clone()  # what the user does to it later is no new alpha
-    values = table.detach().reshape(-1, len(names))
+    values = table.detach().reshape(-1, len(names)).cpu()  # one launch where each look would be several
     finite, off = torch.stack([values.isfinite().all(0), (values == 0).all(0)]).tolist()
     found: dict[str, AlphaValue] = {}
     for name, tensor, is_finite, is_off in zip(names, table.unbind(-1), finite, off):
@@ -342,7 +342,8 @@ def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> T
     wanted = batch if prompts is None else prompts
     if values.shape[0] != wanted:
         raise ValueError(f"{what} has {values.shape[0]} rows, but the batch has {wanted}; give one value a row.")
-    return values.repeat_interleave(batch // wanted, 0)  # as generate repeats a prompt for its beams
+    # As generate repeats a prompt for its beams.
+    return values if batch == wanted else values.repeat_interleave(batch // wanted, 0)
 
 
 def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Tensor:

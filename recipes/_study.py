@@ -38,6 +38,7 @@ class Study:
     """Attributes:
     records: of recipes/continual.py, a cell each, without the base and without errors. failed: those with errors.
     removal, removal_failed: the same of recipes/removal.py. spaces: what recipes/_spaces.py found, or None.
+    code: what cells of one seed, trained once more, and the base solve of HumanEval.
     """
 
     base: Record
@@ -46,22 +47,27 @@ class Study:
     removal: list[Record] = field(default_factory=list)
     removal_failed: list[Record] = field(default_factory=list)
     spaces: dict[str, Any] | None = None
+    code: list[Record] = field(default_factory=list)
 
 
 def read(folder: Path) -> Study:
     """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line, with what only the
-    earlier one has (hidden states and code are measured when asked for); an error that a later line mends is gone.
+    earlier one has (hidden states are measured when asked for); an error that a later line mends is gone.
 
     Raises:
         ValueError: there is no record of the untouched model, which everything is measured from.
     """
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     found = [json.loads(line) for line in lines if line.strip()]
-    cells, removal = {}, {}
+    cells, removal, code = {}, {}, {}
     for record in found:
         if "variant" in record:
             removal[record["variant"], record["rate"], record["seed"]] = record
-        elif record["stage"] not in ("base", "code"):
+        elif record["stage"] == "code":
+            same = record["condition"], record.get("schedule")
+            if "error" not in record or "error" in code.get(same, {"error": ""}):
+                code[same] = record
+        elif record["stage"] != "base":
             same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])
             if "error" not in record or "error" in cells.get(same, {"error": ""}):
                 before = cells.get(same, {})
@@ -70,17 +76,16 @@ def read(folder: Path) -> Study:
     bases = [r for r in found if r.get("stage") == "base" and "error" not in r]
     if not bases:
         raise ValueError(f"{folder}: no record with stage 'base'; run recipes/continual.py, which measures it first.")
-    codes = [r["code"] for r in found if r.get("stage") == "code" and "pass@1" in (r.get("code") or {})]
-    base = {**bases[-1], "code": codes[-1]} if codes else bases[-1]  # the untouched model's, a line of its own
     taught = {r["seed"] for r in removal.values() if r["variant"] == "none" and "error" not in r}
     spaces = folder / "spaces.json"
     return Study(
-        base,
+        bases[-1],
         [r for r in cells.values() if "error" not in r],
-        [r for r in cells.values() if "error" in r],
+        [r for r in (*cells.values(), *code.values()) if "error" in r],
         [r for r in removal.values() if "error" not in r],
         [r for r in removal.values() if "error" in r and not (r["variant"] == "taught" and r["seed"] in taught)],
         json.loads(spaces.read_text(encoding="utf-8")) if spaces.exists() else None,
+        [r for r in code.values() if "error" not in r],
     )
 
 

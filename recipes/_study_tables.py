@@ -216,18 +216,15 @@ def spaces(study: Study) -> str:
 
 def code(study: Study) -> str:
     rows = []
-    for r in [study.base, *study.records]:
-        got, base = r.get("code") or {}, r["stage"] == "base"
-        if "pass@1" not in got:
-            continue
-        name = "the base" if base else title((r["condition"], r["schedule"]))
-        share = f"{got['passed']:g} of {got['completions']:g}"
-        rows.append([name, "" if base else str(r["seed"]), f"{got['pass@1']:.3f}", share])
+    for r in study.code:
+        name = "the base" if r["condition"] == "base" else title((r["condition"], r["schedule"]))
+        solved = ", ".join(f"{phase['code']['passed']:g}" for phase in r["phases"])
+        rows.append([name, solved, f"{r['phases'][-1]['code']['tasks']}"])
     if not rows:
         return "Not run."
-    few = max(float(row[2]) for row in rows) < 0.05
-    more = "\n\nA model of this size solves next to none of them: the rows do not differ." if few else ""
-    return table("condition|seed|pass@1|completions that pass", rows) + more
+    shares = [phase["code"]["pass@1"] for r in study.code for phase in r["phases"]]
+    few = "\n\nA model of this size solves next to none of them: the rows do not differ." if max(shares) < 0.05 else ""
+    return table("condition|solved after each phase|problems", rows) + few
 
 
 # ---- removal ----

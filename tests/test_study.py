@@ -73,13 +73,19 @@ def test_of_rates_that_validate_alike_the_one_that_learns_most_is_chosen(report,
     assert report.s.best_of({1e-3: (-1.0, math.inf), 2e-3: (0.2, 0.5)}) == 2e-3
 
 
-def test_the_base_models_code_is_a_line_of_its_own(report, read):
-    line = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
-    measured = {"pass@1": 0.05, "passed": 8.0, "completions": 164.0}
-    study = read([*made.study(), {**line, "code": measured}])
-    assert len(study.records) == len(read(made.study()).records)
-    assert "| the base |  | 0.050 | 8 of 164 |" in report.page(study, made.RUNS)
-    assert "HumanEval" in report.page(read([*made.study(), {**line, "code": {"error": "no package"}}]), made.RUNS)
+def test_code_is_a_cell_of_its_own(report, read):
+    def solved(condition, *passed, **of):
+        phases = [{"task": None, "code": {"pass@1": n / 164, "passed": float(n), "tasks": 164}} for n in passed]
+        return {"stage": "code", "condition": condition, "phases": phases, **of}
+
+    lora = {"schedule": "sequence", "order": made.ORDERS["A"], "seed": 1, "lr": 1e-3}
+    lines = [solved("base", 20), {**solved("lora", 5, 2, 0), **lora}]
+    study = read([*made.study(), *lines, {**lora, "stage": "code", "condition": "lora", "error": "later, again"}])
+    assert study.records == read(made.study()).records and not study.failed
+    page = report.page(study, made.RUNS)
+    assert "| the base | 20 | 164 |" in page and "| `lora` | 5, 2, 0 | 164 |" in page
+    assert "next to none" not in page and "- HumanEval: `bundles`" in page
+    assert "next to none" in report.page(read([*made.study(), solved("base", 8)]), made.RUNS)
 
 
 def test_a_rate_that_diverged_is_not_chosen(report, read):
@@ -308,12 +314,11 @@ def test_own_answers_not_judged_yet(report, read):
 
 
 def test_a_cell_that_is_run_again_keeps_what_only_the_earlier_one_has(report, read):
-    code = {"pass@1": 0.5, "passed": 1.0, "completions": 2.0}
     again = made.cell(keeps=0.9, reflection=made.reflection())
-    [record] = read([made.base(), made.cell(code=code), again]).records
-    assert record["code"] == code and record["reflection"] and record["phases"] == again["phases"]
-    [record] = read([made.base(), made.cell(code=code), {**again, "settings": {"steps": 11}}]).records
-    assert "code" not in record
+    [record] = read([made.base(), made.cell(features="a.npz"), again]).records
+    assert record["features"] == "a.npz" and record["reflection"] and record["phases"] == again["phases"]
+    [record] = read([made.base(), made.cell(features="a.npz"), {**again, "settings": {"steps": 11}}]).records
+    assert "features" not in record
 
 
 @pytest.mark.parametrize(("gap", "expected"), [(1.0, "supported"), (20.0, "not supported")])
