@@ -236,11 +236,11 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
         return {}
     table = table if table.is_floating_point() else table.float()
     table = table if table.requires_grad else table.clone()  # what the user does to it later is no new alpha
-    values = table.detach().reshape(-1, len(names)).cpu()  # one launch where each look would be several
-    finite, off = torch.stack([values.isfinite().all(0), (values == 0).all(0)]).tolist()
+    values = table.detach().reshape(-1, len(names))
+    largest = values.abs().amax(0).tolist() if len(values) else [0.0] * len(names)
     found: dict[str, AlphaValue] = {}
-    for name, tensor, is_finite, is_off in zip(names, table.unbind(-1), finite, off):
-        if not is_finite:
+    for name, tensor, size in zip(names, table.unbind(-1), largest):
+        if not math.isfinite(size):  # (of NaN too, which amax keeps)
             raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
         if per == "layer" and tensor.dim() == 1:
             if len(tensor) != num_layers:
@@ -249,11 +249,11 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
         elif tensor.dim() > 2 or (per == "layer" and tensor.dim() > 0):
             wanted = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
             raise ValueError(f"alphas[{name!r}] of shape {tuple(tensor.shape)} must be {wanted}.")
-        elif tensor.requires_grad or not (tensor.dim() == 0 or is_off):
+        elif tensor.requires_grad or (tensor.dim() > 0 and size > 0):
             found[name] = tensor
         else:
             # Off in every row is the number 0: such a bundle gets no gradient, where zeros would let AdamW move it.
-            found[name] = 0.0 if is_off else float(tensor)
+            found[name] = float(tensor) if size > 0 else 0.0
     return found
 
 
@@ -316,8 +316,11 @@ def layer_alphas(
     call, config = state.call, state.configs[adapter]
     assert config.bundles is not None
     given = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
-    values = [v[layer] if isinstance(v, tuple) else v for v in given]
-    if not any(isinstance(v, Tensor) for v in values):
+    kinds = {type(v) for v in given}  # a look at each value takes longer, and this is asked in every layer
+    per_layer = tuple in kinds
+    values = [v[layer] if isinstance(v, tuple) else v for v in given] if per_layer else given
+    tensors = [v for v in values if isinstance(v, Tensor)] if any(issubclass(k, Tensor) for k in kinds) else []
+    if not tensors:
         return tuple(cast(list[float], values)), None
 
     def table() -> Tensor:
@@ -325,10 +328,10 @@ def layer_alphas(
         found = torch.stack(torch.broadcast_tensors(*columns), -1)
         return found if units is None else found[..., units[0]]
 
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+    if any(v.requires_grad for v in tensors):
         return None, table()  # a cached graph would be freed by the first backward
-    per_layer = any(isinstance(v, tuple) for v in given)
-    numbers = tuple(v for v in values if not isinstance(v, Tensor))  # a spec's alpha may be changed
+    # (A spec's alpha may be changed.)
+    numbers = () if len(tensors) == len(values) else tuple(v for v in values if not isinstance(v, Tensor))
     key = (state.version, adapter, layer if per_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
 

@@ -102,18 +102,30 @@ def test_they_give_what_the_plain_operation_gives():
 class Built:
     """Takes the place of a kernel, and of what Triton makes of it."""
 
-    def __init__(self, log, as_built=False):
-        self.log, self.as_built = log, as_built
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log):
+        self.log = log
 
     def __getitem__(self, grid):
-        def run(*given, **options):
-            self.log.append((self.as_built, grid, options, given))
-            return None if self.as_built else Built(self.log, True)
+        def built(*given, **options):
+            self.log.append((False, grid, options, given))
+            return self
 
-        return run
+        return built
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *given):
+        assert (function, metadata) == ("function", "metadata")
+        assert launch_metadata is enter_hook is exit_hook is None
+        self.log.append((True, (x, y, z), stream, given))
 
 
-def test_a_built_kernel_is_called_as_it_is_where_it_may_be():
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+
+
+def test_a_built_kernel_is_called_as_it_is_where_it_may_be(stream):
     log, x, whole = [], torch.zeros(8), torch.zeros(9)
     kernel = Built(log)
     for tensors, number in (
@@ -127,12 +139,13 @@ def test_a_built_kernel_is_called_as_it_is_where_it_may_be():
         kernels._launch(kernel, (2, 1), tensors, number, 64, num_warps=1)
         assert log[-1][3][2:] == (number, 64)
     assert [as_built for as_built, *_ in log] == [False, True, False, False, False, True]
-    assert log[1][1:3] == ((2, 1, 1), {}) and log[0][1:3] == ((2, 1), {"num_warps": 1})
+    assert log[0][1:3] == ((2, 1), {"num_warps": 1}) and log[0][3][0] is x
+    assert log[1][1:] == ((2, 1, 1), 7, (x.data_ptr(), x.data_ptr(), 3, 64))
     for key in [k for k in kernels._built if k[0] is kernel]:
         kernels._built.pop(key)
 
 
-def test_a_planned_step_calls_what_it_built(monkeypatch):
+def test_a_planned_step_calls_what_it_built(monkeypatch, stream):
     log = []
     monkeypatch.setattr(kernels, "_read", Built(log), raising=False)
     monkeypatch.setattr(kernels, "_write", Built(log), raising=False)
@@ -141,9 +154,12 @@ def test_a_planned_step_calls_what_it_built(monkeypatch):
     for hidden in (h, h, apart, h):
         few(hidden, hidden)
     assert [as_built for as_built, *_ in log] == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
-    first, second = (given for *_, given in log[:2])
-    assert [len(given) for given in (first, second)] == [len(given) for *_, given in log[2:4]]
-    assert first[4] is second[1] and first[5:] == log[2][3][5:]
+    (*_, first), (*_, second), (*_, read), (*_, write) = log[:4]
+    assert [len(given) for given in (first, second)] == [len(given) for given in (read, write)]
+    assert first[4] is second[1] and first[5:] == read[5:] and second[4:] == write[4:]
+    given = [t.data_ptr() for t in (h, *few.given)]
+    assert [*read[:4]] == given and read[4] == write[1] and write[0] == given[0] and write[2] == few.E.data_ptr()
+    assert log[2][1:3] == ((2, 2, 1), 7) and log[3][1:3] == ((1, 2, 1), 7)
 
 
 def test_where_they_cannot_be_built_they_are_not_used():
