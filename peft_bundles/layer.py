@@ -253,7 +253,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             given = {**state.set_alphas, **call.alphas}.values()
             if any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in given):
                 key = ()  # not kept: an optimizer may move it
-            found = call.folds[self] = key, call.alphas, self._plan(hidden, dtype, active)  # type: ignore[index]
+            found = call.folds[self] = key, call.alphas, self._plan(key, hidden, dtype, active)  # type: ignore[index]
         if not found[2]:
             return hidden
         out = hidden
@@ -268,26 +268,36 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             out = (torch.addmm(base, a, E) if base.dtype == dtype else base + a @ E).view(hidden.shape)
         return out
 
-    def _plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
+    def _plan(self, key: Any, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
         """For every adapter that acts: kernels if tokens are few, mu, D, E, the number of non-linear units, alphas."""
         plan = []
         for adapter in active:
             if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
                 continue
             packing = self.packing(adapter)
-            numbers, alpha = layer_alphas(
-                self.state, adapter, self.index, hidden, (packing.index(hidden.device)["owner"], dtype)
-            )
+            numbers, alpha = self._planned_alphas(key, hidden, dtype, adapter)
             if numbers is None or any(numbers):
                 mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
-                D, E = self._folded(adapter, dtype, numbers, names)
-                alpha, few = None if alpha is None else alpha.to(dtype), None
+                (D, E), few = self._folded(adapter, dtype, numbers, names), None
                 if fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1):
                     few = FewTokens(hidden.shape, mean, D, E, packing.nonlinear, alpha)
                 elif alpha is not None and hidden.shape[1] == 1:
                     alpha = alpha[:, 0]
                 plan.append((few, mean, D, E, packing.nonlinear, alpha))
         return plan
+
+    def _planned_alphas(self, key: Any, hidden: Tensor, dtype: torch.dtype, adapter: str) -> tuple[Any, Tensor | None]:
+        """`layer_alphas`, looked up once for all layers where none has an alpha of its own."""
+        state, call, where = self.state, self.state.call, ("alphas", adapter, self.hidden_size)
+        found = call.folds.get(where)  # type: ignore[union-attr]
+        if not key or found is None or found[0] != key or found[1] is not call.alphas:
+            owner = self.packing(adapter).index(hidden.device)["owner"]
+            numbers, alpha = layer_alphas(state, adapter, self.index, hidden, (owner, dtype))
+            found = key, call.alphas, numbers, None if alpha is None else alpha.to(dtype)
+            given = (*state.set_alphas.values(), *call.alphas.values())
+            if key and not any(isinstance(value, tuple) for value in given):
+                call.folds[where] = found  # type: ignore[index]
+        return found[2], found[3]
 
     def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
         packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]

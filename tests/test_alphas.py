@@ -365,6 +365,8 @@ def test_folded_follows_all_that_may_change(input_norm):
         with torch.no_grad():
             learnt.fill_(0.2)
         found.append(both(short))
+        model.set_alphas({"b_one": 1.0, "b_two": [0.2, 1.5]}, per="layer")
+        found += [both(short), both(short, alphas={"b_one": rows[:2, 0]})]
         with torch.autocast("cpu", torch.bfloat16):
             found.append(both(short))
     for a, b in itertools.pairwise(found):
