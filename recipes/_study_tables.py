@@ -216,7 +216,8 @@ def spaces(study: Study) -> str:
 
 def code(study: Study) -> str:
     rows = []
-    for r in study.code:
+    place = {key: n for n, key in enumerate([("base", None), *s.keys(study)])}
+    for r in sorted(study.code, key=lambda r: place.get((r["condition"], r.get("schedule")), len(place))):
         name = "the base" if r["condition"] == "base" else title((r["condition"], r["schedule"]))
         solved = ", ".join(f"{phase['code']['passed']:g}" for phase in r["phases"])
         rows.append([name, solved, f"{r['phases'][-1]['code']['tasks']}"])
