@@ -335,7 +335,11 @@ What came out:
 own bundle only, each is good \
 alone (learning {fmean(tag["score"] for tag in tags):.3f}, rise with one on \
 {fmean(tag["rise"] for tag in tags):.3f}) and all at once are not one model: \
-{row("bundles:quiet=20,owners=1", TUNED)}. Six and fifteen bundles, shared out over the kinds (one seed), are no other: all on in training {row("bundles:quiet=20,bundles=6,routed=1", TUNED)} and {row("bundles:quiet=20,bundles=15,routed=1", TUNED)}, each alone {row("bundles:quiet=20,bundles=6,owners=1", TUNED)} and {row("bundles:quiet=20,bundles=15,owners=1", TUNED)}. Separate bundles are to be dialled, not added up.
+{row("bundles:quiet=20,owners=1", TUNED)}. Six and fifteen bundles, shared out over the kinds (one seed), are no other: \
+all on in training {row("bundles:quiet=20,bundles=6,routed=1", TUNED)} and \
+{row("bundles:quiet=20,bundles=15,routed=1", TUNED)}, each alone \
+{row("bundles:quiet=20,bundles=6,owners=1", TUNED)} and {row("bundles:quiet=20,bundles=15,owners=1", TUNED)}. Separate \
+bundles are to be dialled, not added up.
 - From 5,000 tokens of calibration text on, more changes little: {amounts} (one seed; 20,000 and 500,000 three). With \
 2,000 they disturb twice as much.
 - The basis needs room: R = d/8 learns little, {row("form:rank=0.125,quiet=0.0", TUNED)} where R = d/2 has {ref}, and \
