@@ -335,8 +335,8 @@ What came out:
 own bundle only, each is good \
 alone (learning {fmean(tag["score"] for tag in tags):.3f}, rise with one on \
 {fmean(tag["rise"] for tag in tags):.3f}) and all at once are not one model: \
-{row("bundles:quiet=20,owners=1", TUNED)}. Six and fifteen bundles, shared out over the kinds (one seed), are no other: \
-all on in training {row("bundles:quiet=20,bundles=6,routed=1", TUNED)} and \
+{row("bundles:quiet=20,owners=1", TUNED)}. Six and fifteen bundles, shared out over the kinds (one seed), are no \
+other: all on in training {row("bundles:quiet=20,bundles=6,routed=1", TUNED)} and \
 {row("bundles:quiet=20,bundles=15,routed=1", TUNED)}, each alone \
 {row("bundles:quiet=20,bundles=6,owners=1", TUNED)} and {row("bundles:quiet=20,bundles=15,owners=1", TUNED)}. Separate \
 bundles are to be dialled, not added up.
