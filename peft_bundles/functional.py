@@ -157,10 +157,11 @@ class _Bundles(torch.autograd.Function):
         def learnt(units: Tensor, states: Tensor, like: Tensor) -> Tensor:
             """units^T states, (H, d), with the gate on the units where it is not there yet."""
             units = units.view(shape)[..., first:last]
-            part = (units if gate is None else units * gate).flatten(0, -2).T @ states
-            whole = part if len(part) == s.shape[-1] else part.new_zeros(s.shape[-1], part.shape[1])
-            if whole is not part:
-                whole[first:last] = part
+            units = (units if gate is None else units * gate).flatten(0, -2).T
+            if len(units) == s.shape[-1]:
+                return (units @ states).to(like.dtype)
+            whole = states.new_zeros(s.shape[-1], states.shape[1])
+            torch.mm(units, states, out=whole[first:last])
             return whole.to(like.dtype)
 
         a: Any = None
@@ -189,18 +190,39 @@ class _Bundles(torch.autograd.Function):
 
 @dataclass
 class Reach:
-    """What a graph reaches: its nodes, its leaves, the routes of its bundle operations, whether parts are compiled."""
+    """What a graph reaches.
+
+    Attributes:
+        nodes, leaves: all of them, leaves by id.
+        beside: ids of the leaves that are also reached in another way than through the D and E of bundle operations.
+        folds: where the D and E of bundle operations come from, as `next_functions` has it.
+        nested: whether one of those lies behind another (E comes from what D comes from, and alphas).
+        routes: of bundle operations. compiled: whether parts are.
+    """
 
     nodes: set[Any] = field(default_factory=set)
     leaves: dict[int, Tensor] = field(default_factory=dict)
+    beside: set[int] = field(default_factory=set)
+    folds: dict[tuple[Any, int], None] = field(default_factory=dict)
     routes: dict[Any, None] = field(default_factory=dict)
+    nested: bool = False
     compiled: bool = False
+
+    def update(self, other: Reach) -> None:
+        self.nodes |= other.nodes
+        self.leaves.update(other.leaves)
+        self.beside |= other.beside
+        self.folds.update(other.folds)
+        self.routes.update(other.routes)
+        self.nested |= other.nested
+        self.compiled |= other.compiled
 
 
 def walk(losses: Sequence[Tensor]) -> list[Reach]:
     """What the graph of each loss reaches. What several share below one node is walked once for all but the first."""
     kinds: dict[type, str] = {}
     known: dict[Any, Reach] = {}
+    behind: dict[Any, Reach] = {}  # what a fold reaches
     seen: set[Any] = set()
 
     def kind_of(node: Any) -> str:
@@ -217,21 +239,30 @@ def walk(losses: Sequence[Tensor]) -> list[Reach]:
             if node is None or node in found.nodes:
                 continue
             if fresh and node in seen:
-                below = known[node] = known.get(node) or reach(node, False)
-                found.nodes |= below.nodes
-                found.leaves.update(below.leaves)
-                found.routes.update(below.routes)
-                found.compiled |= below.compiled
+                known[node] = known.get(node) or reach(node, False)
+                found.update(known[node])
                 continue
             found.nodes.add(node)
             kind = kinds.get(type(node))
             kind = kinds.setdefault(type(node), kind_of(node)) if kind is None else kind
+            edges = node.next_functions
             if kind == "bundles":
                 found.routes[cast(Any, node).route] = None
+                first = 1 if cast(Any, node).shared else 2  # behind hidden, and residual where there is one
+                found.folds.update((edge, None) for edge in edges[first : first + 2] if edge[0] is not None)
+                edges = edges[:first] + edges[first + 2 :]
             elif kind == "leaf":
                 found.leaves.setdefault(id(node.variable), node.variable)
+                found.beside.add(id(node.variable))
             found.compiled |= kind == "compiled"
-            stack.extend(child for child, _ in node.next_functions)
+            stack.extend(child for child, _ in edges)
+        folds = {node for node, _ in found.folds}
+        for node in folds:
+            behind[node] = behind.get(node) or reach(node, False)
+            found.nodes |= behind[node].nodes
+            found.leaves.update(behind[node].leaves)
+            found.nested |= not behind[node].nodes.isdisjoint(folds - {node})
+            found.compiled |= behind[node].compiled
         return found
 
     reached = []

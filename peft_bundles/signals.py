@@ -14,6 +14,7 @@ gradient, and complains if an owner got none.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from .alphas import BundleState, bundle_layers, check_checkpointing, down_to_blocks, state_of
 from .config import BundleConfig
@@ -32,6 +34,7 @@ from .packing import Packing
 
 Signals: TypeAlias = str | tuple[str, ...]  # one signal, or several losses that will be computed on the same row
 Segments: TypeAlias = list[tuple[Signals, int]]  # a packed row: (signals, number of tokens), in order
+Edge: TypeAlias = tuple[Any, int]  # as `next_functions` has them
 
 
 class Route:
@@ -252,29 +255,52 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     """
     state = state_of(model)
     check_signals(state.configs, list(losses))
-    routes: dict[str, list[Route]] = {}
-    leaves: dict[str, list[Tensor]] = {}
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:
             raise ValueError(f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)}.")
-    for signal, reach in zip(losses, walk(list(losses.values()))):
-        leaves[signal], routes[signal] = list(reach.leaves.values()), _routes(state, signal, reach)
+    reached = dict(zip(losses, walk(list(losses.values()))))
+    routes = {signal: _routes(state, signal, reach) for signal, reach in reached.items()}
+    owners = {signal: _owners(state, signal, found) for signal, found in routes.items()}
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
     used = list(dict.fromkeys(r for found in routes.values() for r in found))
-
+    passes = _plan_passes(state, routes)
+    # Gates are applied before D and E, and weights are reached through those alone: several passes add up the gradients
+    # of D and E, which are folded back once. (What is compiled runs as a whole, and what lies behind E with E.)
+    once = len(passes) > 1 and all(routes.values()) and not any(r.compiled or r.nested for r in reached.values())
+    once = once and all(r.beside.isdisjoint(owner_of) for r in reached.values())
+    folds: dict[Edge, Tensor] = {}
+    learnt: set[int] = set()
     try:
-        passes = _plan_passes(state, routes)
         for number, signals in enumerate(passes):
-            total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
             for r in used:
                 r.choose(set(signals))
-            reached = list({id(leaf): leaf for s in signals for leaf in leaves[s]}.values())
-            of_pass = [r for r in used if any(r in routes[s] for s in signals)]
+            total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
+            weights = {key: weight for s in signals for key, weight in owners[s].items()}
+            leaves = _leaves([reached[s] for s in signals], owner_of, {} if once else weights)
+            edges = list(dict.fromkeys(edge for s in signals for edge in reached[s].folds)) if once else []
             keep = retain_graph or number < len(passes) - 1
-            _one_pass(state, total, reached, signals, of_pass, owner_of, keep)
+            gradients = _gradients(total, leaves, edges, keep)
+            scale = {} if any(routes[s] for s in signals) else weights
+            learnt |= _add(leaves, gradients, [scale.get(owner_of.get(id(p), ("", "")), 1.0) for p in leaves])
+            for edge, gradient in zip(edges, gradients[len(leaves) :]):
+                if gradient is not None:
+                    folds[edge] = gradient if edge not in folds else folds[edge] + gradient
+        if folds:
+            of_all = {key: 1.0 for of in owners.values() for key in of}
+            leaves = [p for p in _leaves(list(reached.values()), owner_of, of_all) if id(p) in owner_of]
+            roots = [GradientEdge(*edge) for edge in folds]
+            learnt |= _add(
+                leaves, torch.autograd.grad(roots, leaves, list(folds.values()), retain_graph, allow_unused=True)
+            )
     finally:
         for r in used:
             r.choose(None)
+    for signal, of in owners.items():
+        if of and not any(owner_of.get(leaf) in of for leaf in learnt & reached[signal].leaves.keys()):
+            raise RuntimeError(
+                f"the loss of {signal!r} reached none of its bundles {sorted(of)}. Is their alpha 0, is the adapter "
+                "inactive, or is gradient checkpointing re-entrant? Use use_reentrant=False."
+            )
     state.waiting = [r for r in state.waiting if r not in used]
 
 
@@ -308,43 +334,42 @@ def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[
     return passes
 
 
-def _one_pass(
-    state: BundleState,
-    total: Tensor,
-    leaves: list[Tensor],
-    signals: list[str],
-    routes: Sequence[Route],
-    owner_of: Mapping[int, tuple[str, str]],
-    retain_graph: bool,
-) -> None:
-    """Backward of the summed losses of `signals` into their owners and into parameters of no bundle.
+def _owners(state: BundleState, signal: str, routes: Sequence[Route]) -> dict[tuple[str, str], float]:
+    """(adapter, bundle) -> weight of those that learn from a signal, in forwards under these routes (if any)."""
+    return {
+        (adapter, name): weight
+        for adapter, config in state.configs.items()
+        for name, weight in config.column(signal).items()
+        # A bundle that the weights of all rows shut out (topics) is not missed.
+        if weight > 0 and (not routes or any(name in r.live(adapter) for r in routes))
+    }
 
-    Args:
-        routes: of the forwards they come from, if those ran under any.
-    """
-    owners: dict[str, set[tuple[str, str]]] = {s: set() for s in signals}
-    weights: dict[tuple[str, str], float] = {}
-    for s in signals:
-        for adapter, config in state.configs.items():
-            for name, w in config.column(s).items():
-                # A bundle that the weights of all rows shut out (topics) is not missed.
-                if w > 0 and (not routes or any(name in r.live(adapter) for r in routes)):
-                    owners[s].add((adapter, name))
-                    weights[adapter, name] = w
-    leaves = [p for p in leaves if id(p) not in owner_of or owner_of[id(p)] in weights]
-    gradients = torch.autograd.grad(total, leaves, retain_graph=retain_graph, allow_unused=True) if leaves else ()
-    reached = {owner_of[id(p)] for p, g in zip(leaves, gradients) if g is not None and id(p) in owner_of}
-    if missed := [s for s in signals if owners[s] and not owners[s] & reached]:
-        raise RuntimeError(
-            f"the loss of {missed} reached none of its bundles {sorted(owners[missed[0]])}. Is their alpha 0, is the "
-            "adapter inactive, or is gradient checkpointing re-entrant? Use use_reentrant=False."
-        )
-    for leaf, gradient in zip(leaves, gradients):
-        if gradient is None:
-            continue
-        weight = 1.0 if routes else weights.get(owner_of.get(id(leaf), ("", "")), 1.0)
-        gradient = gradient if weight == 1.0 else gradient * weight
-        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+def _leaves(
+    reached: Sequence[Reach], owner_of: Mapping[int, tuple[str, str]], owners: Mapping[tuple[str, str], float]
+) -> list[Tensor]:
+    """What losses reach: parameters of these owners and of no bundle at all."""
+    leaves = {number: leaf for reach in reached for number, leaf in reach.leaves.items()}
+    return [leaf for number, leaf in leaves.items() if number not in owner_of or owner_of[number] in owners]
+
+
+def _gradients(
+    loss: Tensor, leaves: Sequence[Tensor], edges: Sequence[Edge], retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """Of leaves, then of what the edges lead to; None where the loss does not reach."""
+    inputs: Any = [*leaves, *(GradientEdge(*edge) for edge in edges)]
+    return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True) if inputs else ()
+
+
+def _add(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], weights: Sequence[float] = ()) -> set[int]:
+    """Add gradients to the leaves' `.grad`, times weights (none: 1); ids of the leaves that got one."""
+    learnt = set()
+    for leaf, gradient, weight in zip(leaves, gradients, weights or itertools.repeat(1.0)):
+        if gradient is not None:
+            gradient = gradient if weight == 1.0 else gradient * weight
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            learnt.add(id(leaf))
+    return learnt
 
 
 def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:

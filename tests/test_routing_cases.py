@@ -22,6 +22,8 @@ from test_signals import (
 
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
+from peft_bundles.functional import walk
+from peft_bundles.signals import bundle_parameters
 
 
 RL = ("policy", "value", "kl")
@@ -120,6 +122,38 @@ def test_retain_graph_keeps_the_graph_and_only_then():
     assert_same(ours, times(own(model, *RL), 2.0), **EXACT)
     with pytest.raises(RuntimeError, match="second time"):
         model.routed_backward(found)
+
+
+def test_weights_are_folded_back_once_for_all_passes():
+    model, calls = make("gpt2"), []
+    with model.route(RL):
+        found = losses(model(batch()).logits)
+    folds = {node for reach in walk([*found.values()]) for node, _ in reach.folds}
+    handles = [node.register_hook(lambda *_: calls.append(1)) for node in folds]
+    model.routed_backward(found)
+    assert len(calls) == len(folds) >= 2
+    [handle.remove() for handle in handles]
+    model.finalize_grads()
+    ours = gradients(model)
+    assert_same(ours, own(model, *RL), **EXACT)
+
+
+def test_a_penalty_on_the_weights_in_one_of_the_losses():
+    """They are reached beside D and E: then it must not get lost, and reach the owners of that loss only."""
+    model = make("gpt2")
+    owners = model.peft_config["default"].column("value")
+    table = {name: parameters for (_, name), parameters in bundle_parameters(model).items()}
+    with model.route(RL):
+        found = losses(model(batch()).logits)
+    found["value"] = found["value"] + sum(p.square().sum() for of in table.values() for p in of)
+    model.routed_backward(found)
+    model.finalize_grads()
+    ours = gradients(model)
+    expected = own(model, *RL)
+    for name, number in expected:
+        if owners[name]:
+            expected[name, number] = expected[name, number] + 2 * table[name][number].detach()
+    assert_same(ours, expected, **EXACT)
 
 
 @pytest.fixture
@@ -259,7 +293,7 @@ def test_every_signal_must_reach_one_of_its_owners():
     model = make("gpt2")
     with model.route(["lm"] * 3 + [("policy", "value")] * 3), model.alphas(b_value=0.0, b_anchor=0.0):
         logits = model(batch()).logits
-    with pytest.raises(RuntimeError, match=r"\['value'\] reached none"):
+    with pytest.raises(RuntimeError, match="loss of 'value' reached none"):
         model.routed_backward({"lm": loss_of("lm", logits[:3]), **losses(logits[3:], ("policy", "value"))})
 
 
