@@ -189,7 +189,7 @@ def _alike(pointers: tuple[int, ...]) -> bool:
 def _again(
     built: Any, grid: tuple[int, int, int], stream: int, pointers: tuple[int, ...], rest: tuple[Any, ...]
 ) -> None:
-    """Launch what Triton built. `built[grid](...)` takes 1.4 times as long: it asks CUDA about every tensor."""
+    """Launch what Triton built. `built[grid](*tensors)` takes longer than a kernel: it asks CUDA about each tensor."""
     built.run(*grid, stream, built.function, built.packed_metadata, None, None, None, *pointers, *rest)
 
 
