@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import centred, units_backward, usable
+from .packing import _Join
 
 
 @dataclass
@@ -149,8 +150,9 @@ class _Bundles(torch.autograd.Function):
         dy, shape = grad.flatten(0, -2).to(dtype), (*grad.shape[:-1], -1)
         da = (dy @ E.T).view(shape)
 
-        # Units outside have a gate of 0 in this pass (`Route.choose`).
+        # Units outside, and these others, have a gate of 0 in all rows of this pass (`Route.choose`).
         first, last = getattr(ctx.gate, "units", (0, s.shape[-1]))
+        others = getattr(ctx.gate, "others", None)
         fused = alpha is None and mask is None and usable(da, dtype)
         gate = None if ctx.gate is None or fused else ctx.gate[..., first:last].to(dtype)
 
@@ -159,9 +161,12 @@ class _Bundles(torch.autograd.Function):
             units = units.view(shape)[..., first:last]
             units = (units if gate is None else units * gate).flatten(0, -2).T
             if len(units) == s.shape[-1]:
-                return (units @ states).to(like.dtype)
-            whole = states.new_zeros(s.shape[-1], states.shape[1])
-            torch.mm(units, states, out=whole[first:last])
+                whole = units @ states
+            else:
+                whole = states.new_zeros(s.shape[-1], states.shape[1])
+                torch.mm(units, states, out=whole[first:last])
+            if others is not None:  # 0 times what is not finite is not 0
+                whole.index_fill_(0, others, 0.0)
             return whole.to(like.dtype)
 
         a: Any = None
@@ -193,8 +198,8 @@ class Reach:
     """What a graph reaches.
 
     Attributes:
-        nodes, leaves: all of them, leaves by id.
-        beside: ids of the leaves that are also reached in another way than through the D and E of bundle operations.
+        nodes: all but what only lies behind the D and E of bundle operations.
+        leaves: all that may get a gradient, by id. beside: ids of those that are reached beside D and E (too).
         folds: where the D and E of bundle operations come from, as `next_functions` has it.
         nested: whether one of those lies behind another (E comes from what D comes from, and alphas).
         routes: of bundle operations. compiled: whether parts are.
@@ -228,6 +233,8 @@ def walk(losses: Sequence[Tensor]) -> list[Reach]:
     def kind_of(node: Any) -> str:
         if isinstance(node, _Bundles._backward_cls):  # type: ignore[attr-defined]
             return "bundles"
+        if isinstance(node, _Join._backward_cls):  # type: ignore[attr-defined]
+            return "join"
         if hasattr(node, "variable"):
             return "leaf"
         return "compiled" if "CompiledFunction" in type(node).__name__ else ""
@@ -251,6 +258,8 @@ def walk(losses: Sequence[Tensor]) -> list[Reach]:
                 first = 1 if cast(Any, node).shared else 2  # behind hidden, and residual where there is one
                 found.folds.update((edge, None) for edge in edges[first : first + 2] if edge[0] is not None)
                 edges = edges[:first] + edges[first + 2 :]
+            elif kind == "join":  # those that do not learn get none
+                edges = [edge for edge, learns in zip(edges[1:], cast(Any, node).learn) if learns]
             elif kind == "leaf":
                 found.leaves.setdefault(id(node.variable), node.variable)
                 found.beside.add(id(node.variable))
@@ -259,7 +268,6 @@ def walk(losses: Sequence[Tensor]) -> list[Reach]:
         folds = {node for node, _ in found.folds}
         for node in folds:
             behind[node] = behind.get(node) or reach(node, False)
-            found.nodes |= behind[node].nodes
             found.leaves.update(behind[node].leaves)
             found.nested |= not behind[node].nodes.isdisjoint(folds - {node})
             found.compiled |= behind[node].compiled

@@ -136,8 +136,12 @@ class Route:
             table = self._table(adapter, signals)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.data.copy_(_sent(table.to(gate.dtype), device)[..., packing.index(device)["owner"]])
-            # Weight gradients of units that no row lets learn are not computed (functional.py).
-            vars(gate)["units"] = packing.span((table != 0).flatten(0, -2).any(0))
+            # Weight gradients of units that no row lets learn are not computed, or 0 if they lie between others.
+            learns = (table != 0).flatten(0, -2).any(0)
+            first, last = packing.span(learns)
+            others = (~learns[packing.owner[first:last]]).nonzero().flatten() + first
+            vars(gate)["units"] = first, last
+            vars(gate)["others"] = _sent(others, device) if len(others) else None
 
     def clash(self, a: str, b: str) -> bool:
         """Whether some row carries both signals, and they want different gates on it."""
@@ -250,8 +254,9 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
 
     Raises:
         ValueError: an unknown signal, a loss that is no scalar or has no graph, a loss of rows routed otherwise.
-        RuntimeError: no owner of a signal takes part in its loss (for one: re-entrant gradient checkpointing); a
-            compiled forward outside `route((...))` and attenuated weights, which would not be found in its graph.
+        RuntimeError: no owner of a signal takes part in its loss (for one: re-entrant gradient checkpointing); by then
+            the others have their gradients. A compiled forward outside `route((...))` and attenuated weights, which
+            would not be found in its graph.
     """
     state = state_of(model)
     check_signals(state.configs, list(losses))
@@ -264,10 +269,11 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
     used = list(dict.fromkeys(r for found in routes.values() for r in found))
     passes = _plan_passes(state, routes)
-    # Gates are applied before D and E, and weights are reached through those alone: several passes add up the gradients
-    # of D and E, which are folded back once. (What is compiled runs as a whole, and what lies behind E with E.)
-    once = len(passes) > 1 and all(routes.values()) and not any(r.compiled or r.nested for r in reached.values())
-    once = once and all(r.beside.isdisjoint(owner_of) for r in reached.values())
+    # Where weights are reached through D and E alone, whose gradients are gated already, passes add those up, and they
+    # are folded back once. Not where one lies behind the other (an alpha that is a number other than 1 is multiplied
+    # into E), nor with projectors: what is not finite in one bundle's rows would reach the others' W.
+    once = len(passes) > 1 and all(routes.values()) and all(c.projection == "none" for c in state.configs.values())
+    once = once and not any(r.nested or r.beside & owner_of.keys() for r in reached.values())
     folds: dict[Edge, Tensor] = {}
     learnt: set[int] = set()
     try:
@@ -284,11 +290,10 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
             learnt |= _add(leaves, gradients, [scale.get(owner_of.get(id(p), ("", "")), 1.0) for p in leaves])
             for edge, gradient in zip(edges, gradients[len(leaves) :]):
                 if gradient is not None:
-                    folds[edge] = gradient if edge not in folds else folds[edge] + gradient
+                    folds[edge] = gradient if edge not in folds else folds[edge].add_(gradient)
         if folds:
-            of_all = {key: 1.0 for of in owners.values() for key in of}
-            leaves = [p for p in _leaves(list(reached.values()), owner_of, of_all) if id(p) in owner_of]
-            roots = [GradientEdge(*edge) for edge in folds]
+            mine = {i: p for s, r in reached.items() for i, p in r.leaves.items() if owner_of.get(i) in owners[s]}
+            roots, leaves = [GradientEdge(*edge) for edge in folds], list(mine.values())
             learnt |= _add(
                 leaves, torch.autograd.grad(roots, leaves, list(folds.values()), retain_graph, allow_unused=True)
             )

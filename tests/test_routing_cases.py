@@ -138,14 +138,16 @@ def test_weights_are_folded_back_once_for_all_passes():
     assert_same(ours, own(model, *RL), **EXACT)
 
 
-def test_a_penalty_on_the_weights_in_one_of_the_losses():
+@pytest.mark.parametrize("first", [True, False])
+def test_a_penalty_on_the_weights_in_one_of_the_losses(first):
     """They are reached beside D and E: then it must not get lost, and reach the owners of that loss only."""
     model = make("gpt2")
     owners = model.peft_config["default"].column("value")
     table = {name: parameters for (_, name), parameters in bundle_parameters(model).items()}
     with model.route(RL):
         found = losses(model(batch()).logits)
-    found["value"] = found["value"] + sum(p.square().sum() for of in table.values() for p in of)
+    penalty = sum(p.square().sum() for of in table.values() for p in of)
+    found["value"] = penalty + found["value"] if first else found["value"] + penalty
     model.routed_backward(found)
     model.finalize_grads()
     ours = gradients(model)
@@ -154,6 +156,32 @@ def test_a_penalty_on_the_weights_in_one_of_the_losses():
         if owners[name]:
             expected[name, number] = expected[name, number] + 2 * table[name][number].detach()
     assert_same(ours, expected, **EXACT)
+
+
+def test_a_loss_of_an_earlier_layer_is_none_to_later_ones():
+    """And not 0, with which AdamW would move their weights."""
+    model = make("gpt2")
+    with model.route(RL):
+        out = model(batch(), output_hidden_states=True)
+    model.routed_backward({**losses(out.logits, ("policy", "kl")), "value": out.hidden_states[1].square().mean()})
+    grads = {n: p.grad for n, p in model.named_parameters() if "b_value" in n}
+    assert all((grad is None) == (".h.1." in n) for n, grad in grads.items()) and len(grads) >= 4
+
+
+def test_what_is_not_finite_stays_with_its_owners():
+    """Of bundles whose hidden units lie side by side, and between each other's."""
+    model = make("gpt2")
+    model.routed_backward(losses(model(batch()).logits))
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with model.route(RL):
+        found = losses(model(batch()).logits)
+    model.routed_backward({**found, "policy": found["policy"] * float("nan")})
+    owners = {n: w for n, w in model.peft_config["default"].column("policy").items() if w}
+    spoilt = {n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()}
+    assert spoilt and all(n.rpartition(".")[2] in owners for n in spoilt)
+    for name in wanted.keys() - spoilt:
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, wanted[name], **EXACT)
 
 
 @pytest.fixture
@@ -295,6 +323,18 @@ def test_every_signal_must_reach_one_of_its_owners():
         logits = model(batch()).logits
     with pytest.raises(RuntimeError, match="loss of 'value' reached none"):
         model.routed_backward({"lm": loss_of("lm", logits[:3]), **losses(logits[3:], ("policy", "value"))})
+
+
+def test_a_signal_that_trains_nothing_is_missed_though_another_trains_its_owner():
+    model = make("gpt2")
+    shared = {n: 0.0 for n, w in model.peft_config["default"].column("value").items() if w}
+    gates = {n: torch.zeros(()) if n in shared else torch.ones(()) for n in model.peft_config["default"].bundles}
+    with model.route(("policy", "value")), model.alphas(gates):
+        first = model(batch()).logits
+    with model.route("kl"):
+        second = model(batch()).logits
+    with pytest.raises(RuntimeError, match="loss of 'value' reached none"):
+        model.routed_backward({**losses(first, ("policy", "value")), **losses(second, ("kl",))})
 
 
 def test_a_loss_of_routed_and_unrouted_forwards_is_refused():
