@@ -50,6 +50,11 @@ class Study:
     code: list[Record] = field(default_factory=list)
 
 
+def problems(record: Record) -> int:
+    """Of HumanEval, that a record of it is about; 0 where it failed."""
+    return 0 if "error" in record else record["phases"][-1]["code"]["tasks"]
+
+
 def read(folder: Path) -> Study:
     """All *.jsonl of a folder, and spaces.json. A cell that a later line repeats is that line, with what only the
     earlier one has (hidden states are measured when asked for); an error that a later line mends is gone.
@@ -65,7 +70,7 @@ def read(folder: Path) -> Study:
             removal[record["variant"], record["rate"], record["seed"]] = record
         elif record["stage"] == "code":
             same = record["condition"], record.get("schedule")
-            if "error" not in record or "error" in code.get(same, {"error": ""}):
+            if same not in code or problems(record) >= problems(code[same]):
                 code[same] = record
         elif record["stage"] != "base":
             same = json.dumps([record[k] for k in ("condition", "schedule", "order", "seed", "lr")])

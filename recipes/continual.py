@@ -330,7 +330,8 @@ def stamp(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def has_code(given: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether it is of as many problems of HumanEval as are asked for."""
-    return record["stage"] == "code" and record["phases"][-1]["code"]["tasks"] == given["code"]
+    of_code = record["stage"] == "code" and "error" not in record
+    return of_code and record["phases"][-1]["code"]["tasks"] == given["code"]
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -367,11 +368,6 @@ def work(given: dict[str, Any]) -> None:
     own = json.loads(given["samples"].read_text())
     texts = [text for pair in zip(own, bench.data["calibration"]) for text in pair]
     cells = cells_of(given)
-    coded = any(r["condition"] == "base" and has_code(given, r) for r in read(given["output"]))
-    if given["worker"] == 0 and given["code"] and not coded:
-        record = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
-        record["phases"] = [{"task": None, "code": bench.code(Method(base, {}, 0), given["code"])}]
-        append(given["output"], {**record, **stamp(given, device)})
     while (cell := next_cell(given, cells)) is not None:
         begin = time.perf_counter()
         condition = given["conditions"][cell["condition"]]
@@ -393,6 +389,11 @@ def work(given: dict[str, Any]) -> None:
         print(name_of(cell), cell["lr"], f"{record['wall']:.1f} s", summary(record), flush=True)
         if lost:
             os.execv(sys.executable, [sys.executable, *sys.argv])
+    coded = any(r["condition"] == "base" and has_code(given, r) for r in read(given["output"]))
+    if given["worker"] == 0 and given["code"] and not given["grid"] and not coded and time.time() < given["until"]:
+        base_code: dict[str, Any] = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
+        base_code["phases"] = [{"task": None, "code": bench.code(Method(base, {}, 0), given["code"])}]
+        append(given["output"], {**base_code, **stamp(given, device)})
 
 
 def usable(device: torch.device) -> bool:

@@ -53,12 +53,12 @@ def not_there(study: Study, runs: list[dict[str, Any]]) -> list[str]:
                 said.append(f"{tables.title(key)}{where}: seed {', '.join(missing)} not run")
     if not any(r.get("reflection") for r in study.records):
         said.append("Judging its own answers (reflection): not run yet")
-    coded, failed = ({(r["condition"], r.get("schedule")) for r in found} for found in (study.code, study.failed))
-    if missing := [tables.title(key) for key in s.keys(study) if key not in coded | failed]:
+    coded = {(r["condition"], r.get("schedule")) for r in (*study.code, *study.failed) if r["stage"] == "code"}
+    if missing := [tables.title(key) for key in s.keys(study) if key not in coded]:
         said.append(f"HumanEval: {'; '.join(missing)}")
     for r in study.failed:
         cell = f"{tables.title((r['condition'], r['schedule']))}, {s.order_name(r)}, seed {r['seed']}, rate {r['lr']:g}"
-        said.append(f"{cell}: failed: `{last_line(r)}`")
+        said.append(f"{'HumanEval, ' if r['stage'] == 'code' else ''}{cell}: failed: `{last_line(r)}`")
     for r in study.removal_failed:
         said.append(f"removal `{r['variant']}` {r['rate']:g}, seed {r['seed']}: failed: `{last_line(r)}`")
     return said

@@ -74,18 +74,24 @@ def test_of_rates_that_validate_alike_the_one_that_learns_most_is_chosen(report,
 
 
 def test_code_is_a_cell_of_its_own(report, read):
-    def solved(condition, *passed, **of):
-        phases = [{"task": None, "code": {"pass@1": n / 164, "passed": float(n), "tasks": 164}} for n in passed]
-        return {"stage": "code", "condition": condition, "phases": phases, **of}
+    def solved(condition, *passed, tasks=164):
+        phases = [{"task": None, "code": {"pass@1": n / tasks, "passed": float(n), "tasks": tasks}} for n in passed]
+        return {"stage": "code", "condition": condition, "phases": phases}
 
     lora = {"schedule": "sequence", "order": made.ORDERS["A"], "seed": 1, "lr": 1e-3}
     lines = [solved("base", 20), {**solved("lora", 5, 2, 0), **lora}]
-    study = read([*made.study(), *lines, {**lora, "stage": "code", "condition": "lora", "error": "later, again"}])
+    again = [{**solved("lora", 1, tasks=2), **lora}, {**lora, "stage": "code", "condition": "lora", "error": "x"}]
+    study = read([*made.study(), *lines, *again])
     assert study.records == read(made.study()).records and not study.failed
     page = report.page(study, made.RUNS)
     assert "| the base | 20 | 164 |" in page and "| `lora` | 5, 2, 0 | 164 |" in page
     assert "next to none" not in page and "- HumanEval: `bundles`" in page
     assert "next to none" in report.page(read([*made.study(), solved("base", 8)]), made.RUNS)
+    failed = report.page(read([*made.study(), again[1], made.cell(lr=7.0, stage="grid", error="x")]), made.RUNS)
+    assert (
+        "- HumanEval, `lora`, A, seed 1, rate 0.001: failed: `x`" in failed
+        and "- `lora`, A, seed 0, rate 7: f" in failed
+    )
 
 
 def test_a_rate_that_diverged_is_not_chosen(report, read):
