@@ -330,7 +330,7 @@ def layer_alphas(
 
     if any(v.requires_grad for v in tensors):
         return None, table()  # a cached graph would be freed by the first backward
-    # (A spec's alpha may be changed.)
+    # In the key, for a spec's alpha may be changed.
     numbers = () if len(tensors) == len(values) else tuple(v for v in values if not isinstance(v, Tensor))
     key = (state.version, adapter, layer if per_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
