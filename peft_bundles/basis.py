@@ -142,10 +142,11 @@ def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int
 
 def fingerprint(basis: Tensor) -> float:
     """One number that tells bases apart: sum_ij cos(i) U_ij cos(j + 1/2), to compare within FINGERPRINT_TOLERANCE."""
-    u = basis.detach().to("cpu", torch.float64)
+    u = basis.detach()
     left = torch.cos(torch.arange(u.shape[0], dtype=torch.float64))
     right = torch.cos(torch.arange(u.shape[1], dtype=torch.float64) + 0.5)
-    return float(left @ u @ right)
+    # Not a matrix product, which may be TF32; and not all of U in float64, which takes five times as long.
+    return float((left.to(u)[:, None] * u).sum(0).double().cpu() @ right)
 
 
 FINGERPRINT_TOLERANCE = 1e-3  # float32 rounding of U moves it by about 1e-5; another seed by about sqrt(d R) / 2

@@ -179,6 +179,17 @@ class BundleModel(BaseTuner):
         if all(config.bundles or config.inference_mode for config in self._bundle_configs()):
             super()._mark_only_adapters_as_trainable(model)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's looks at every buffer, and so would have U drawn that a checkpoint is about to replace.
+        for layer in self._layers if autocast_adapter_dtype else ():
+            if adapter_name not in layer.bundle_basis:
+                continue
+            for what in layer.adapter_layer_names:
+                table = getattr(layer, what)[adapter_name]
+                for name, p in table.items():
+                    if torch.finfo(p.dtype).bits < 32:
+                        table[name] = nn.Parameter(p.data.float(), requires_grad=p.requires_grad)
+
     def disable_adapter_layers(self) -> None:
         """PEFT's own; an adapter without bundles cannot be disabled, and says so."""
         if any(not config.bundles for config in self._bundle_configs()):
@@ -238,6 +249,24 @@ class BundleModel(BaseTuner):
         Raises:
             ValueError: tensors missing, of another shape, left over, not finite or changed; another basis.
         """
+        layers = [m for m in model.modules() if isinstance(m, BundleLayer) and config.save_basis]
+        later = {
+            m.bundle_basis: m.bundle_basis.later[adapter_name] for m in layers if adapter_name in m.bundle_basis.later
+        }
+        for each in later:  # the file brings its own
+            each.reserve(adapter_name)
+        try:
+            return cls._checked(model, config, adapter_name, state_dict)
+        except Exception:
+            for each, how in later.items():
+                each.draw_later(adapter_name, *how)
+            raise
+
+    @classmethod
+    def _checked(
+        cls, model: nn.Module, config: BundleConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors under the model's keys, if they are what `config` says."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not config.bundles:
             return remapped

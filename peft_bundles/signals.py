@@ -210,7 +210,7 @@ def route(
     state = state_of(model)
     packings: dict[tuple[str, torch.device], tuple[Packing, torch.dtype]] = {}
     for layer in (module for module in modules if isinstance(module, BundleLayer)):
-        for adapter, basis in layer.bundle_basis._buffers.items():
+        for adapter, basis in layer.bundle_basis.items():
             if (adapter, basis.device) not in packings:
                 packings[adapter, basis.device] = layer.packing(adapter), basis.dtype
     new = Route(state.configs, signals, packings, weights)

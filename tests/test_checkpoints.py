@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_bundles
 from peft_bundles import BundleConfig
+from peft_bundles.basis import draw_basis
 
 
 # ---- saving and loading ----
@@ -274,3 +277,78 @@ def test_layers_keep_their_numbers_when_they_are_named(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "all")
     assert torch.equal(logits(again, batch()), logits(model, batch()))
+
+
+# ---- U is drawn when it is looked at, and not where a checkpoint brings its own ----
+@pytest.fixture
+def drawn(monkeypatch):
+    """(hidden size, rank, seed, layer) of every U that was drawn."""
+    seen = []
+
+    def noted(*how):
+        seen.append(how)
+        return draw_basis(*how)
+
+    monkeypatch.setattr(peft_bundles.layer, "draw_basis", noted)
+    return seen
+
+
+def test_loading_draws_no_basis(drawn, tmp_path):
+    model = attached()
+    model.save_pretrained(tmp_path)
+    expected = logits(model, batch())
+    assert drawn, "a new adapter has its U drawn"
+    drawn.clear()
+    again = PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+    again.load_adapter(tmp_path, "other")
+    again.load_adapter(tmp_path, "third", is_trainable=True)
+    for adapter in again.peft_config:
+        again.set_adapter(adapter)
+        assert torch.equal(logits(again, batch()), expected)
+    assert not drawn
+
+
+def test_a_config_from_a_file_without_its_tensors_has_the_basis_of_its_seed(drawn, tmp_path):
+    attached(basis_init="random").save_pretrained(tmp_path)
+    drawn.clear()
+    model = get_peft_model(TINY["llama"](), PeftConfig.from_pretrained(tmp_path))
+    assert not drawn
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert not drawn
+    with torch.inference_mode():
+        found = logits(model, batch())
+    assert torch.equal(found, logits(TINY["llama"](), batch())), "its second map is zero"
+    assert [how[-1] for how in drawn] == [layer.index for layer in layers(model)]
+    for layer, how in zip(layers(model), drawn):
+        for each in (model, *copies):
+            mine = layers(each)[layer.index].bundle_basis["default"]
+            assert torch.equal(mine, draw_basis(*how)) and not mine.is_inference()
+    assert len(drawn) == 3 * len(layers(model)), "once a copy"
+
+
+@pytest.mark.parametrize(
+    "look", [str, lambda m: m.state_dict(), lambda m: m.double(), lambda m: m.load_state_dict(SOME)]
+)
+def test_whoever_looks_at_all_tensors_sees_the_basis(look, tmp_path):
+    fresh = attached(basis_init="random")
+    fresh.save_pretrained(tmp_path)
+    SOME.update(fresh.state_dict())
+    model = get_peft_model(TINY["llama"](), PeftConfig.from_pretrained(tmp_path))
+    look(model)
+    keys = [key for key in fresh.state_dict() if ".bundle_basis." in key]
+    assert keys and all(torch.equal(fresh.state_dict()[key], model.state_dict()[key].float()) for key in keys)
+
+
+SOME: dict[str, torch.Tensor] = {}
+
+
+def test_a_refused_file_leaves_the_basis_to_be_drawn(tmp_path):
+    attached(basis_init="random").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    broken = {key: t.clone().fill_(torch.nan) if "bundle_up" in key else t for key, t in tensors.items()}
+    model = get_peft_model(TINY["llama"](), PeftConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        set_peft_model_state_dict(model, broken)
+    for layer in layers(model):
+        U = layer.bundle_basis["default"]
+        assert torch.allclose(U.T @ U, torch.eye(U.shape[1]), atol=1e-5)
