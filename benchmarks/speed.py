@@ -141,7 +141,7 @@ def same_rows(shape: str, options: Any) -> Any:
 
 def forward(shape: str, options: Any) -> Any:
     ids = tokens(shape, *options.batch)
-    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", "bundles_1", "bundles_15", "bundles_64"):
+    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", "xlora", *(f"bundles_{n}" for n in (1, 6, 15, 64))):
 
         def make(name: str = name) -> tuple[Cell, int]:
             model = adapted(shape, name, inference=True)
@@ -226,9 +226,9 @@ def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
 
 
 def generate(shape: str, options: Any) -> Any:
-    """A new token of `generate`, prompt and folding included."""
+    """A new token of `generate`, prompt and folding included. X-LoRA has no cache, which takes a CPU minutes."""
     for rows in (1, 8):
-        for name in ("base", "lora_r16", "bundles_15"):
+        for name in ("base", "lora_r16", *(("lora_4x4", "xlora") if CUDA else ()), "bundles_15"):
 
             def make(name: str = name, rows: int = rows) -> tuple[Cell, int]:
                 model, ids = adapted(shape, name, inference=True), tokens(shape, rows, PROMPT)

@@ -34,11 +34,15 @@ WIDTH_135M = 576
 
 
 def read() -> dict[str, Any]:
-    """Path -> record of every measurement: GPUs first, the newest of them first of all."""
+    """Path -> record of every measurement: GPUs first, the newest of them first of all, of a day the larger card."""
     paths = sorted(ROOT.glob("benchmarks/results/speed_*.json"))
     records = {path.relative_to(ROOT).as_posix(): json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    newest = sorted(records.items(), key=lambda item: item[1]["runs"][-1]["date"], reverse=True)
+    newest = sorted(records.items(), key=lambda item: newness(item[1]), reverse=True)
     return dict(sorted(newest, key=lambda item: on_cpu(item[1])))
+
+
+def newness(record: Any) -> tuple[str, str]:
+    return record["runs"][-1]["date"], record["runs"][-1]["device"]
 
 
 def on_cpu(record: Any) -> bool:
@@ -187,8 +191,9 @@ def table(shape: str, section: str, job: Any) -> Iterator[str]:
     size = f", batch {job['batch'][0]} x {job['batch'][1]}" if section in ("train", "forward", "same_rows") else ""
     yield f"\n### {shape}, {section}{size}\n"
     memory = all("peak_over_base_weights_gib" in cell for cell in measured.values()) and section == "train"
-    yield "| | trainable | ms | ratio (min to max) |" + (" peak GiB |" if memory else "")
-    yield "|---|---|---|---|" + ("---|" if memory else "")
+    more = " peak GiB |" if memory else " tokens/s |" if section == "generate" else ""
+    yield "| | trainable | ms | ratio (min to max) |" + more
+    yield "|---|---|---|---|" + ("---|" if more else "")
     for name, cell in measured.items():
         kind, _, rest = name.partition("/")
         first = next((n for n in measured if n.partition("/")[2] == rest), name)  # of its batch, the first cell
@@ -196,7 +201,11 @@ def table(shape: str, section: str, job: Any) -> Iterator[str]:
         line = f"| {NAMES.get(kind, kind.replace('_', ' '))}{', ' + rest if rest else ''} "
         line += f"| {cell['trainable'] / 1e6:.1f} M " if cell["trainable"] else "| "
         line += f"| {median(cell['ms']):.2f} | {spread(ratios(measured, name, first)) if first in measured else ''} |"
-        yield line + (f" {peak(measured, name, job['base_weights_gib']):.1f} |" if memory else "")
+        if memory:
+            line += f" {peak(measured, name, job['base_weights_gib']):.1f} |"
+        elif section == "generate":  # ms of a token of every row
+            line += f" {1e3 * int(rest) / median(cell['ms']):.0f} |"
+        yield line
     for name, cell in job["cells"].items():
         if "error" in cell:
             yield f"\n`{name}` failed: `{cell['error'].strip().splitlines()[-1]}`"
@@ -283,7 +292,13 @@ def page(records: dict[str, Any]) -> str:
         job = record["results"].get("1.2b", {}).get("train", {})
         if job and job.get("batch") != FULL:
             lines.append(f"\n`{path}` was measured at batch {job['batch'][0]} x {job['batch'][1]}.")
+    devices = [record["runs"][-1]["device"] for record in gpus.values()]
+    earlier = [path for n, path in enumerate(gpus) if devices[n] in devices[:n]]
+    if earlier:
+        lines += ["", f"Earlier records of the same cards: {', '.join(f'[`{p}`](../{p})' for p in earlier)}."]
     for path, record in records.items():
+        if path in earlier:
+            continue
         lines += ["", f"## {record['runs'][-1]['device']}: [`{path}`](../{path})", ""]
         lines += ["| command | date | commit | load before | versions |", "|---|---|---|---|---|"]
         for run in record["runs"]:
