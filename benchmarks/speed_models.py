@@ -38,7 +38,7 @@ def some_basis(hidden_size: int, rank: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(hidden_size, rank, device=DEVICE)).Q.cpu().contiguous()
 
 
-# Drawn in float64 on the CPU as it is, U takes longer than what is measured.
+# Drawn in float64 on the CPU as it is, U takes longer than what is measured. (`load_adapter` draws none.)
 peft_bundles.layer.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
 
 
