@@ -142,7 +142,7 @@ def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int
 
 def fingerprint(basis: Tensor) -> float:
     """One number that tells bases apart: sum_ij cos(i) U_ij cos(j + 1/2), to compare within FINGERPRINT_TOLERANCE."""
-    u = basis.detach()
+    u = basis.detach().float()
     left = torch.cos(torch.arange(u.shape[0], dtype=torch.float64))
     right = torch.cos(torch.arange(u.shape[1], dtype=torch.float64) + 0.5)
     # Not a matrix product, which may be TF32; and not all of U in float64, which takes five times as long.
