@@ -6,6 +6,7 @@ python benchmarks/speed_report.py
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,7 +273,9 @@ def page(records: dict[str, Any]) -> str:
     ]
     names = [f"{record['runs'][-1]['device']}, {record['runs'][-1]['date']}" for record in gpus.values()]
     by_file = [list(goals(record)) for record in gpus.values()]
-    ours = [goal for goal in map(cpu_goal, (r for r in records.values() if on_cpu(r))) if goal]
+    trained = [r for r in records.values() if on_cpu(r) and cells(r, "135m", "train")]
+    trained.sort(key=lambda r: math.prod(r["results"]["135m"]["train"]["batch"]))
+    ours = [goal for goal in map(cpu_goal, trained) if goal]
     lines.append(f"| | at most | {' | '.join(names or ['measured'])} | |")
     lines.append("|---|---|" + "---|" * max(len(names), 1) + "---|")
     newest = by_file[0] if by_file else []
@@ -309,7 +312,7 @@ def page(records: dict[str, Any]) -> str:
         if on_cpu(record):
             lines += [
                 "",
-                "Taken beside other jobs on the same cores: only the ratios mean something, and they are noisy.",
+                "Cores of a machine that others use too: only the ratios mean something, and they are noisy.",
             ]
         lines += job_tables(record)
     return "\n".join(lines) + "\n"
