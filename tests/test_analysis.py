@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from peft_bundles.analysis import continual, representations
 from peft_bundles.analysis.continual import Run
@@ -201,7 +202,13 @@ def test_pictures():
     assert np.allclose(
         coordinates, representations.pca(np.concatenate([x, np.ones((120, 1))], 1))[0]
     )  # a constant channel
-    picture = representations.umap(x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        picture = representations.umap(x)
+        assert torch.get_num_threads() == 1, "numba sets its own"
+    finally:
+        torch.set_num_threads(threads)
     assert np.array_equal(picture, representations.umap(x))
     assert representations.silhouette(picture, labels) > 0.5
 

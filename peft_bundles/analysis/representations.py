@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def linear_probe(features: Any, labels: Any, *, folds: int = 5, seed: int = 0) -> dict[str, float]:
@@ -89,7 +90,11 @@ def umap(features: Any, *, seed: int = 0) -> np.ndarray:
     if len(x) < 4:
         raise ValueError(f"{len(x)} rows are too few for a picture; give at least 4.")
     coordinates, _ = pca(x, min(30, *x.shape))
-    return UMAP(n_neighbors=min(15, len(x) - 1), init="pca", random_state=seed, n_jobs=1).fit_transform(coordinates)
+    threads = torch.get_num_threads()
+    try:
+        return UMAP(n_neighbors=min(15, len(x) - 1), init="pca", random_state=seed, n_jobs=1).fit_transform(coordinates)
+    finally:  # numba sets OpenMP's threads, which PyTorch goes by: with others a model rounds differently
+        torch.set_num_threads(threads)
 
 
 def _checked(features: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
