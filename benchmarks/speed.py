@@ -47,6 +47,7 @@ import peft_bundles
 
 TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quiet0", "bundles_1", "bundles_6")
 TRAIN += ("bundles_64", "lora_r64", "lora_4x4", "xlora")
+ADAPTERS = ("base", "lora_r16", "lora_r64", "lora_4x4", "bundles_1", "bundles_6", "bundles_15", "bundles_64")
 PROMPT, STEPS = 128, 16  # decode: tokens in the cache, and steps a timing
 ALPHA = 0.5
 BROKEN = 3  # exit code: the GPU is lost for this process
@@ -141,7 +142,7 @@ def same_rows(shape: str, options: Any) -> Any:
 
 def forward(shape: str, options: Any) -> Any:
     ids = tokens(shape, *options.batch)
-    for name in ("base", "lora_r16", "lora_r64", "lora_4x4", "xlora", *(f"bundles_{n}" for n in (1, 6, 15, 64))):
+    for name in (*ADAPTERS, "xlora"):
 
         def make(name: str = name) -> tuple[Cell, int]:
             model = adapted(shape, name, inference=True)
@@ -151,16 +152,19 @@ def forward(shape: str, options: Any) -> Any:
 
 
 def decode(shape: str, options: Any) -> Any:
-    """One-token steps after a prompt, eager, with a growing cache that is cut before every timing."""
+    """One-token steps after a prompt, eager, with a growing cache that is cut before every timing.
+
+    Without X-LoRA, which has no cache.
+    """
     for rows in (1, 8, 64):
-        for name in ("base", "lora_r16", "bundles_15", "bundles_15_one_alpha", "bundles_15_row_alphas"):
+        for name in (*ADAPTERS, "bundles_15_one_alpha", "bundles_15_row_alphas"):
             if "alpha" not in name or rows == 64:
                 yield f"{name}/{rows}", lambda name=name, rows=rows: decoding(shape, name, rows)
 
 
 @torch.no_grad()
 def decoding(shape: str, name: str, rows: int) -> tuple[Cell, int]:
-    model = adapted(shape, "bundles_15" if "bundles" in name else name, inference=True)
+    model = adapted(shape, "bundles_15" if "alpha" in name else name, inference=True)
     alphas: Any = ALPHA + torch.linspace(-0.4, 0.4, rows, device=DEVICE)[:, None].expand(rows, 15)
     alphas = alphas if name.endswith("row_alphas") else dict.fromkeys((f"b_{k}" for k in range(15)), ALPHA)
     given = (lambda: model.alphas(alphas)) if "alpha" in name else nullcontext
@@ -228,7 +232,7 @@ def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
 def generate(shape: str, options: Any) -> Any:
     """A new token of `generate`, prompt and folding included. X-LoRA has no cache, which takes a CPU minutes."""
     for rows in (1, 8):
-        for name in ("base", "lora_r16", *(("lora_4x4", "xlora") if CUDA else ()), "bundles_15"):
+        for name in (*ADAPTERS, *(("xlora",) if CUDA else ())):
 
             def make(name: str = name, rows: int = rows) -> tuple[Cell, int]:
                 model, ids = adapted(shape, name, inference=True), tokens(shape, rows, PROMPT)
@@ -241,12 +245,14 @@ def generate(shape: str, options: Any) -> Any:
 
 def swap(shape: str, options: Any) -> Any:
     """From one attached adapter to another (per switch), and one more from its file and away again."""
-    for name in ("lora_r16", "bundles_15"):
+    for name in ("lora_r16", "lora_r64", "bundles_1", "bundles_6", "bundles_15", "bundles_64"):
 
         def model_of(name: str = name) -> Any:
             model = adapted(shape, name, inference=True)
             if "other" not in model.peft_config:
-                other = bundles(15, shape) if "bundles" in name else copy.deepcopy(model.peft_config["default"])
+                other = (
+                    bundles(int(name[8:]), shape) if "bundles" in name else copy.deepcopy(model.peft_config["default"])
+                )
                 model.add_adapter("other", other)
             return model
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,10 +49,6 @@ class Bases(BufferDict):
         """`drawn`: hidden size, rank, seed and layer, as `draw_basis` takes them."""
         self.register_buffer(adapter, None)
         self.later[adapter] = drawn  # type: ignore[assignment]
-
-    def reserve(self, adapter: str) -> None:
-        """Room for a U that comes from elsewhere, instead of the one that would be drawn."""
-        self[adapter] = torch.empty(self.later[adapter][:2], device=self.beside[0][adapter].device)
 
     def draw(self) -> None:
         """All that have not been drawn yet."""
@@ -453,3 +450,18 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return expand_rows(ours, call.prompts, batch, "adapter_names").view(-1, 1, 1)
 
         return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)
+
+
+@contextmanager
+def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
+    """The block puts a U of its own where one is still to be drawn; if it fails, that one is to be drawn again."""
+    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis.later]
+    drawn = [layer.bundle_basis.later[adapter] for layer in layers]
+    for layer, how in zip(layers, drawn):
+        layer.bundle_basis[adapter] = torch.empty(how[:2], device=layer.bundle_mean[adapter].device)
+    try:
+        yield
+    except Exception:
+        for layer, how in zip(layers, drawn):
+            layer.bundle_basis.draw_later(adapter, *how)
+        raise

@@ -20,7 +20,7 @@ from .base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
 from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
 from .checkpoints import weights_digest
 from .config import BundleConfig
-from .layer import MERGE_ERROR, BundleLayer
+from .layer import MERGE_ERROR, BundleLayer, basis_brought
 from .packing import Packing
 from .prepared import prepared
 from .quiet import loudness
@@ -249,18 +249,8 @@ class BundleModel(BaseTuner):
         Raises:
             ValueError: tensors missing, of another shape, left over, not finite or changed; another basis.
         """
-        layers = [m for m in model.modules() if isinstance(m, BundleLayer) and config.save_basis]
-        later = {
-            m.bundle_basis: m.bundle_basis.later[adapter_name] for m in layers if adapter_name in m.bundle_basis.later
-        }
-        for each in later:  # the file brings its own
-            each.reserve(adapter_name)
-        try:
+        with basis_brought(model, adapter_name) if config.save_basis else nullcontext():
             return cls._checked(model, config, adapter_name, state_dict)
-        except Exception:
-            for each, how in later.items():
-                each.draw_later(adapter_name, *how)
-            raise
 
     @classmethod
     def _checked(
