@@ -157,9 +157,14 @@ def decode(shape: str, options: Any) -> Any:
     Without X-LoRA, which has no cache.
     """
     for rows in (1, 8, 64):
-        for name in (*ADAPTERS, "bundles_15_one_alpha", "bundles_15_row_alphas"):
-            if "alpha" not in name or rows == 64:
-                yield f"{name}/{rows}", lambda name=name, rows=rows: decoding(shape, name, rows)
+        for name in ADAPTERS:
+            yield f"{name}/{rows}", lambda name=name, rows=rows: decoding(shape, name, rows)
+
+
+def row_alphas(shape: str, options: Any) -> Any:
+    """`decode` of 64 rows with one alpha for all, and with other alphas in every row."""
+    for name in ("bundles_15_one_alpha", "bundles_15_row_alphas"):
+        yield f"{name}/64", lambda name=name: decoding(shape, name, 64)
 
 
 @torch.no_grad()
@@ -230,9 +235,9 @@ def graph(shape: str, name: str, how: str) -> tuple[Cell, int]:
 
 
 def generate(shape: str, options: Any) -> Any:
-    """A new token of `generate`, prompt and folding included. X-LoRA has no cache, which takes a CPU minutes."""
+    """A new token of `generate`, prompt and folding included; X-LoRA's without a cache, as it asks for."""
     for rows in (1, 8):
-        for name in (*ADAPTERS, *(("xlora",) if CUDA else ())):
+        for name in (*ADAPTERS, "xlora"):
 
             def make(name: str = name, rows: int = rows) -> tuple[Cell, int]:
                 model, ids = adapted(shape, name, inference=True), tokens(shape, rows, PROMPT)
@@ -312,9 +317,10 @@ def kernels(shape: str, name: str, what: str, batch: tuple[int, int]) -> dict[st
 
 
 SECTIONS: dict[str, Callable[..., Any]] = {
-    s.__name__: s for s in (train, same_rows, decode, graphs, forward, generate, swap, profile)
+    s.__name__: s for s in (train, same_rows, decode, row_alphas, graphs, forward, generate, swap, profile)
 }
-FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "graphs", "profile", "forward", "generate", "swap")]
+FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "row_alphas", "graphs", "profile")]
+FIRST += [("1.2b", s) for s in ("forward", "generate", "swap")]
 FIRST += [(shape, section) for section in ("train", "decode", "same_rows") for shape in ("135m", "360m", "3b")]
 STACK = ExitStack()  # what a section keeps open
 
