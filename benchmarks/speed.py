@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import gc
 import json
 import os
 import platform
@@ -39,7 +38,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from speed_models import CUDA, DEVICE, DTYPE, SHAPES, SIGNALS, adapted, base_model, built, bundles
+from speed_models import CUDA, DEVICE, DTYPE, SHAPES, SIGNALS, adapted, base_model, built, bundles, memory, peak
 from transformers import DynamicCache, StaticCache
 
 import peft_bundles
@@ -334,23 +333,19 @@ def measure(make: Any, options: Any) -> dict[str, Any]:
     clock = time.process_time if options.process_time else time.perf_counter
     for name, build in make:
         try:
-            gc.collect()
-            if CUDA:
-                torch.cuda.empty_cache()
-                before = torch.cuda.memory_allocated()
+            before = memory()
             cell, trainable = build()
             for _ in range(2):
                 cell.reset()
                 cell.run()
             found[name] = {"ms": [], "trainable": trainable}
-            if CUDA:  # of this cell alone; the base model's weights come on top
-                torch.cuda.reset_peak_memory_stats()
-                cell.reset()
-                cell.run()
-                sync()
-                found[name]["peak_over_base_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-                if cell.parts is not None:
-                    found[name]["parts_ms"] = parts(cell.parts, clock)
+            cell.reset()
+            memory()
+            cell.run()
+            sync()
+            found[name]["peak_over_base_weights_gib"] = peak() - before  # of this cell alone, beside shared weights
+            if CUDA and cell.parts is not None:
+                found[name]["parts_ms"] = parts(cell.parts, clock)
             cells[name] = cell
         except Exception:
             found[name] = {"error": traceback.format_exc(limit=-4)}

@@ -1,4 +1,4 @@
-"""The models that benchmarks/speed.py times: Llama shapes of random weights, with LoRA, X-LoRA or bundles.
+"""The models that benchmarks/speed.py times, and their memory: Llama shapes of random weights, with LoRA or bundles.
 
 Cells of a shape share the base model's weights. Bundles share one support of 0.75 d columns, and their hidden units add
 up to LoRA r16's trainable parameters, however many bundles there are. Their calibration is made up: random numbers, and
@@ -8,8 +8,11 @@ one U for all layers.
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,28 @@ SHAPES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
 }
 SIGNALS = ("lm", "preference", "policy", "value")
+
+
+def memory() -> float:
+    """GiB in use now, without what is free to be given back; `peak` counts anew from here."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: its mark of the most resident memory goes down to now
+    return resident("VmRSS")
+
+
+def peak() -> float:
+    """The most GiB in use since `memory` was called: on the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() / 2**30 if CUDA else resident("VmHWM")
+
+
+def resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 @cache

@@ -203,7 +203,7 @@ def table(shape: str, section: str, job: Any) -> Iterator[str]:
         line += f"| {cell['trainable'] / 1e6:.1f} M " if cell["trainable"] else "| "
         line += f"| {median(cell['ms']):.2f} | {spread(ratios(measured, name, first)) if first in measured else ''} |"
         if memory:
-            line += f" {peak(measured, name, job['base_weights_gib']):.1f} |"
+            line += f" {peak(measured, name, job['base_weights_gib']):.2f} |"
         elif section == "generate":  # ms of a token of every row
             line += f" {1e3 * int(rest) / median(cell['ms']):.0f} |"
         yield line
