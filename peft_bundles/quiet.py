@@ -48,16 +48,14 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     # Autocast's dtype, as the forward has it: they share what they make of the weights (packing.py).
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
-    states = torch.stack(kept).to(dtype)
+    states = _stacked(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
             folded = [layer._folded(adapter, dtype, None, names) for layer in layers]
             maps, factor = torch.stack([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
             given = device, dtype, names
-            maps = torch.stack(
-                [packing.maps(*layer.tables(adapter), *given, layer.joined(adapter)) for layer in layers]
-            )
+            maps = _stacked([packing.maps(*layer.tables(adapter), *given, layer.joined(adapter)) for layer in layers])
             factor = state.configs[adapter].scaling ** 2
         ours = None
         if not set(packing.names) <= set(names):
@@ -115,11 +113,18 @@ class _Energy(torch.autograd.Function):
         return None, d_maps, None, None, None
 
 
-def _taken(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
-    """The hidden units of a group side by side, with zeros to a good size.
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy of a single one."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
-    Copied, for where they lie they may begin at any number: a GPU has its slowest products for those.
+
+def _taken(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
+    """The hidden units of a group side by side; on a GPU with zeros to a good size.
+
+    And copied there, for where they lie they may begin at any number: a GPU has its slowest products for those.
     """
     parts = [tensor.narrow(dim, *span) for span in spans]
     units = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    if tensor.device.type == "cpu":
+        return units
     return F.pad(units, (0, 0) * (tensor.dim() - 1 - dim) + (0, align(units.shape[dim]) - units.shape[dim]))
