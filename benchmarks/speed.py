@@ -1,7 +1,7 @@
 """What bundles cost beside LoRA: time and memory, all in one process, runs interleaved. One JSON record a device.
 
     python benchmarks/speed.py --output benchmarks/results/speed_h100.json --seconds 3 --total 240
-    python benchmarks/speed.py --output benchmarks/results/speed_cpu.json --shapes 135m --sections train --batch 8x32
+    python benchmarks/speed.py --output benchmarks/results/speed_cpu.json --shapes 135m --sections train --batch 4x64
 
 Jobs are (shape, section) pairs, those of the goals first. Each is written to the file when it is done; a job that is
 there already with all its cells is skipped (`--again` measures it once more), one that fails is recorded as an error.
