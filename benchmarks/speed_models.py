@@ -1,4 +1,4 @@
-"""The models that benchmarks/speed.py times, and their memory: Llama shapes of random weights, with LoRA or bundles.
+"""The models that benchmarks/speed.py times, and the memory they take: Llama shapes of random weights, with adapters.
 
 Cells of a shape share the base model's weights. Bundles share one support of 0.75 d columns, and their hidden units add
 up to LoRA r16's trainable parameters, however many bundles there are. Their calibration is made up: random numbers, and

@@ -265,7 +265,7 @@ def page(records: dict[str, Any]) -> str:
         "ratio within a round, with its smallest and largest. Weights are random. Bundles have LoRA r16's trainable",
         "parameters, however many they are; their quiet penalty is in every training step unless a row says no. A",
         "training step is forward, backward and AdamW; the base's is forward and backward to the embeddings. Memory is",
-        "what is allocated on a GPU, and what is resident on a CPU, above what other cells hold.",
+        "what is allocated on a GPU and resident on a CPU, the base model's weights included, other cells' not.",
         "",
         "## Goals",
         "",

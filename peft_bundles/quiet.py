@@ -52,7 +52,7 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
             folded = [layer._folded(adapter, dtype, None, names) for layer in layers]
-            maps, factor = torch.stack([torch.stack((D.T, E)) for D, E in folded]), 1.0
+            maps, factor = _stacked([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
             given = device, dtype, names
             maps = _stacked([packing.maps(*layer.tables(adapter), *given, layer.joined(adapter)) for layer in layers])
