@@ -144,7 +144,7 @@ def _number(what: str, value: str) -> float:
 
 
 def _known(model: Any, names: Any) -> None:
-    from peft_bundles.alphas import state_of
+    from peft_bundles.core.walking import state_of
 
     known = state_of(model).bundle_names()
     if unknown := [name for name in names if name not in known]:
@@ -170,7 +170,7 @@ def _load(sources: list[str], base: str | None, token: str | None = None, rename
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     import peft_bundles
-    from peft_bundles.hub import read_source
+    from peft_bundles.sharing.hub import read_source
 
     if base is None:
         base = read_source(sources[0], token)[0].config.base_model_name_or_path
@@ -218,7 +218,7 @@ def report(
     """Show ranks, overlaps and signals of bundles. Also their supports and parameters."""
     model, name = _load(sources, base, token, rename)
     from peft_bundles import report as describe
-    from peft_bundles.alphas import state_of
+    from peft_bundles.core.walking import state_of
 
     found = {adapter: describe(model, adapter, angles=angles) for adapter in state_of(model).configs}
     values = {
@@ -246,9 +246,9 @@ def compose(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; name a new one.")
     model, name = _load(sources, base, token, rename)
-    from peft_bundles.checkpoints import write
-    from peft_bundles.compose import composition
-    from peft_bundles.parts import from_model, with_base
+    from peft_bundles.core.checkpoints import write
+    from peft_bundles.sharing.composing import composition
+    from peft_bundles.sharing.parts import from_model, with_base
 
     groups = composition(model).groups
     folders = [output if len(groups) == 1 else output / group["adapter"] for group in groups]
@@ -276,7 +276,7 @@ def push(
     wanted = _results(results)
     model, _ = _load([source], base, token)
     import peft_bundles
-    from peft_bundles.alphas import state_of
+    from peft_bundles.core.walking import state_of
 
     bundles = state_of(model).bundle_names()
     if len(bundles) != 1:

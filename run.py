@@ -34,7 +34,8 @@ def install(extras: str) -> None:
     torch = next(line for line in constraints if line.startswith("torch=="))
     quiet = ("pip", "install", "--quiet", "--disable-pip-version-check")
     run(*quiet, torch)
-    run(*quiet, "-c", "constraints.txt", "-e", f".[{extras}]")
+    # compat: the whole checkout is importable, so that recipes and examples find `studies`, which is not in the wheel.
+    run(*quiet, "-c", "constraints.txt", "-e", f".[{extras}]", "--config-settings", "editable_mode=compat")
 
 
 def main() -> None:

@@ -28,13 +28,13 @@ from peft import PeftModel
 from torch import Tensor
 
 import peft_bundles
-from peft_bundles.distill import distill_to_lora
 from peft_bundles.evaluation import negative_loss
+from peft_bundles.evaluation.distillation import distill_to_lora
 
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from _data import encode, load_texts, model_folder  # noqa: E402
+from studies.data.smollm import encode, load_texts, model_folder  # noqa: E402
 
 
 SETTING = {"b_plays": 1.0, "b_docs": 1.0}

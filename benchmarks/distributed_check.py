@@ -36,14 +36,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import get_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from training import config, pairs, texts, tokenizer
 
 import peft_bundles
+from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.objectives import LM, Preference
-from peft_bundles.signals import bundle_parameters
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 
 

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
-from peft_bundles.functional import activate, activate_backward, bundle_reference
-from peft_bundles.kernels import centred, fits, units_backward
+from peft_bundles.core.functional import activate, activate_backward, bundle_reference
+from peft_bundles.core.kernels import centred, fits, units_backward
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -28,16 +27,12 @@ import torch
 import transformers
 from peft import get_peft_model
 from torch._dynamo.utils import counters
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from _data import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_bundles
 from peft_bundles import BundleConfig
-from peft_bundles.base import find_blocks
+from peft_bundles.core.base import find_blocks
+from studies.data.smollm import model_folder
 
 
 def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from peft_bundles import kernels
-from peft_bundles.functional import activate, activate_backward
-from peft_bundles.kernels import FewTokens, centred, units_backward
+from peft_bundles.core import kernels
+from peft_bundles.core.functional import activate, activate_backward
+from peft_bundles.core.kernels import FewTokens, centred, units_backward
 
 
 WIDTHS = {"1.2b": (2048, 176), "3b": (3072, 192)}  # d and H

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft_bundles.layer
+import peft_bundles.core.layer
 from peft_bundles import BundleConfig, BundleLayer
 
 

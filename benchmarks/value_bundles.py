@@ -38,16 +38,11 @@ from peft import get_peft_model
 from rich import print
 from rich.table import Table
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-import _data
-import _tasks
-
 import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.trainer import BundlePPOTrainer, BundleTrainingConfig
+from studies.data import smollm as _data
+from studies.rl_separate import tasks as _tasks
 
 
 VARIANTS, SEEDS = ("separate", "shared"), (0, 1, 2)

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import gradio as gr
 import torch
 import transformers
-from _data import encode, load_texts, model_folder
 from matplotlib.figure import Figure
 from peft import PeftModel
 
-from peft_bundles.alphas import state_of
+from peft_bundles.core.walking import state_of
 from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss
+from studies.data.smollm import encode, load_texts, model_folder
 
 
 SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)

@@ -25,7 +25,6 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from _data import encode, load_texts, model_folder
 from peft import PeftModel, get_peft_model
 from rich import print
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -34,6 +33,7 @@ from torch import Tensor
 
 import peft_bundles
 from peft_bundles import BundleConfig
+from studies.data.smollm import encode, load_texts, model_folder
 
 
 KINDS = ("plays", "docs")  # the signals; bundle b_<kind> owns signal <kind>

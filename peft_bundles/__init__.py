@@ -6,21 +6,23 @@ Importing the package registers the tuner type BUNDLE with PEFT.
 from peft.utils import register_peft_method
 
 from . import registration  # noqa: F401 - first: the config names PeftType.BUNDLE
-from .alphas import alphas, set_alphas, set_norm_budget
 from .calibration import calibrate, own_samples
-from .cards import write_card
-from .compose import compose, composition, load_bundle, remove_bundle
 from .config import BundleConfig, BundleSpec, SubBasis
-from .conflicts import conflicts, orthogonality
-from .distill import distill_to_lora
+from .core.dialling import alphas, set_alphas, set_norm_budget
+from .core.layer import BundleLayer
 from .evaluation import alpha_sweep
-from .hub import pull_bundle, push_bundle, save_bundle
-from .layer import BundleLayer
-from .merging import merge_bundles
+from .evaluation.distillation import distill_to_lora
+from .evaluation.interference import conflicts, orthogonality
 from .model import BundleModel
-from .report import BundleReport, report
-from .shared_basis import load_basis, push_basis, save_basis
-from .signals import clip_bundle_grads, finalize_grads, route, routed_backward
+from .reporting import BundleReport, report
+from .routing.backward import routed_backward
+from .routing.reduction import clip_bundle_grads, finalize_grads
+from .routing.routes import route
+from .sharing.cards import write_card
+from .sharing.composing import compose, composition, load_bundle, remove_bundle
+from .sharing.hub import pull_bundle, push_bundle, save_bundle
+from .sharing.merging import merge_bundles
+from .sharing.shared_basis import load_basis, push_basis, save_basis
 from .taxonomy import PRESETS
 
 

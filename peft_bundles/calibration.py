@@ -17,10 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .alphas import state_of
-from .basis import choose_basis, fingerprint
 from .config import BundleConfig
-from .layer import BundleLayer
+from .core.basis import choose_basis, fingerprint
+from .core.layer import BundleLayer
+from .core.walking import state_of
 
 
 STATES = 4096  # states of every layer that are kept for `BundleModel.quiet_loss`

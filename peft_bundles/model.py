@@ -14,17 +14,19 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import signals as routing
-from .alphas import BundleState, alphas, bundle_layers, set_alphas
-from .base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
-from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
-from .checkpoints import weights_digest
 from .config import BundleConfig
-from .layer import MERGE_ERROR, BundleLayer, basis_brought
-from .packing import Packing
-from .prepared import prepared
-from .quiet import loudness
-from .report import BundleReport, report
+from .core.base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
+from .core.basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
+from .core.checkpoints import weights_digest
+from .core.dialling import alphas, set_alphas
+from .core.inference import prepared
+from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
+from .core.packing import Packing
+from .core.quiet import loudness
+from .core.state import BundleState
+from .core.walking import bundle_layers, bundle_parameters
+from .reporting import BundleReport, report
+from .routing import backward, reduction, routes
 
 
 class BundleModel(BaseTuner):
@@ -438,24 +440,24 @@ class BundleModel(BaseTuner):
 
     def route(self, signals: Any, *, weights: Any = None, block_diagonal: bool = False) -> AbstractContextManager[None]:
         """Route the gradients of the block's forwards; see `signals.route`."""
-        return routing.route(self.model, signals, weights=weights, block_diagonal=block_diagonal)
+        return routes.route(self.model, signals, weights=weights, block_diagonal=block_diagonal)
 
     def routed_backward(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> None:
         """Backward of several losses into their own bundles; see `signals.routed_backward`."""
-        routing.routed_backward(self.model, losses, retain_graph=retain_graph)
+        backward.routed_backward(self.model, losses, retain_graph=retain_graph)
 
     def finalize_grads(self, *, reduce: bool = True) -> None:
         """Close a step's backwards; see `signals.finalize_grads`."""
-        routing.finalize_grads(self.model, reduce=reduce)
+        reduction.finalize_grads(self.model, reduce=reduce)
 
     def clip_bundle_grads(self, max_norm: float) -> dict[str, Tensor]:
         """Clip every bundle's gradient by itself; see `signals.clip_bundle_grads`."""
-        return routing.clip_bundle_grads(self.model, max_norm)
+        return reduction.clip_bundle_grads(self.model, max_norm)
 
     def bundle_parameters(self, bundle: str, adapter: str | None = None) -> list[nn.Parameter]:
         """The weights of one bundle over all layers, of the active adapter unless another is named."""
         adapter = adapter or self.active_adapters[0]
-        table = routing.bundle_parameters(self.model)
+        table = bundle_parameters(self.model)
         if (adapter, bundle) not in table:
             raise ValueError(
                 f"adapter {adapter!r} has no bundle {bundle!r}; it has {[b for a, b in table if a == adapter]}."

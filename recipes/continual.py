@@ -35,19 +35,16 @@ import transformers
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import _continual_data as data_of
-from _continual_data import TASKS
-from _continual_measure import Bench
-from _continual_methods import Method, build, lora_size
-from _continual_training import train_phase
-from _study import best_of, training_loss
-from quality_data import _data
-
 import peft_bundles
-from peft_bundles.data.fetch import cache_folder
-from peft_bundles.evaluation.code import human_eval_problems
+from studies.continual import data as data_of
+from studies.continual.data import TASKS
+from studies.continual.measure import Bench
+from studies.continual.methods import Method, build, lora_size
+from studies.continual.study import best_of, training_loss
+from studies.continual.training import train_phase
+from studies.data import smollm as _data
+from studies.data.fetch import cache_folder
+from studies.measures.code import human_eval_problems
 
 
 # Of a condition, what is no setting of its training.

@@ -38,15 +38,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import _data
-from _removal import kinds_of, lora, lora_weights, measure, relearn, teach, unlearn
-from quality import DOMAIN_LENGTH, Rows, rows_of, tokens_of
-from quality_data import load
-from quality_methods import Built, _trunk, build_bundles
+from studies.data import smollm as _data
+from studies.quality.make_data import load
+from studies.quality.methods import Built, _trunk, build_bundles
+from studies.quality.run import DOMAIN_LENGTH, Rows, rows_of, tokens_of
+from studies.removal.methods import kinds_of, lora, lora_weights, measure, relearn, teach, unlearn
 
 
 WITHOUT_LORA = ("owners", "all", "never", "base")  # cells that do not begin with the LoRA that was taught everything

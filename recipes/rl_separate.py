@@ -29,23 +29,20 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import _data
-import _tasks
-import rl_separate_cards as cards
-from rl_separate_report import COLUMNS
-
 import peft_bundles
 from peft_bundles import BundleConfig
-from peft_bundles.basis import bundle_shapes, support_overlap
 from peft_bundles.config import resolve_rank
-from peft_bundles.evaluation.text import text_loss
+from peft_bundles.core.basis import bundle_shapes, support_overlap
 from peft_bundles.objectives import LM, PPO, Outputs, Preference
 from peft_bundles.objectives.data import prompt_ids
 from peft_bundles.objectives.preference import sequence_logprobs
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 from peft_bundles.trainer.tables import promises
+from studies.data import smollm as _data
+from studies.measures.text import text_loss
+from studies.rl_separate import cards as cards
+from studies.rl_separate import tasks as _tasks
+from studies.rl_separate.report import COLUMNS
 
 
 VARIANTS, FORWARDS = ("separate", "shared_adapter", "unrouted"), ("owners", "all")

@@ -31,19 +31,17 @@ from rich import print
 from rich.table import Table
 from torch import Tensor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import _data
-from semantic_report import draw, spread, sweeps
-
 import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.config import resolve_rank
-from peft_bundles.data import load
-from peft_bundles.evaluation.text import text_loss
+from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.routers.topics import TopicRouting
-from peft_bundles.signals import bundle_parameters
 from peft_bundles.taxonomy import TOPICS
+from studies.data import load
+from studies.data import smollm as _data
+from studies.data.encoder import encoder_folder
+from studies.measures.text import text_loss
+from studies.semantic.report import draw, spread, sweeps
 
 
 OTHERS = ("plays", "wiki", "news")  # texts of no topic
@@ -96,7 +94,7 @@ def read_texts(wanted: dict[str, int]) -> dict[str, Any]:
 
     The classifiers' vectors need scikit-learn and a sentence encoder; with fit: 0 there are only those of the lexicon.
     """
-    from peft_bundles.routers.topic_sources import fit_topics
+    from peft_bundles.routers.topic_sources import fit_topics, sentence_encoder
 
     found: dict[str, Any] = {"train": {}, "test": {}, "tau": {}}
     for topic in TOPICS:
@@ -109,7 +107,8 @@ def read_texts(wanted: dict[str, int]) -> dict[str, Any]:
     fit += [(text[:800], None) for text in found["train"]["other"][: wanted["fit"]]] if wanted["fit"] else []
     for source in ("lexicon", "embedding", "clusters") if fit else ("lexicon",):
         print(f"topic vectors of the training texts: {source}")
-        classify = fit_topics(source, TOPICS, [text for text, _ in fit], [topic for _, topic in fit])
+        embed = sentence_encoder(encoder_folder()) if source == "embedding" else None
+        classify = fit_topics(source, TOPICS, [text for text, _ in fit], [topic for _, topic in fit], embed=embed)
         found["tau"][source] = {
             topic: [[round(x, 4) for x in row] for row in classify([t[:800] for t in found["train"][topic]]).tolist()]
             for topic in TOPICS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_bundles import BundleConfig
-from peft_bundles.layer import BundleLayer
+from peft_bundles.core.layer import BundleLayer
 
 
 VOCABULARY, HIDDEN, LAYERS, PAD, BOS, EOS = 100, 64, 2, 0, 1, 2

@@ -11,8 +11,8 @@ from peft import PeftConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_bundles import PRESETS, BundleConfig, BundleSpec, SubBasis
-from peft_bundles.basis import bundle_shapes, support_overlap
 from peft_bundles.config import ADAPTERS, ROLES, resolve_rank
+from peft_bundles.core.basis import bundle_shapes, support_overlap
 from peft_bundles.taxonomy import SIGNALS
 
 

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from peft_bundles import BundleConfig, calibrate
-from peft_bundles.signals import bundle_parameters
+from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 
 

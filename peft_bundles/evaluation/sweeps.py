@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..alphas import alphas, parse_alphas, state_of
+from ..core.dialling import alphas
+from ..core.gates import parse_alphas
+from ..core.walking import state_of
 
 
 Batch = Mapping[str, Any]  # what the model takes: tensors (B, ...), and lists of B things that only `eval_fn` reads

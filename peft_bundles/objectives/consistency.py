@@ -21,7 +21,7 @@ class Consistency(Objective):
     """mean_i BCE(s_i, contradicts_i) over the statements i >= 1 of all rows.
 
     s_i is read by a linear head in the owners' subspace (`heads.py`) from the last token of statement i, which has seen
-    all before it. Two statements are a pair, more a sequence; `peft_bundles.data.breaks` makes sequences with a break.
+    all before it. Two statements are a pair, more a sequence; `studies.data.breaks` makes sequences with a break.
 
     Failure mode: breaks that are made by a rule leave its mark ("not", a rarer number), and the mark is what is learnt.
     A control made by the same rule without the contradiction must be among the consistent rows, as `breaks` does. Most

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..alphas import alphas, state_of
-from ..signals import route
+from ..core.dialling import alphas
+from ..core.walking import state_of
+from ..routing.routes import route
 from .base import Batch, Outputs, seed_of
 from .topical import RowTopics
 

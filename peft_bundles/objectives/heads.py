@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..layer import BundleLayer
+from ..core.layer import BundleLayer
 from .forward import seeded
 from .tokens import wide
 
@@ -122,7 +122,7 @@ def labels(objective: str, values: list[object], column: str, both: bool = True)
     if both and len(set(values)) == 1:
         raise ValueError(
             f"objective {objective!r}: {column} is {values[0]!r} in all {len(values)} rows, so there is nothing to "
-            "tell apart; add rows of the other class (peft_bundles.data makes wrong answers)."
+            "tell apart; add rows of the other class (studies.data makes wrong answers)."
         )
     return [float(bool(value)) for value in values]
 

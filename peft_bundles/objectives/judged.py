@@ -19,7 +19,7 @@ from .tokens import masked_sum, token_logprobs
 class Judged(Objective):
     """Rows `prompt`, `completion`, `correct` (true or false), standard or conversational; a head reads their states.
 
-    The answers come from tasks with a checker: `peft_bundles.data.judgements` marks those of the model itself and adds
+    The answers come from tasks with a checker: `studies.data.judgements` marks those of the model itself and adds
     corrupted ones. A row that max_length would cut is left out: its mark would be of another text.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer import BundleLayer
+from ..core.layer import BundleLayer
 from .base import Batch, Outputs
 from .forward import Forward
 from .tokens import wide

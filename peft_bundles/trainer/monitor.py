@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..alphas import layer_alphas
-from ..functional import bundle_reference
-from ..layer import BundleLayer
-from ..signals import bundle_parameters
+from ..core.functional import bundle_reference
+from ..core.gates import layer_alphas
+from ..core.layer import BundleLayer
+from ..core.walking import bundle_parameters
 
 
 SAMPLE = 32  # tokens a layer that activation sizes are measured on

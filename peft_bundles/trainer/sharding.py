@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-from ..layer import BundleLayer
+from ..core.layer import BundleLayer
 
 
 if TYPE_CHECKING:

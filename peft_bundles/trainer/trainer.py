@@ -19,18 +19,13 @@ from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..config import BundleConfig
+from ..core.walking import bundle_parameters
 from ..objectives.base import Batch, Objective, Share
 from ..objectives.forward import Forward, seeded
 from ..objectives.kl_clamp import KLClamp
-from ..signals import (
-    bundle_parameters,
-    check_signals,
-    finalize_grads,
-    reduce_gradients,
-    routed_backward,
-    routing_column,
-    share_seen,
-)
+from ..routing.backward import routed_backward
+from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
+from ..routing.routes import check_signals, routing_column
 from . import monitor
 from .checkpoint import CheckpointMixin
 from .config import BundleTrainingConfig

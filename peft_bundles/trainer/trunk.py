@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..signals import bundle_parameters, routed_backward
+from ..core.walking import bundle_parameters
+from ..routing.backward import routed_backward
 
 
 def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,0 +1,134 @@
+"""The base model as bundles see it: its decoder blocks, its shape, and a fingerprint that tells its weights apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BundleConfig
+
+
+CHILD = "bundles"  # the name under which a block holds its BundleLayer
+PEFT_PREFIX = "base_model.model."
+SAMPLES = 16  # weights that the fingerprint keeps of a tensor
+VOCABULARY = 64  # rows of the embeddings that are looked at: a model whose vocabulary was enlarged stays the same
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks, in order.
+
+    First the list of `num_hidden_layers` modules that the model says must not be split; then any list of such modules;
+    then the list of `num_hidden_layers` inside `get_decoder()`. The longest list alone would pick a vision tower.
+
+    Raises:
+        ValueError: none found; then `target_modules` has to name them.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
+    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
+    decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
+    for candidates in (
+        {name: m for name, m in unsplit.items() if len(m) == depth},
+        unsplit,
+        {name: m for name, m in decoding.items() if len(m) == depth},
+    ):
+        if candidates:
+            name = max(candidates, key=lambda n: len(candidates[n]))
+            return [f"{name}.{i}" for i in range(len(candidates[name]))]
+    raise ValueError(
+        f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
+        r"r'.*\.layers\.\d+'."
+    )
+
+
+def base_shape(model: nn.Module) -> list[int]:
+    """Hidden size and number of layers.
+
+    Raises:
+        ValueError: no transformers model.
+    """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no config; bundles need a transformers model.")
+    config: Any = cast(Any, model).config.get_text_config(decoder=True)
+    return [config.hidden_size, config.num_hidden_layers]
+
+
+def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter") -> None:
+    """Refuse an adapter that was made for another base model.
+
+    Raises:
+        ValueError: another shape, or other weights where the config has their fingerprint; it says what differs.
+    """
+    known = config.base_model_name_or_path
+    if config.base_shape is not None and config.base_shape != (shape := base_shape(model)):
+        raise ValueError(
+            f"{what} was made for a base model with (hidden size, layers) {tuple(config.base_shape)}, but "
+            f"{type(model).__name__} has {tuple(shape)}; load it onto the base model it was trained on"
+            + (f" ({known})." if known else ".")
+        )
+    provenance = config.provenance or {}
+    if provenance.get("base") and (difference := other_base(provenance["base"], model)) is not None:
+        revision = f" at revision {provenance['base_revision']}" if provenance.get("base_revision") else ""
+        raise ValueError(
+            f"{what} was trained on another base model or another revision of it: {difference}. Load "
+            f"{known or 'the base model it was trained on'}{revision}."
+        )
+
+
+def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the first, middle and last block by block number and name, and the first rows of the embeddings."""
+    embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embeddings is not None and getattr(embeddings, "weight", None) is not None:
+        yield "embeddings", embeddings.weight[:VOCABULARY]
+    try:
+        blocks = find_blocks(model)
+    except ValueError:  # a model whose blocks the user has to name
+        blocks = []
+    for number in sorted({0, len(blocks) // 2, len(blocks) - 1} if blocks else ()):
+        for name, parameter in model.get_submodule(blocks[number]).named_parameters():
+            yield f"{number}.{name.replace('.base_layer.', '.')}", parameter  # LoRA moves the weight one deeper
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, str]:
+    """A few weights of a model, rounded to bfloat16, as hexadecimal bytes by tensor name.
+
+    Rounded, so that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint. Quantised tensors and
+    those on the meta device are left out, as are adapters.
+    """
+    found = {}
+    for name, tensor in _sampled_tensors(model):
+        adapter = any(part.startswith(("lora_", "bundle")) for part in name.split("."))
+        if adapter or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        flat = tensor.detach().reshape(-1)
+        where = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
+        found[name] = flat[where].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes().hex()
+    return found
+
+
+def other_base(recorded: Mapping[str, str], model: nn.Module) -> str | None:
+    """What tells a model from the one that `recorded` was taken of, or None.
+
+    A tensor counts as another one if more than half of its samples differ: float16 may differ from bfloat16 in a few.
+    """
+    mine = base_fingerprint(model)
+    common = [name for name in recorded if name in mine]
+    if not common:
+        return f"it has none of the tensors that were recorded, such as {next(iter(recorded), None)!r}"
+
+    def differs(name: str) -> bool:
+        pairs = [(recorded[name][i : i + 4], mine[name][i : i + 4]) for i in range(0, len(mine[name]), 4)]
+        return sum(a != b for a, b in pairs) > len(pairs) / 2
+
+    different = [name for name in common if differs(name)]
+    if not different:
+        return None
+    return f"{len(different)} of {len(common)} tensors that were compared have other weights, first {different[0]!r}"

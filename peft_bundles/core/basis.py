@@ -1,0 +1,176 @@
+"""The shared basis U of a layer: how it is drawn, who may use which columns, and what two bundles have in common.
+
+Equations and names: design.md section 2. Column numbers are those of U (d x R); a *support* is a sorted tensor of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import COMMON, BundleConfig, resolve_rank
+
+
+ALIGN = 8  # matrix sides that are no multiple of 16 bytes send bf16 products to kernels three times slower
+
+
+def align(size: int) -> int:
+    """The next multiple of `ALIGN`."""
+    return -(-size // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class BundleShape:
+    """A bundle's sizes for one hidden size d: kind, r_k, hidden width b_k, and its support (columns of U).
+
+    `width` is what its adapter reads and writes: r_k behind a projector, all columns of the support without one.
+    """
+
+    kind: str
+    rank: int
+    hidden: int
+    support: Tensor
+    width: int
+
+
+def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tensor]:
+    """Columns of each sub-basis, cut from U in the order of the config.
+
+    Raises:
+        ValueError: the sub-bases need more columns than `basis_rank` or than the hidden size.
+    """
+    assert config.sub_bases is not None
+    columns, start = {}, 0
+    for name, sub_basis in config.sub_bases.items():
+        rank = resolve_rank(sub_basis.rank, hidden_size)
+        columns[name] = torch.arange(start, start + rank)
+        start += rank
+    if start > hidden_size:
+        raise ValueError(f"sub_bases need {start} columns but the hidden size is {hidden_size}; lower their ranks.")
+    if config.basis_rank is not None and start > basis_rank(config, hidden_size):
+        raise ValueError(
+            f"sub_bases need {start} columns but basis_rank={config.basis_rank!r} gives "
+            f"{resolve_rank(config.basis_rank, hidden_size)}; raise it or lower their ranks."
+        )
+    return columns
+
+
+def basis_rank(config: BundleConfig, hidden_size: int) -> int:
+    """R: `config.basis_rank` if given, else what the sub-bases need, rounded up to a multiple of `ALIGN`."""
+    assert config.sub_bases is not None
+    if config.basis_rank is None:
+        needed = sum(resolve_rank(s.rank, hidden_size) for s in config.sub_bases.values())
+        return max(needed, min(hidden_size, align(needed)))
+    rank = resolve_rank(config.basis_rank, hidden_size)
+    if rank > hidden_size:
+        raise ValueError(f"basis_rank={config.basis_rank!r} exceeds the hidden size {hidden_size}; lower it.")
+    return rank
+
+
+def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleShape]:
+    """Resolve every bundle of the config for hidden size d.
+
+    The support is the columns of the bundle's own sub-bases plus, for `overlap` o, as many leading columns of the
+    "common" sub-basis as make up the share o of the whole.
+
+    Raises:
+        ValueError: a rank larger than its support, or a common block too small for the overlap asked for.
+    """
+    assert config.bundles is not None and config.sub_bases is not None
+    columns = sub_basis_columns(config, hidden_size)
+    shapes = {}
+    for name, spec in config.bundles.items():
+        kind = spec.adapter or config.adapter
+        bottleneck = spec.bottleneck if spec.bottleneck is not None else config.bottleneck
+        if kind == "full":
+            hidden = resolve_rank(bottleneck, hidden_size)
+            shapes[name] = BundleShape(kind, hidden_size, hidden, torch.arange(0), hidden_size)
+            continue
+        support = torch.cat([columns[s] for s in spec.sub_bases])
+        if spec.overlap:
+            wanted = round(spec.overlap / (1 - spec.overlap) * len(support))
+            if wanted > len(columns[COMMON]):
+                raise ValueError(
+                    f"bundle {name!r}: overlap={spec.overlap} asks for {wanted} common columns beside its own "
+                    f"{len(support)}, but sub-basis {COMMON!r} has {len(columns[COMMON])}; enlarge it."
+                )
+            support = torch.cat([support, columns[COMMON][:wanted]])
+        rank = resolve_rank(spec.rank, hidden_size)
+        shares = [config.sub_bases[s].rank for s in spec.sub_bases]
+        if isinstance(spec.rank, float) and not spec.overlap and spec.rank <= sum(shares) + 1e-9:
+            # Each sub-basis is rounded down by itself: a fraction that equals their sum may be a column or two over.
+            rank = min(rank, len(support))
+        if rank > len(support):
+            raise ValueError(
+                f"bundle {name!r}: rank={spec.rank!r} is {rank} columns at hidden size {hidden_size}, but its support "
+                f"{spec.sub_bases} has {len(support)}; lower the rank or widen the support."
+            )
+        width = len(support) if config.projection == "none" else rank
+        hidden = resolve_rank(bottleneck, rank) if kind in ("mlp", "linear") else width
+        shapes[name] = BundleShape(kind, rank, hidden, support.sort().values, width)
+    return shapes
+
+
+def draw_basis(hidden_size: int, rank: int, seed: int, layer: int) -> Tensor:
+    """Random orthonormal U, shape (d, R), float32: the Q of a seeded Gaussian matrix, with R's diagonal positive.
+
+    Drawn and orthogonalised in float64 on the CPU, so that machines agree to float32 rounding (LAPACK's QR in float32
+    differs by 3e-7 between thread counts).
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
+    gaussian = torch.randn(hidden_size, rank, generator=generator, dtype=torch.float64, device="cpu")
+    q, r = torch.linalg.qr(gaussian)
+    # LAPACK returns column-major; a loaded basis is row-major, and another layout rounds matrix products differently.
+    return (q * r.diagonal().sign()).float().contiguous()
+
+
+def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int) -> Tensor:
+    """U from the covariance (d, d) of the standardised stream: its top ("pca") or bottom ("null") R eigenvectors.
+
+    Columns are shuffled (seeded), so that every sub-basis gets the same mix of variances. Returns float32 (d, R).
+    """
+    _, vectors = torch.linalg.eigh(covariance.double())  # ascending eigenvalues
+    vectors = vectors[:, -rank:] if init == "pca" else vectors[:, :rank]
+    # An eigenvector's sign is arbitrary: fix it, so that two machines agree.
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
+    order = torch.randperm(rank, generator=generator).to(vectors.device)
+    return (vectors * signs)[:, order].float().contiguous()
+
+
+def fingerprint(basis: Tensor) -> float:
+    """One number that tells bases apart: sum_ij cos(i) U_ij cos(j + 1/2), to compare within FINGERPRINT_TOLERANCE."""
+    u = basis.detach().float()
+    left = torch.cos(torch.arange(u.shape[0], dtype=torch.float64))
+    right = torch.cos(torch.arange(u.shape[1], dtype=torch.float64) + 0.5)
+    # Not a matrix product, which may be TF32; and not all of U in float64, which takes five times as long.
+    return float((left.to(u)[:, None] * u).sum(0).double().cpu() @ right)
+
+
+FINGERPRINT_TOLERANCE = 1e-3  # float32 rounding of U moves it by about 1e-5; another seed by about sqrt(d R) / 2
+
+
+def support_overlap(shapes: dict[str, BundleShape]) -> Tensor:
+    """Share of common support, shape (M, M): |S_j and S_k| / min(|S_j|, |S_k|); 0 where a bundle has no support."""
+    sets = [set(shape.support.tolist()) for shape in shapes.values()]
+    share = [[len(a & b) / min(len(a), len(b)) if a and b else 0.0 for b in sets] for a in sets]
+    return torch.tensor(share, dtype=torch.float64).reshape(len(sets), len(sets))
+
+
+def principal_angles(weight_j: Tensor, support_j: Tensor, weight_k: Tensor, support_k: Tensor) -> Tensor:
+    """Principal angles between span(P_j) and span(P_k), in radians, ascending; shape (min(r_j, r_k),), float64.
+
+    P = W U^T with U orthonormal, so the angles are those between the row spaces of the two W, and U is not needed.
+    Bjorck and Golub (1973): orthonormalise both, then arccos of the singular values of the product.
+    """
+    size = int(max(support_j.max(), support_k.max())) + 1
+
+    def orthonormal(weight: Tensor, support: Tensor) -> Tensor:
+        rows = weight.new_zeros(weight.shape[0], size, dtype=torch.float64)
+        rows[:, support.to(weight.device)] = weight.detach().double()
+        return torch.linalg.qr(rows.T).Q
+
+    cosines = torch.linalg.svdvals(orthonormal(weight_j, support_j).T @ orthonormal(weight_k, support_k))
+    return torch.arccos(cosines.clamp(-1.0, 1.0))

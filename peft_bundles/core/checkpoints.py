@@ -1,0 +1,264 @@
+"""An adapter at rest: config and tensors, read from a folder with every check, written so that nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import BundleConfig
+from .base import CHILD
+from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, draw_basis, fingerprint, sub_basis_columns
+
+
+MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")
+
+
+@dataclass
+class Checkpoint:
+    """One adapter, in a file or in a model.
+
+    Attributes:
+        config: with `base_shape` and `basis_fingerprint` filled in.
+        layers: number of the layer -> "bundle_up.<bundle>", "bundle_basis", ... -> tensor (shapes in `BundleLayer`).
+        heads: number of the layer -> path of its block, as in PEFT's files.
+        source: where it came from, for messages.
+    """
+
+    config: BundleConfig
+    layers: dict[int, dict[str, Tensor]]
+    heads: dict[int, str]
+    source: str
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the bundles."""
+        return list(self.config.bundles or ())
+
+    @property
+    def hidden_size(self) -> int:
+        assert self.config.base_shape is not None
+        return self.config.base_shape[0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors under the keys of PEFT's files."""
+        return {
+            f"{self.heads[i]}.{CHILD}.{tail}": tensor
+            for i, layer in self.layers.items()
+            for tail, tensor in layer.items()
+        }
+
+
+def weights_digest(entries: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a checkpoint's bundle tensors: bytes, names, layer numbers and dtypes, whatever the module path."""
+    total = hashlib.sha256()
+    parts = []
+    for key, tensor in entries.items():
+        head, child, tail = key.rpartition(f".{CHILD}.")
+        if child:
+            name = f"{'.'.join(part for part in head.split('.') if part.isdigit())}:{tail}:{tensor.dtype}"
+            parts.append((name, tensor))
+    for name, tensor in sorted(parts, key=lambda part: part[0]):
+        total.update(name.encode())
+        _update(total, tensor)
+    return total.hexdigest()
+
+
+def _update(total: Any, tensor: Tensor) -> None:
+    total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def basis_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which basis an adapter lives in: {"digest": ..., "sub_bases": [[name, columns], ...]}.
+
+    An adapter that was cut out of another, or joined from such pieces, names the whole basis that it is a part of.
+    """
+    config = checkpoint.config
+    if config.provenance is not None:
+        return config.provenance["basis"]
+    partition = [[n, len(c)] for n, c in sub_basis_columns(config, checkpoint.hidden_size).items()]
+    standardised = config.input_norm == "standard" and config.calibration is not None
+    return {"digest": basis_digest(checkpoint.layers, partition, standardised), "sub_bases": partition}
+
+
+def basis_digest(layers: Mapping[int, Mapping[str, Tensor]], partition: list[list[Any]], standardised: bool) -> str:
+    """SHA-256 over U, mu and sigma of every layer, the sub-bases, and whether the stream is standardised."""
+    total = hashlib.sha256(json.dumps([partition, standardised]).encode())
+    for number, layer in sorted(layers.items()):
+        total.update(str(number).encode())
+        for what in SHARED:
+            _update(total, layer[what].float())
+    return total.hexdigest()
+
+
+def changed(config: BundleConfig, **fields: Any) -> BundleConfig:
+    """A copy of a config with other fields; its bundles and sub-bases stand for themselves, without the preset."""
+    values = {"preset": None, "weights_digest": None, "bundles": config.bundles, "sub_bases": config.sub_bases}
+    return replace(config, **{**values, **fields})
+
+
+def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
+    """The config of a bundle folder.
+
+    Raises:
+        ValueError: no config, not valid JSON, an adapter of another type, or values out of range.
+    """
+    source, path = source or str(folder), os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written.")
+    values = BundleConfig.from_json_file(path)
+    if (kind := values.get("peft_type")) != "BUNDLE":
+        raise ValueError(f"{source} is an adapter of type {kind!r} and no bundle; load it with peft.PeftModel.")
+    try:
+        config = BundleConfig.from_pretrained(str(folder))
+    except TypeError as error:  # a field with the wrong kind of value
+        raise ValueError(f"{source}: {CONFIG_NAME} does not fit a BundleConfig ({error}); it is damaged.") from error
+    shape, provenance = config.base_shape, config.provenance
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise ValueError(f"{source}: base_shape={shape!r} must be [hidden size, layers]; the config is damaged.")
+    if provenance is not None and not _is_provenance(provenance):
+        raise ValueError(f"{source}: provenance in {CONFIG_NAME} is not what save_bundle writes; it is damaged.")
+    if not config.bundles:
+        raise ValueError(f"{source} is an adapter without bundles (a fine-tuned base model); load it with PeftModel.")
+    return config
+
+
+def _is_provenance(value: Any) -> bool:
+    basis = value.get("basis") if isinstance(value, dict) else None
+    return (
+        isinstance(basis, dict)
+        and isinstance(basis.get("digest"), str)
+        and isinstance(basis.get("sub_bases"), list)
+        and all(isinstance(b, list) and len(b) == 2 and isinstance(b[0], str) for b in basis["sub_bases"])
+        and isinstance(value.get("base", {}), dict)
+        and all(isinstance(k, str) and isinstance(v, str) for k, v in value.get("base", {}).items())
+        and isinstance(value.get("summaries", {}), dict)
+    )
+
+
+def read(folder: str | Path, source: str | None = None) -> Checkpoint:
+    """Read a bundle folder: safetensors only, every tensor checked, nothing executed. The tensors are copies in memory.
+
+    Raises:
+        ValueError: files missing, another type of adapter, a damaged or changed file; the message names the source.
+    """
+    source = source or str(folder)
+    config = read_config(folder, source)
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
+        raise ValueError(
+            f"{source} has no {SAFETENSORS_WEIGHTS_NAME}"
+            + (f", only {WEIGHTS_NAME}, a pickle, which is never loaded." if pickled else ": it is half-written.")
+        )
+    tensors = read_tensors(path, source)[0]
+    if config.weights_digest is not None and config.weights_digest != weights_digest(tensors):
+        raise ValueError(
+            f"{source}: the tensors are not those that were saved with its config; the folder is half-written, damaged "
+            f'or was changed. If you changed it yourself, remove "weights_digest" from {CONFIG_NAME}.'
+        )
+    by_head: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        head, child, tail = key.rpartition(f".{CHILD}.")
+        if not child:
+            raise ValueError(
+                f"{source} holds more than bundles, such as {key!r}; load it with PeftModel.from_pretrained."
+            )
+        by_head.setdefault(head, {})[tail] = tensor
+    heads = sorted(by_head, key=lambda head: [int(n) for n in re.findall(r"\d+", head)])
+    prints = config.basis_fingerprint or {}
+    if not all(n.isdecimal() for n in prints) or len(prints) != len(heads):
+        raise ValueError(f"{source} has tensors of {len(heads)} layers, but its config names {sorted(prints)}.")
+    numbers = sorted(int(n) for n in prints)
+    config.weights_digest = None
+    checkpoint = Checkpoint(config, {i: by_head[h] for i, h in zip(numbers, heads)}, dict(zip(numbers, heads)), source)
+    _check(checkpoint)
+    return checkpoint
+
+
+def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (copied out of the file) and metadata of a safetensors file.
+
+    Raises:
+        ValueError: it is no valid safetensors file.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(MAX_HEADER, size - 8):
+        raise ValueError(
+            f"{source}: {os.path.basename(path)} claims a header of {header:,} bytes in a file of {size:,}; it is "
+            "damaged, half-written or no safetensors file."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the file may be replaced while the model is in use, and tensors inside of it are not aligned.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{source}: {os.path.basename(path)} is no valid safetensors file ({error}).") from error
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Every tensor that the config asks for is there, of the right shape and finite; nothing else is."""
+    config, d, source = checkpoint.config, checkpoint.hidden_size, checkpoint.source
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(SHARED, (d,))
+    wanted["bundle_basis"] = (d, basis_rank(config, d))
+    for name, shape in bundle_shapes(config, d).items():
+        if config.projection != "none" and shape.kind != "full":
+            wanted[f"bundle_weight.{name}"] = (shape.rank, len(shape.support))
+            if config.projection == "free":
+                wanted[f"bundle_weight_out.{name}"] = (shape.rank, len(shape.support))
+        if shape.kind in ("mlp", "linear", "full"):
+            wanted[f"bundle_down.{name}"] = (shape.hidden, shape.width)
+            wanted[f"bundle_up.{name}"] = (shape.width, shape.hidden)
+        elif shape.kind == "diag":
+            wanted[f"bundle_up.{name}"] = (shape.hidden,)
+    for number, layer in checkpoint.layers.items():
+        if not config.save_basis:
+            layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)
+        where = f"{source}: layer {number}"
+        if wrong := sorted(wanted.keys() ^ layer.keys()):
+            verb = "lacks" if wrong[0] in wanted else "has an unknown"
+            raise ValueError(f"{where} {verb} tensor {wrong[0]!r} ({len(wrong)} do not fit the config).")
+        for tail, tensor in layer.items():
+            if tuple(tensor.shape) != wanted[tail]:
+                raise ValueError(f"{where} has {tail!r} of shape {tuple(tensor.shape)} and not {wanted[tail]}.")
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{where} has NaN, infinity or no floats in {tail!r}; it is damaged.")
+        if not bool((layer["bundle_scale"] > 0).all()):
+            raise ValueError(f"{where} has deviations that are not positive; it is damaged.")
+        recorded = (config.basis_fingerprint or {})[str(number)]
+        if not abs(fingerprint(layer["bundle_basis"]) - recorded) <= FINGERPRINT_TOLERANCE:
+            raise ValueError(f"{where} has another basis than the one that its config names.")
+
+
+def write(checkpoint: Checkpoint, folder: str | Path) -> None:
+    """Write a PEFT adapter folder. All of it is written beside first, so a failure leaves what was there before.
+
+    The config comes last and has the digest of the tensors: whoever reads the folder in between gets an error, and
+    never half of one checkpoint and half of another.
+    """
+    if os.path.isfile(folder):
+        raise ValueError(f"folder={str(folder)!r} is a file; give a folder.")
+    os.makedirs(folder, exist_ok=True)
+    # safetensors refuses tensors that share memory, which bundles of one basis may do.
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in checkpoint.state_dict().items()}
+    config = changed(checkpoint.config, weights_digest=weights_digest(tensors), inference_mode=True, save_basis=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        config.save_pretrained(staging)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(os.path.join(staging, name), os.path.join(folder, name))

@@ -1,0 +1,82 @@
+"""Finding the bundles of a model: its bundle layers, the state they share, their parameters by bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+from .base import CHILD
+from .layer import BundleLayer
+from .state import BundleState
+
+
+def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What `model.modules()` gives, but of a block with bundles the bundle layer only.
+
+    Every step asks before its first kernel, when the GPU waits: for 16 blocks 8 us against 350.
+    """
+    seen: set[nn.Module] = set()
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        layer = module._modules.get(CHILD)
+        if isinstance(layer, BundleLayer) and not layer.state.nested:
+            yield layer
+        else:
+            yield module
+            stack.extend(reversed(module._modules.values()))
+
+
+def bundle_layers(model: nn.Module) -> list[BundleLayer]:
+    """The bundle layers of a model, in order."""
+    return [module for module in down_to_blocks(model) if isinstance(module, BundleLayer)]
+
+
+def state_of(model: nn.Module) -> BundleState:
+    """The `BundleState` of a model that has bundles, whichever way they were attached.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+    """
+    for module in down_to_blocks(model):
+        if isinstance(module, BundleLayer):
+            return module.state
+    raise ValueError(
+        f"{type(model).__name__} has no bundles; attach some with get_peft_model(model, BundleConfig(...))."
+    )
+
+
+def check_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Refuse, among `down_to_blocks` of a model, what would run a block's hook once more in backward.
+
+    This call's alphas and route are gone by then.
+
+    Raises:
+        RuntimeError: gradients are on, and blocks are wrapped for activation checkpointing from outside.
+    """
+    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
+    if torch.is_grad_enabled() and any(CheckpointWrapper in type(module).__mro__ for module in modules):
+        raise RuntimeError(
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP); it would "
+            "run their bundles again in backward without this call's alphas and route. Leave it out and call "
+            "model.gradient_checkpointing_enable(), which checkpoints inside of a block's hooks."
+        )
+
+
+def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
+    """(adapter, bundle) -> its parameters over all layers."""
+    table: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for layer in bundle_layers(model):
+        for adapter in layer.bundle_adapters():
+            for name in layer.packing(adapter).names:
+                table.setdefault((adapter, name), [])
+            for kind in layer.tables(adapter):
+                for name, parameter in kind.items():
+                    table[adapter, name].append(parameter)
+    return table

@@ -1,0 +1,241 @@
+"""Adapters cut into bundles, and bundles joined into adapters.
+
+A bundle by itself keeps only the columns of U that it may use, so its file is not the size of the whole basis. The
+digest of the whole basis travels with it: bundles with one digest fit into one adapter and share U in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import COMMON, SubBasis
+from ..core.base import CHILD, PEFT_PREFIX, base_fingerprint
+from ..core.basis import basis_rank, bundle_shapes, fingerprint, sub_basis_columns
+from ..core.checkpoints import SHARED, Checkpoint, basis_of, changed
+from ..core.layer import BundleLayer
+from ..core.walking import state_of
+
+
+# ---- from a model ----
+
+
+def adapter_with(model: nn.Module, bundle: str, adapter: str | None = None) -> str:
+    """The adapter that holds a bundle: the one named, or the only active one that has it.
+
+    Raises:
+        ValueError: no bundles in the model, no such bundle, or several adapters with it.
+    """
+    state = state_of(model)
+    layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
+    names = [adapter] if adapter is not None else [a for a in layer.active_adapters if a in state.configs]
+    if unknown := [a for a in names if a not in state.configs]:
+        raise ValueError(f"there is no bundle adapter {unknown[0]!r}; there are {sorted(state.configs)}.")
+    found = [a for a in names if bundle in (state.configs[a].bundles or {})]
+    if not found:
+        raise ValueError(
+            f"there is no bundle {bundle!r}; there are {[b for a in names for b in state.configs[a].bundles or ()]}."
+        )
+    if len(found) > 1:
+        raise ValueError(f"bundle {bundle!r} is in the adapters {found}; name one with adapter=.")
+    return found[0]
+
+
+def from_model(model: nn.Module, adapter: str) -> Checkpoint:
+    """An adapter of a model; the tensors are the model's own, nothing is copied.
+
+    Raises:
+        ValueError: the adapter trains more than bundles, so that they alone would not be what was trained.
+    """
+    layers, heads, config = {}, {}, None
+    for name, module in model.named_modules():
+        if not (isinstance(module, BundleLayer) and adapter in module.bundle_basis):
+            continue
+        config = module.state.configs[adapter]
+        heads[module.index] = PEFT_PREFIX + name.removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
+        tensors = {what: getattr(module, what)[adapter] for what in SHARED}
+        for what in module.adapter_layer_names:
+            tensors.update({f"{what}.{bundle}": p for bundle, p in getattr(module, what)[adapter].items()})
+        layers[module.index] = tensors
+    if config is None:
+        raise ValueError(f"adapter {adapter!r} has no bundles in this model.")
+    if config.modules_to_save:
+        raise ValueError(
+            f"adapter {adapter!r} also trains {config.modules_to_save} (modules_to_save); a bundle by itself would not "
+            "be what was trained. Save the whole adapter with save_pretrained."
+        )
+    return Checkpoint(config, layers, heads, f"adapter {adapter!r}")
+
+
+def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
+    """The same, its provenance naming the basis and the base model that it has now."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    provenance = {
+        **(checkpoint.config.provenance or {}),
+        "basis": basis_of(checkpoint),
+        "base": base_fingerprint(base),
+        "base_revision": getattr(base.config, "_commit_hash", None),
+    }
+    return replace(checkpoint, config=changed(checkpoint.config, provenance=provenance))
+
+
+# ---- cut and join ----
+
+
+def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Checkpoint:
+    """One bundle by itself, with the columns of U that it may use; `name` renames it.
+
+    Raises:
+        ValueError: no such bundle.
+    """
+    config, d = checkpoint.config, checkpoint.hidden_size
+    if bundle not in checkpoint.names:
+        raise ValueError(f"{checkpoint.source} has no bundle {bundle!r}; it has {checkpoint.names}.")
+    assert config.bundles is not None
+    spec, shape, name = config.bundles[bundle], bundle_shapes(config, d)[bundle], name or bundle
+    columns = {n: c for n, c in sub_basis_columns(config, d).items() if n in spec.sub_bases}
+    if spec.overlap:
+        common = sub_basis_columns(config, d)[COMMON]
+        columns[COMMON] = common[: len(shape.support) - sum(map(len, columns.values()))]
+    columns = {n: columns[n] for n in config.sub_bases or () if n in columns}  # in the order of U
+    basis = basis_of(checkpoint)
+    own = replace(
+        spec,
+        name=name,
+        rank=shape.rank,
+        adapter=shape.kind,
+        bottleneck=shape.hidden if shape.kind in ("mlp", "linear", "full") else None,
+    )
+    provenance = config.provenance or {}
+    summaries = provenance.get("summaries", {})
+    cut = changed(
+        config,
+        bundles={name: own},
+        sub_bases={n: SubBasis(len(c)) for n, c in columns.items()},
+        basis_rank=None,
+        save_basis=True,
+        provenance={**provenance, "basis": basis, "summaries": {name: summaries.get(bundle, {})}},
+    )
+    width = basis_rank(cut, d)
+    layers = {}
+    for number, layer in checkpoint.layers.items():
+        U = layer["bundle_basis"]
+        tensors = {what: layer[what] for what in SHARED}
+        tensors["bundle_basis"] = _padded(U, [_take(U, c) for c in columns.values()], width)
+        for tail, tensor in layer.items():
+            what, _, owner = tail.partition(".")
+            if owner == bundle:
+                tensors[f"{what}.{name}"] = tensor
+        layers[number] = tensors
+    return _fingerprinted(Checkpoint(cut, layers, checkpoint.heads, checkpoint.source))
+
+
+def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
+    """All bundles but one; U stays as it is."""
+    bundles = {n: spec for n, spec in (checkpoint.config.bundles or {}).items() if n != bundle}
+    layers = {
+        number: {tail: t for tail, t in layer.items() if tail.partition(".")[2] != bundle}
+        for number, layer in checkpoint.layers.items()
+    }
+    provenance = {**(checkpoint.config.provenance or {}), "basis": basis_of(checkpoint)}
+    return replace(checkpoint, config=changed(checkpoint.config, bundles=bundles, provenance=provenance), layers=layers)
+
+
+def group_key(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """What two checkpoints must have in common to fit into one adapter: basis, projection, scaling and layers."""
+    config = checkpoint.config
+    return basis_of(checkpoint)["digest"], config.projection, config.scaling, tuple(sorted(checkpoint.layers))
+
+
+def join(members: Sequence[Checkpoint]) -> Checkpoint:
+    """One adapter of bundles that were trained in one basis (`group_key`) and have different names.
+
+    Raises:
+        ValueError: two of them name the same basis and have other columns of it.
+    """
+    if len(members) == 1:
+        return members[0]
+    first, d, basis = members[0], members[0].hidden_size, basis_of(members[0])
+    columns = [sub_basis_columns(m.config, d) for m in members]
+    donors = {  # sub-basis -> the member that has most of it
+        name: max((i for i, c in enumerate(columns) if name in c), key=lambda i: len(columns[i][name]))
+        for name, _ in basis["sub_bases"]
+        if any(name in c for c in columns)
+    }
+    sizes = {name: len(columns[i][name]) for name, i in donors.items()}
+    summaries = {k: v for m in members for k, v in (m.config.provenance or {}).get("summaries", {}).items()}
+    config = changed(
+        first.config,
+        # Adapter kind and sizes are the bundles' own, so that the config's defaults do not matter.
+        bundles={name: spec for m in members for name, spec in _resolved(m).items()},
+        sub_bases={name: SubBasis(size) for name, size in sizes.items()},
+        basis_rank=None,
+        save_basis=True,
+        provenance={**(first.config.provenance or {}), "basis": basis, "summaries": summaries},
+    )
+    width = basis_rank(config, d)
+    whole = next(  # a member whose U serves all: then nothing is copied
+        (m for m, c in zip(members, columns) if all(len(c.get(name, ())) == size for name, size in sizes.items())), None
+    )
+    layers = {}
+    for number, layer in first.layers.items():
+        bases = [m.layers[number]["bundle_basis"].to(layer["bundle_basis"]) for m in members]
+        for m, base, own in zip(members, bases, columns):
+            for name, place in own.items():
+                i = donors[name]
+                if m is not members[i] and not torch.equal(
+                    _take(base, place), _take(bases[i], columns[i][name][: len(place)])
+                ):
+                    raise ValueError(
+                        f"{m.source} and {members[i].source} both name the basis {basis['digest'][:12]}, but layer "
+                        f"{number} has other columns of {name!r} in the one than in the other; one file was changed."
+                    )
+            for what in ("bundle_mean", "bundle_scale"):
+                if not torch.equal(m.layers[number][what].to(layer[what]), layer[what]):
+                    raise ValueError(
+                        f"{m.source} and {first.source} name one basis but differ in {what} of layer {number}."
+                    )
+        tensors = {tail: t for m in members for tail, t in m.layers[number].items()}
+        tensors.update({what: layer[what] for what in SHARED})
+        if whole is not None and basis_rank(whole.config, d) == width:
+            tensors["bundle_basis"] = whole.layers[number]["bundle_basis"]
+        else:
+            pieces = [_take(bases[i], columns[i][name]) for name, i in donors.items()]
+            tensors["bundle_basis"] = _padded(bases[0], pieces, width)
+        layers[number] = tensors
+    return _fingerprinted(Checkpoint(config, layers, first.heads, " and ".join(m.source for m in members)))
+
+
+def _resolved(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The specs, with the kinds and sizes they have at this hidden size."""
+    shapes = bundle_shapes(checkpoint.config, checkpoint.hidden_size)
+    return {
+        name: replace(
+            spec,
+            rank=shapes[name].rank,
+            adapter=shapes[name].kind,
+            bottleneck=shapes[name].hidden if shapes[name].kind in ("mlp", "linear", "full") else None,
+        )
+        for name, spec in (checkpoint.config.bundles or {}).items()
+    }
+
+
+def _take(basis: Tensor, columns: Tensor) -> Tensor:
+    """Columns of U that follow each other, as those of a sub-basis do: a view."""
+    return basis[:, int(columns[0]) : int(columns[-1]) + 1] if len(columns) else basis[:, :0]
+
+
+def _padded(like: Tensor, parts: list[Tensor], width: int) -> Tensor:
+    """Columns side by side; spare ones, which no bundle uses, are zero."""
+    joined = torch.cat([like[:, :0], *parts], 1)
+    return torch.nn.functional.pad(joined, (0, width - joined.shape[1])).contiguous()
+
+
+def _fingerprinted(checkpoint: Checkpoint) -> Checkpoint:
+    prints = {str(i): fingerprint(layer["bundle_basis"]) for i, layer in checkpoint.layers.items()}
+    checkpoint.config.basis_fingerprint = prints
+    return checkpoint
