@@ -64,7 +64,7 @@ def some_basis(hidden_size: int, rank: int) -> torch.Tensor:
 
 
 # Drawn in float64 on the CPU as it is, U takes longer than what is measured. (`load_adapter` draws none.)
-peft_bundles.layer.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
+peft_bundles.core.layer.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
 
 
 def lora_parameters(rank: int, shape: str) -> int:

@@ -1,6 +1,6 @@
 """Taking a capability out again: a bundle's alpha set to 0, against unlearning a LoRA that was taught everything.
 
-    python benchmarks/quality_data.py --output data.json.gz                           # once, with a network
+    python studies/quality/make_data.py --output data.json.gz                           # once, with a network
     python recipes/removal.py --data data.json.gz --workers 10 --seconds 150          # GPUs; another call goes on
 
 Three kinds of questions are taught at once; one of them, `forget`, is then removed. Bundles: one a kind, trained either
@@ -10,7 +10,7 @@ Li et al. 2024). Beside them the base, and a LoRA that was never taught the forg
 the removed facts, all or a part of them: how fast do they come back, and does what was not shown come back too?
 
 Cells are run side by side by several processes a GPU, each appended to the output as it is done; cells that are there
-already are not run again. `recipes/continual_report.py` makes the section of docs/study.md.
+already are not run again. `studies/continual/report.py` makes the section of docs/study.md.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--model", help="folder or Hub id of another Llama-like causal LM")
-    parser.add_argument("--data", help="the file that benchmarks/quality_data.py writes")
+    parser.add_argument("--data", help="the file that studies/quality/make_data.py writes")
     parser.add_argument("--output", help="the file of cells")
     parser.add_argument("--scratch", help="folder for weights that cells share")
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -263,7 +263,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     if given["forget"] not in given["rows"] or len(given["rows"]) < 2:
         raise ValueError(f"forget: {given['forget']!r} must be one of rows, beside another: {[*given['rows']]}.")
     if given["data"] is None:
-        raise ValueError("data: make the file with benchmarks/quality_data.py and give --data FILE.")
+        raise ValueError("data: make the file with studies/quality/make_data.py and give --data FILE.")
     given["model"] = given["model"] or str(_data.model_folder())
     return given
 

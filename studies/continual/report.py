@@ -1,7 +1,7 @@
 """Writes docs/study.md and its pictures from what recipes/continual.py and recipes/removal.py recorded.
 
-    python recipes/continual_report.py                        # the page and its plots
-    python recipes/continual_report.py --features FOLDER      # spaces.json and spaces.svg first, from features
+    python studies/continual/report.py                        # the page and its plots
+    python studies/continual/report.py --features FOLDER      # spaces.json and spaces.svg first, from features
 
 All records are in recipes/results/continual/. What was not run is a dash in the tables and a line at the end.
 """
@@ -120,7 +120,7 @@ def page(study: Study, runs: list[dict[str, Any]]) -> str:
     orders = "; ".join(f"{name}: {', '.join(order)}" for name, order in ORDERS.items())
     return f"""# Does separation reduce interference?
 
-`python recipes/continual_report.py` writes this page from the records in
+`python studies/continual/report.py` writes this page from the records in
 [`recipes/results/continual/`](../recipes/results/continual/), which `recipes/continual.py` and `recipes/removal.py`
 left: SmolLM2-135M-Instruct, {environment(study)}.
 

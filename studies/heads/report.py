@@ -1,6 +1,6 @@
 """The table of docs/signals.md, from the records of meta_heads.py.
 
-    python benchmarks/meta_heads_report.py     # writes the page; tests/test_meta_heads.py holds both together
+    python studies/heads/report.py     # writes the page; tests/test_meta_heads.py holds both together
 
 A number is the mean over seeds; in brackets the lowest lower and the highest upper end of the seeds' 95% intervals. It
 is bold where the interval of every seed lies on the better side of chance.
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "meta_heads.jsonl"
 EARLIER = ("meta_heads_consistency.json", "meta_heads_texts.json")  # parts that were not measured again since
 PAGE = ROOT / "docs" / "signals.md"
-START, END = "<!-- made by benchmarks/meta_heads_report.py -->\n", "<!-- until here -->\n"
+START, END = "<!-- made by studies/heads/report.py -->\n", "<!-- until here -->\n"
 COLUMNS = {"subspace": "owners' subspace", "whole state": "whole state", "trained": "trained with the bundles"}
 WHERE = {"subspace": "frozen", "whole state": "frozen", "trained": "trained"}  # column -> mode
 

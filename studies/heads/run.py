@@ -1,8 +1,8 @@
 """Do the heads of the meta and representation signals generalise? SmolLM2-135M with calibrated bundles of `taxonomy`.
 
-    python benchmarks/meta_heads.py --prepare heads.json.gz [--gsm8k FOLDER]        # once, with a network
-    python benchmarks/meta_heads.py --data heads.json.gz --model FOLDER --output results.jsonl --workers 16
-    python benchmarks/meta_heads_report.py                                          # docs/signals.md, from its results
+    python studies/heads/run.py --prepare heads.json.gz [--gsm8k FOLDER]        # once, with a network
+    python studies/heads/run.py --data heads.json.gz --model FOLDER --output results.jsonl --workers 16
+    python studies/heads/report.py                                          # docs/signals.md, from its results
 
 "frozen": final states of the model with fresh bundles (which change nothing) are computed once; then each objective's
 head is trained on them with the objective's own loss, and measured on held-out questions, people, documents or

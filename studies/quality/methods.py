@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py compares, as data: PEFT's methods, the package's bundles, the forms that were tried."""
+"""What studies/quality/run.py compares, as data: PEFT's methods, the package's bundles, the forms that were tried."""
 
 from __future__ import annotations
 

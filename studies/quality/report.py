@@ -1,6 +1,6 @@
-"""Writes docs/learning.md and docs/learning.svg from the cells that benchmarks/quality.py measured.
+"""Writes docs/learning.md and docs/learning.svg from the cells that studies/quality/run.py measured.
 
-python benchmarks/quality_report.py
+python studies/quality/report.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CELLS, SWEEPS = "benchmarks/results/quality/cells.jsonl", "benchmarks/quality_sweeps.json"
+CELLS, SWEEPS = "studies/quality/results/cells.jsonl", "benchmarks/sweeps.json"
 DOMAINS = ("chat", "code", "licences", "manual", "news", "wiki")
 FAMILIES = ("chain_sum", "family_relationships", "number_sequence", "products", "simple_equations")
 TUNED = 0.002  # LoRA r16's front ends here: twice this rate learns no more, and disturbs twice as much
@@ -237,7 +237,7 @@ def tried(question: str) -> str:
 
 
 def missing() -> str:
-    """The cells of quality_sweeps.json that have no result."""
+    """The cells of sweeps.json that have no result."""
     have = {(*key, x["seed"]) for k in ("cells", "diverged") for key, found in RUN[k].items() for x in found}
     lacking: dict[Key, set[str]] = {}
     for blocks in [b for name, b in json.loads((ROOT / SWEEPS).read_text()).items() if name != "tiny"]:
@@ -296,10 +296,10 @@ def page() -> str:
     broken = ", ".join(sorted({f"`{m}` {lr:g} seed {seed}" for m, lr, seed in RUN["broken"]}))
     return f"""# Learning against disturbance
 
-`python benchmarks/quality_report.py` writes this page; every number is from [`{CELLS}`](../{CELLS}). A cell is a
-method, a rate and a seed (`benchmarks/quality.py`): SmolLM2-135M-Instruct, 300 steps of 48 examples, one GPU
+`python studies/quality/report.py` writes this page; every number is from [`{CELLS}`](../{CELLS}). A cell is a
+method, a rate and a seed (`studies/quality/run.py`): SmolLM2-135M-Instruct, 300 steps of 48 examples, one GPU
 ({env["devices"]}), torch {env["torch"]}, transformers {env["transformers"]}, peft {env["peft"]};
-data as `benchmarks/quality_data.py` writes them, md5 {env["data_md5"]}.
+data as `studies/quality/make_data.py` writes them, md5 {env["data_md5"]}.
 
 ## What was asked, and the short answer
 
@@ -379,7 +379,7 @@ Rise of the loss (ratio on this domain). Below zero the loss fell.
 
 Forms of `benchmarks/quality_forms.py`, one seed and one learning rate a row. The reference form: after the block,
 standardised input, null basis of half the width, no projector, GELU, calibrated on 20,000 tokens of the base's own
-samples, no penalty. Penalties are Fisher-weighted unless they say squared length. `benchmarks/quality.py` no longer
+samples, no penalty. Penalties are Fisher-weighted unless they say squared length. `studies/quality/run.py` no longer
 makes the source `cool`. Without a basis R says nothing, so the two thresholded rows with `out=quiet` are one form
 twice.
 

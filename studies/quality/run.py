@@ -1,7 +1,7 @@
 """Learning against disturbance: SmolLM2-135M, one small training set, every method at its own best rate.
 
-    python benchmarks/quality_data.py --output data.json.gz
-    python benchmarks/quality.py --model DIR --data data.json.gz --sweep final --output results.jsonl --workers 6
+    python studies/quality/make_data.py --output data.json.gz
+    python studies/quality/run.py --model DIR --data data.json.gz --sweep final --output results.jsonl --workers 6
 
 A cell is (method, learning rate, seed): 300 steps of 48 examples, measured at steps 150 and 300. Cells are run side
 by side by several processes a GPU (a step of so small a model is bound by kernel launches, so each is captured in a
@@ -49,7 +49,7 @@ ROWS = {"biographies": 10, "codes": 10, "reasoning": 12, "gsm": 8, "plays": 8}  
 OWN_HELD_OUT = 64  # rows of the base's own samples that nobody calibrates on
 DOMAIN_LENGTH = 128
 CHUNK = 25  # rows of a forward when measuring; several workers share a GPU
-SWEEPS = Path(__file__).with_name("quality_sweeps.json")
+SWEEPS = Path(__file__).with_name("sweeps.json")
 
 
 @dataclass
@@ -281,7 +281,7 @@ def capture(step: Any, built: Built, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def cells_of(sweeps: list[str]) -> list[tuple[str, float, int]]:
-    """(method, learning rate, seed) of sweeps in quality_sweeps.json."""
+    """(method, learning rate, seed) of sweeps in sweeps.json."""
     cells, known = [], json.loads(SWEEPS.read_text())
     for block in (block for sweep in sweeps for block in known[sweep]):
         for method in block["methods"]:
@@ -375,7 +375,7 @@ def prepare(args: argparse.Namespace) -> None:
         "peft": peft.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/quality.py", "--sweep", *args.sweep]),
+        "command": " ".join(["python studies/quality/run.py", "--sweep", *args.sweep]),
         "data_md5": hashlib.md5(args.data.read_bytes()).hexdigest(),
     }
     with open(args.output, "a") as file:
@@ -387,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sweep", nargs="+", required=True, help="of quality_sweeps.json, one after another")
+    parser.add_argument("--sweep", nargs="+", required=True, help="of sweeps.json, one after another")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     parser.add_argument("--workers", type=int, default=1)

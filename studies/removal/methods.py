@@ -167,7 +167,7 @@ def answer_loss(built: Built, rows: Rows) -> Tensor:
 def teach(
     built: Built, pools: dict[str, list[Encoded]], counts: dict[str, int], given: dict[str, Any], seed: int
 ) -> None:
-    """Linear warm-up and decay, as benchmarks/quality.py has them."""
+    """Linear warm-up and decay, as studies/quality/run.py has them."""
     device = next(built.model.parameters()).device
     steps, warmup = given["steps"], given["warmup"]
 

@@ -1,7 +1,7 @@
 """The bundles that rl_separate.py trained as folders to push, each with a card and its alpha sweep.
 
 python recipes/rl_separate.py --cards --seed 0 --output outputs/0  # measures every bundle, writes bundles/<name>/
-python recipes/rl_separate_cards.py outputs/0 outputs/1 outputs/2  # the first run's cards again, with three seeds
+python studies/rl_separate/cards.py outputs/0 outputs/1 outputs/2  # the first run's cards again, with three seeds
 """
 
 from __future__ import annotations

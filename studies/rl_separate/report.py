@@ -1,6 +1,6 @@
 """Writes recipes/results/rl_separate.md and its picture from the runs in recipes/results/rl_separate/.
 
-    python recipes/rl_separate_report.py
+    python studies/rl_separate/report.py
 
 A run is the `results.json` that recipes/rl_separate.py leaves, named VARIANT_FORWARD_RATE_SEED.json; the same seed on
 another device has the device's name behind it.
@@ -78,7 +78,7 @@ def page(runs: dict[Key, list[dict[str, Any]]]) -> str:
     shared, alone, unrouted = ("shared_adapter", "all", 2.5e-4), ("separate", "all", 5e-4), ("unrouted", "all", 5e-4)
     return f"""# rl_separate: what came out
 
-`python recipes/rl_separate_report.py` writes this page from the runs in [`rl_separate/`](rl_separate/), which have
+`python studies/rl_separate/report.py` writes this page from the runs in [`rl_separate/`](rl_separate/), which have
 their settings, versions, promises and whole histories. {first["steps"]} steps with rows of all three kinds each,
 {first["trainable_parameters"]:,} trainable parameters everywhere; {devices}; {versions}.
 Mean ± standard deviation over 3 seeds, in the first table over {most} runs: seeds 0 and 2 ran once more on the other

@@ -1,6 +1,6 @@
 """Writes recipes/results/semantic.md and its plots from the cells in recipes/results/semantic/cells.jsonl.
 
-    python recipes/semantic_report.py
+    python studies/semantic/report.py
 
 A cell is what recipes/semantic.py leaves: the held-out loss of every topic without any topic bundle ("none"), with
 each alone, with all.
@@ -152,7 +152,7 @@ def page(records: list[Record]) -> str:
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
     return f"""# semantic: what came out
 
-`python recipes/semantic_report.py` writes this page from [`semantic/cells.jsonl`](semantic/cells.jsonl): {len(records)}
+`python studies/semantic/report.py` writes this page from [`semantic/cells.jsonl`](semantic/cells.jsonl): {len(records)}
 cells of {default[0]["settings"]["steps"]} steps on SmolLM2-135M ({"; ".join(devices)}; {"; ".join(versions)}). The
 settings are in [semantic.yaml](../semantic.yaml), what the columns mean in [README.md](../README.md). Numbers are
 changes of held-out loss against *none* (no topic bundle), mean ± standard deviation over seeds.

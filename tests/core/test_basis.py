@@ -33,7 +33,7 @@ def test_a_drawn_basis_is_orthonormal_and_its_own_for_every_seed_and_layer(d, ra
 
 def test_the_basis_does_not_depend_on_threads_global_seed_or_default_dtype():
     code = (
-        "import sys, torch; from peft_bundles.basis import draw_basis, fingerprint;"
+        "import sys, torch; from peft_bundles.core.basis import draw_basis, fingerprint;"
         "torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(int(sys.argv[1]));"
         "torch.set_default_dtype(torch.float64 if sys.argv[1] == '2' else torch.float32);"
         "u = draw_basis(256, 100, 0, 1); print(u.dtype, round(fingerprint(u), 6), u[3, 4].item())"

@@ -170,7 +170,7 @@ def test_failed_save_leaves_the_earlier_checkpoint(limit, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > limit
     run = subprocess.run(
         [sys.executable, "-c", FAILING_SAVE, str(limit), str(tmp_path)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,

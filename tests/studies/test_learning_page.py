@@ -1,4 +1,4 @@
-"""docs/learning.md is what benchmarks/quality_report.py makes of the committed cells."""
+"""docs/learning.md is what studies/quality/report.py makes of the committed cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("quality_report", ROOT / "benchmarks/quality_report.py")
+    spec = importlib.util.spec_from_file_location("quality_report", ROOT / "studies/quality/report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.read()

@@ -1,4 +1,4 @@
-"""benchmarks/meta_heads.py: that it runs, and that docs/signals.md says what its records say."""
+"""studies/heads/run.py: that it runs, and that docs/signals.md says what its records say."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""recipes/continual_report.py on records made by hand: its numbers, its verdicts, and whatever may be missing."""
+"""studies/continual/report.py on records made by hand: its numbers, its verdicts, and whatever may be missing."""
 
 import json
 import math
