@@ -52,7 +52,7 @@ def learning(pyplot: Any) -> Any:
 
 
 def continual(pyplot: Any) -> Any:
-    rows = [
+    rows: list[tuple[str, tuple[Any, ...], str]] = [
         ("one LoRA, tasks mixed", ("lora", 0.002, "all", "average", "mixture"), LORA),
         ("one bundle, tasks mixed", ("shared", 0.001, "all", "average", "mixture"), BUNDLES),
         ("bundle a task, tasks mixed, told the task", ("bundles", 0.002, "tag", "average", "mixture"), BUNDLES),
