@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = {"demo": "demo", "test": "dev,analysis,app,data,demo,umap"}
+EXTRAS = {"demo": "demo", "test": "dev,analysis,app,data,demo,docs,umap"}
 
 
 def run(*command: str, **env: str) -> None:

@@ -1,0 +1,87 @@
+"""README.md: the script runs, commands and links exist, table and numbers are those of the code and the records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import run as setup
+import torch
+from claims import missing, one_line, uncovered
+from pages import ROOT, blocks
+from session import session, tiny_folder  # noqa: F401 - fixtures
+
+from peft_bundles import objectives
+from peft_bundles.taxonomy import PRESETS
+from studies.page_numbers import continual, disturbance_ratio
+
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_is_short() -> None:
+    assert len(TEXT.splitlines()) <= 120
+
+
+def test_the_script_trains_saves_and_dials(session: dict[str, Any]) -> None:  # noqa: F811
+    model, tokenizer = session["model"], session["tokenizer"]
+    assert Path("out/adapter/adapter_model.safetensors").is_file()
+    for kind in session["TEXTS"]:
+        assert any(p.abs().sum() > 0 for p in model.bundle_parameters(f"b_{kind}")[-1:])
+    ids = tokenizer(["With ten"] * 3, return_tensors="pt").input_ids
+    with torch.no_grad():
+        rows = model(input_ids=ids, alphas=session["alphas"]).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+    assert torch.equal(rows[0], base[0])
+    assert not torch.allclose(rows[1], base[1]) and not torch.allclose(rows[1], rows[2])
+
+
+def test_the_commands_exist() -> None:
+    commands = [line.split("#")[0].split() for code in blocks("README.md", "bash") for line in code.splitlines()]
+    tasks = [words[2] for words in commands if words[:2] == ["python3", "run.py"]]
+    assert tasks == list(setup.EXTRAS)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\.\[(\w+)\]", TEXT)) <= set(extras)
+    assert sum(words[0] in ("pip", "python3") for words in commands) == len(commands)
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_table_of_owners_is_the_preset() -> None:
+    rows = re.findall(r"^\| (.*?) \| (?:.*?) \| ([\w, ]+) \| ([\w, ]+) \|$", TEXT, re.MULTILINE)
+    said = {signal: owners.split(", ") for _, signals, owners in rows[1:] for signal in signals.split(", ")}
+    bundles = PRESETS["taxonomy"]["bundles"]
+    signals = {s for spec in bundles.values() for s in spec["signals"]} - {"logic"}  # LM under another name
+    owners = {s: {b for b, spec in bundles.items() if spec["signals"].get(s) == 1.0} for s in signals}
+    assert {signal: set(names) for signal, names in said.items()} == owners
+    named = {name for cell, *_ in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert named == {"LM", "Preference", "PPO", "MetaCorrectness", "Calibration", "Confusion"} | {
+        "Consistency",
+        "Contrastive",
+        "Temporal",
+    }
+    assert named <= set(objectives.__all__)
+
+
+@pytest.fixture
+def claims() -> list[tuple[Any, ...]]:
+    return [
+        ("unrelated text {:.2f} times", disturbance_ratio("bundles:quiet=20", 0.002)),
+        ("penalty disturbs less ({:.2f})", disturbance_ratio("lora_r16_kl1.0", 0.002)),
+        ("told the task answer {:.2f} right", fmean(continual("bundles", 0.002, "tag", schedule="mixture"))),
+        ("one LoRA answers {:.2f}.", fmean(continual("lora", 0.002, "all", schedule="mixture"))),
+    ]
+
+
+def test_numbers_are_those_of_the_records(claims: list[tuple[Any, ...]]) -> None:
+    text = one_line(TEXT)
+    assert missing(text, claims) == []
+    assert uncovered(text, claims, ["Python 3.10", "Apache-2.0"]) == []
