@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import run as setup
 import torch
 from claims import missing, one_line, uncovered
 from pages import ROOT, blocks
 from session import session, tiny_folder  # noqa: F401 - fixtures
 
+import run as setup
 from peft_bundles import objectives
 from peft_bundles.taxonomy import PRESETS
 from studies.page_numbers import continual, disturbance_ratio
