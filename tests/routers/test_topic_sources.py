@@ -1,7 +1,5 @@
 """Three sources of topic vectors on texts whose topics are plain to see, with a small encoder of words."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from peft_bundles.routers.topic_sources import LEXICON, fit_topics
 from peft_bundles.taxonomy import TOPICS
 
 
-ROOT = Path(__file__).parents[2]
 WORDS = {
     "law": ["court", "judge", "statute", "licence", "clause"],
     "animals": ["bird", "beak", "feather", "fish", "beetle"],
