@@ -50,18 +50,22 @@ ALLOWED = {
 }
 
 
-def claims(function: Callable[[], Claims]) -> Callable[[], Claims]:
-    """Claims of the page that has the function's name."""
-    CLAIMS[f"{function.__name__}.md"] = function
-    return function
+def claims(page: str) -> Callable[[Callable[[], Claims]], Callable[[], Claims]]:
+    """Puts what a function returns into CLAIMS."""
+
+    def add(function: Callable[[], Claims]) -> Callable[[], Claims]:
+        CLAIMS[page] = function
+        return function
+
+    return add
 
 
 def mean_sd(values: list[float]) -> tuple[float, float]:
     return round(fmean(values), 9), round(stdev(values), 9)
 
 
-@claims
-def index() -> Claims:
+@claims("index.md")
+def index_claims() -> Claims:
     one, other = ("separate", "owners", 5e-4), ("shared_adapter", "all", 2.5e-4)
     return [
         ("1.2 B parameters {:.2f} of", time_ratio("h200", "1.2b", "train", "bundles_15_routed", "base")),
@@ -78,8 +82,8 @@ def index() -> Claims:
     ]
 
 
-@claims
-def speed() -> Claims:
+@claims("speed.md")
+def speed_claims() -> Claims:
     def tokens(cell: str) -> float:
         found = sorted(times("h200", "1.2b", "decode", cell))
         return found[len(found) // 2]
@@ -127,8 +131,8 @@ def speed() -> Claims:
     ]
 
 
-@claims
-def learning_page() -> Claims:
+@claims("learning.md")
+def learning_claims() -> Claims:
     methods = {
         "LoRA r16": ("lora_r16", 0.002),
         "LoRA r16 + KL penalty": ("lora_r16_kl1.0", 0.002),
@@ -167,11 +171,8 @@ def learning_page() -> Claims:
     ]
 
 
-CLAIMS["learning.md"] = CLAIMS.pop("learning_page.md")
-
-
-@claims
-def continual_page() -> Claims:
+@claims("continual.md")
+def continual_claims() -> Claims:
     mixed = {"schedule": "mixture"}
     rows: dict[str, list[float]] = {
         "one LoRA, tasks mixed | it": continual("lora", 0.002, "all", **mixed),
@@ -199,11 +200,8 @@ def continual_page() -> Claims:
     ]
 
 
-CLAIMS["continual.md"] = CLAIMS.pop("continual_page.md")
-
-
-@claims
-def removal_page() -> Claims:
+@claims("removal.md")
+def removal_claims() -> Claims:
     rows = {
         "gradient ascent on one LoRA": ("ascent", 0.0001),
         "ascent, with descent on the rest": ("ascent_retain", 0.0001),
@@ -246,11 +244,8 @@ def removal_page() -> Claims:
     ]
 
 
-CLAIMS["removal.md"] = CLAIMS.pop("removal_page.md")
-
-
-@claims
-def rl_separate() -> Claims:
+@claims("rl_separate.md")
+def rl_separate_claims() -> Claims:
     owners, everyone = ("separate", "owners", 5e-4), ("separate", "all", 5e-4)
     unrouted, adapter = ("unrouted", "all", 5e-4), ("shared_adapter", "all", 2.5e-4)
     rows = {
@@ -290,8 +285,8 @@ def rl_separate() -> Claims:
     ]
 
 
-@claims
-def semantic() -> Claims:
+@claims("semantic.md")
+def semantic_claims() -> Claims:
     together = {"gate_forward": False}
     rows: dict[str, dict[str, Any]] = {
         "default": {},
@@ -319,8 +314,8 @@ def semantic() -> Claims:
     ]
 
 
-@claims
-def heads() -> Claims:
+@claims("heads.md")
+def heads_claims() -> Claims:
     right, surprise = "single answers, last token", "single answers, with surprise"
     chance = ("by probability", "AUC")
     simple = ("simple", "all but the length")
@@ -366,8 +361,8 @@ def heads() -> Claims:
     ]
 
 
-@claims
-def topics() -> Claims:
+@claims("topics.md")
+def topics_claims() -> Claims:
     measures = ("held_out", "other_sources", "none_below_half", "two_largest")
     sources = ("lexicon", "embedding", "clusters", "clusters of embeddings")
     table: Claims = [  # 1e-7: a half, kept in single precision, is rounded up
@@ -395,8 +390,8 @@ def topics() -> Claims:
     ]
 
 
-@claims
-def distill() -> Claims:
+@claims("distill.md")
+def distill_claims() -> Claims:
     record = read("benchmarks/results/distill.json")
     found = record["over_seeds"]
     labels = {"plays": "plays", "docs": "docs", "manual": "manual (the bundles were not trained on it)"}
@@ -415,8 +410,8 @@ def distill() -> Claims:
     ]
 
 
-@claims
-def distributed() -> Claims:
+@claims("distributed.md")
+def distributed_claims() -> Claims:
     record = read("benchmarks/results/distributed_check.json")
     ways = [record["ddp"], record["fsdp2"]]
     differences = [max(way["difference_to_one_process_by_its_movement"].values()) for way in ways]
@@ -477,8 +472,8 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     assert [link for link in links if not (FOLDER / link).exists()] == []
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_records(tmp_path: Any) -> None:
-    pytest.importorskip("matplotlib")
     figures.draw(tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.svg")}
     assert drawn == {path.name for path in FOLDER.glob("*.svg")}
