@@ -1,5 +1,7 @@
 """Three sources of topic vectors on texts whose topics are plain to see, with a small encoder of words."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +106,14 @@ def test_a_group_for_every_text():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_tables_of_the_page_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import topic_masks
+    import topic_sources
+
+    page = (ROOT / "docs" / "topics.md").read_text()
+    for module in (topic_sources, topic_masks):
+        assert module.table(json.loads(module.RESULTS.read_text())) in page
+    sys.modules.pop("topic_masks"), sys.modules.pop("topic_sources")
