@@ -23,6 +23,7 @@ from .core.inference import prepared
 from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
 from .core.packing import Packing
 from .core.quiet import loudness
+from .core.recompute import recompute_with_call
 from .core.state import BundleState
 from .core.walking import bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
@@ -369,6 +370,8 @@ class BundleModel(BaseTuner):
             hooks = self._enable_peft_forward_hooks(alphas=alphas, adapter_names=adapter_names)
         before, state.seen = state.seen, set()
         state.call.joined = {} if self.training else None
+        if self.training:
+            recompute_with_call(((layer.get_base_layer(), state) for layer in self._layers), required=False)
         try:
             with self._pinned(), hooks, prepared(self.model, self._layers):
                 output = self.model(*args, **kwargs)
