@@ -1,7 +1,7 @@
 """Gradient checkpointing in transformers before 5.23, which recomputes a block together with its forward hooks.
 
 From 5.23 on a block checkpoints its `forward`, so that our hook runs once. Before, the hook runs again in backward,
-when the alphas and the route of the forward are gone. Here the recomputation gets them back, through the `context_fn` of
+when the alphas and the route of the forward are gone. Here the recomputation gets them back, through `context_fn` of
 `torch.utils.checkpoint` (non-reentrant checkpointing only: PyTorch refuses it for the other).
 """
 
@@ -66,7 +66,7 @@ def recompute_with_call(blocks: Iterable[tuple[nn.Module, BundleState]], *, requ
         if checkpoint is None or isinstance(checkpoint, CheckpointWithCall):
             continue
         if not getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
-            block._gradient_checkpointing_func = CheckpointWithCall(checkpoint, state)
+            vars(block)["_gradient_checkpointing_func"] = CheckpointWithCall(checkpoint, state)
         elif required and getattr(block, "gradient_checkpointing", False):
             raise RuntimeError(
                 f"re-entrant gradient checkpointing in transformers {transformers.__version__} runs bundles again in "
