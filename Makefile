@@ -1,9 +1,8 @@
-# `make compat`: the trainer's tests against older releases of trl and the newest, each in an environment of its own
-# that borrows torch and the rest from the one make runs in. TRL moves fast; this sees it before users do.
+# `make compat` runs the trainer's tests with older releases of trl and with the newest. Each release is installed into a
+# folder of its own and takes torch and the rest from the environment that make runs in.
 PYTHON ?= python3
 TRL ?= 1.12.0 1.14.0 newest
-TESTS = tests/test_trainer.py tests/test_ppo.py tests/test_resume.py tests/test_trunk_and_clamp.py tests/test_bad_input.py \
-	tests/test_meta_signals.py tests/test_sharding.py tests/test_zero.py tests/test_trainer_topics.py
+TESTS = tests/trainer tests/objectives
 
 .PHONY: compat
 compat:
