@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives.forward import seeded
+from ..objectives.seeding import seeded
 from . import monitor
 
 
