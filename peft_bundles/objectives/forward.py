@@ -14,6 +14,7 @@ from ..core.dialling import alphas
 from ..core.walking import state_of
 from ..routing.routes import route
 from .batches import Batch, Outputs
+from .seeding import seeded
 from .topical import RowTopics
 
 
@@ -36,8 +37,8 @@ class Forward:
         >>> from peft_bundles import BundleConfig
         >>> shape = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         ...                     vocab_size=50)
-        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}}
-        >>> config = BundleConfig(bundles=bundles, task_type="CAUSAL_LM")
+        >>> bundles = {"b_lm": {"rank": 4, "sub_bases": ["a"], "signals": {"lm": 1.0}}}
+        >>> config = BundleConfig(sub_bases={"a": 16}, bundles=bundles, task_type="CAUSAL_LM")
         >>> model = get_peft_model(AutoModelForCausalLM.from_config(shape), config)
         >>> forward = Forward(model, {"lm": ("lm",)}, {"lm": {"b_lm": 0.5}})
         >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 1]])}
@@ -168,20 +169,30 @@ class Forward:
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
-    def generate(self, name: str, ids: Tensor, mask: Tensor, topics: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self,
+        name: str,
+        ids: Tensor,
+        mask: Tensor,
+        topics: Tensor | None = None,
+        key: tuple[int | str, ...] | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Completions under the alphas of one objective.
 
         Args:
             name: of the objective.
             ids, mask: prompts and their attention mask, (B, P), padded on the left.
             topics: topic vectors of the rows, (B, K), or None.
+            key: seeds the sampling. None samples from PyTorch's generator as it is.
             options: further arguments of `model.generate`.
 
         Returns:
             (B, P + T): prompts and completions.
         """
         rows: Batch = {"input_ids": ids} if topics is None else {"input_ids": ids, "topics": topics}
-        with self.eval_mode(), alphas(self.model, self.row_alphas({name: rows})), self.autocast():
+        table, sampling = self.row_alphas({name: rows}), nullcontext() if key is None else seeded(self.device, *key)
+        with self.eval_mode(), alphas(self.model, table), self.autocast(), sampling:
             # use_cache is given because the trainer switches it off in the config.
             return self.model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)  # type: ignore
 

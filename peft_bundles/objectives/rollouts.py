@@ -11,7 +11,6 @@ from trl.trainer.utils import pad
 
 from .batches import TAU, Batch, has_topics
 from .forward import Forward
-from .seeding import seeded
 
 
 # The tensors of a rollout of n completions: (n, T), or (n, T - 1) for tokens t >= 1.
@@ -49,8 +48,7 @@ def generate(
     mask = pad([torch.ones_like(prompt) for prompt in prompts], padding_side="left").to(forward.device)
     tau = torch.tensor([row[TAU] for row in rows], dtype=torch.float64) if has_topics(rows) else None
     options = {"pad_token_id": pad_id, "eos_token_id": eos, **options}
-    with seeded(forward.device, *key):
-        generated = forward.generate(name, ids, mask, tau, **options)[:, ids.shape[1] :].tolist()
+    generated = forward.generate(name, ids, mask, tau, key, **options)[:, ids.shape[1] :].tolist()
     completions = [c[: c.index(eos) + 1] if eos in c else c for c in generated]
     whole = [torch.tensor([*row["prompt_ids"], *c]) for row, c in zip(rows, completions)]
     masks = [torch.tensor([0] * len(row["prompt_ids"]) + [1] * len(c)) for row, c in zip(rows, completions)]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives.seeding import seeded
+from ..objectives.forward import seeded
 from . import monitor
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..objectives.base import Objective
-from ..objectives.batches import Batch, has_topics
+from ..objectives.base import Batch, Objective, has_topics
 from ..objectives.topical import COLUMN, RowTopics
 from ..routers.topics import TopicRouting
 from .tables import updated

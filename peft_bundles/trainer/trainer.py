@@ -20,11 +20,9 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ..config import BundleConfig
 from ..core.walking import bundle_parameters
-from ..objectives.base import Objective
-from ..objectives.batches import Batch, Share
-from ..objectives.forward import Forward
+from ..objectives.base import Batch, Objective, Share
+from ..objectives.forward import Forward, seeded
 from ..objectives.kl_clamp import KLClamp
-from ..objectives.seeding import seeded
 from ..routing.backward import routed_backward
 from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
 from ..routing.routes import check_signals, routing_column
