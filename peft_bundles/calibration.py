@@ -200,12 +200,7 @@ def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, mome
 
 def is_trained(layer: BundleLayer, adapter: str) -> bool:
     """Whether some bundle adds anything: its last map is no longer zero."""
-    shapes = layer.packing(adapter).shapes
-    last = (
-        (layer.bundle_weight_out if shape.kind == "identity" else layer.bundle_up)[adapter][name]
-        for name, shape in shapes.items()
-    )
-    return any(bool(weight.detach().any()) for weight in last)
+    return any(bool(weight.detach().any()) for weight in layer.bundle_up[adapter].values())
 
 
 @contextmanager

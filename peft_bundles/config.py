@@ -18,11 +18,12 @@ from torch import nn
 from .taxonomy import PRESETS
 
 
-ADAPTERS = ("mlp", "linear", "diag", "identity", "full")
+ADAPTERS = ("mlp", "linear", "diag", "full")
 ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
-PROJECTIONS = ("none", "tied", "free")
+PROJECTIONS = ("none", "tied")
+REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 knew
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -62,6 +63,11 @@ def _check_number(owner: str, name: str, value: Any, low: float, high: float) ->
 
 
 def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value in REMOVED.get(name, ()):
+        raise ValueError(
+            f"{owner}: {name}={value!r} is no longer supported since version 0.2; use one of {', '.join(choices)}, or "
+            "load an adapter that was trained with it with peft-bundles 0.1."
+        )
     if value not in choices:
         raise ValueError(f"{owner}: {name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
@@ -112,7 +118,7 @@ class BundleSpec:
         signals: signal name -> weight in [0, 1]: 1 owns, 0 (or absent) is quarantined, between is attenuated.
         bottleneck: hidden width b_k of the adapter (int, or a fraction of r_k; for "full", of the hidden size).
             Only "mlp", "linear" and "full" have one. None takes the config's.
-        adapter: "mlp", "linear", "diag", "identity" or "full" (design.md section 2); None takes the config's.
+        adapter: "mlp", "linear", "diag" or "full"; None takes the config's.
         alpha: the gate this bundle has when nobody says otherwise.
         role: "general", "semantic" or "signal": a label for reports and trainers.
         topic: what a semantic bundle is about: a label for routers.
@@ -175,8 +181,7 @@ class BundleConfig(PeftConfig):
         adapter: adapter kind of bundles that name none.
         bottleneck: bottleneck of bundles that name none.
         projection: "none": a bundle reads and writes its columns of U as they are. "tied" puts a trained projector W_k
-            between, and its transpose behind; "free" gives the way back weights of its own. W costs parameters that
-            hidden units use better (docs/learning.md).
+            between, and its transpose behind. W costs parameters that hidden units use better (docs/learning.md).
         input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
         scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio
             of the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
@@ -308,11 +313,6 @@ class BundleConfig(PeftConfig):
         if spec.overlap and COMMON in spec.sub_bases:
             raise ValueError(
                 f"bundle {name!r}: overlap={spec.overlap} already draws on {COMMON!r}; drop one of the two."
-            )
-        if kind == "identity" and self.projection != "free":
-            raise ValueError(
-                f"bundle {name!r}: adapter='identity' with projection={self.projection!r} cannot start as the base "
-                "model; set projection='free'."
             )
 
     @property

@@ -219,8 +219,6 @@ def _check(checkpoint: Checkpoint) -> None:
     for name, shape in bundle_shapes(config, d).items():
         if config.projection != "none" and shape.kind != "full":
             wanted[f"bundle_weight.{name}"] = (shape.rank, len(shape.support))
-            if config.projection == "free":
-                wanted[f"bundle_weight_out.{name}"] = (shape.rank, len(shape.support))
         if shape.kind in ("mlp", "linear", "full"):
             wanted[f"bundle_down.{name}"] = (shape.hidden, shape.width)
             wanted[f"bundle_up.{name}"] = (shape.width, shape.hidden)

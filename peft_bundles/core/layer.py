@@ -90,7 +90,7 @@ class Bases(BufferDict):
 class BundleLayer(nn.Module, BaseTunerLayer):
     """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
 
-    bundle_weight: W_k (r, |support|), with a projection only. bundle_weight_out: the same for Q_k, "free" ones only.
+    bundle_weight: W_k (r, |support|), with a projection only.
     bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
     width w is r behind a projection and |support| without.
     bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
@@ -98,12 +98,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
     """
 
-    adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
+    adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
     other_param_names = ("bundle_basis", "bundle_mean", "bundle_scale")
 
     # ModuleDict of ParameterDict, and BufferDict, by adapter
     bundle_weight: Any
-    bundle_weight_out: Any
     bundle_down: Any
     bundle_up: Any
     bundle_basis: Any
@@ -159,12 +158,9 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             r, b, support = shape.rank, shape.hidden, len(shape.support)
             if config.projection != "none" and shape.kind != "full":
                 tables["bundle_weight"][name] = uniform(r, support)
-            if config.projection == "free" and shape.kind != "full":
-                identity = shape.kind == "identity"
-                tables["bundle_weight_out"][name] = last(r, support) if identity else uniform(r, support)
             if shape.kind in ("mlp", "linear", "full"):
                 tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, shape.width), last(shape.width, b)
-            elif shape.kind == "diag":
+            else:
                 tables["bundle_up"][name] = nn.Parameter(last(1, b).data[0])
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
@@ -210,12 +206,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
         return [table[bundle] for table in tables if bundle in table]
 
-    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
         # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
-        tables = (self.bundle_weight, self.bundle_weight_out, self.bundle_down, self.bundle_up)
-        weight, weight_out, down, up = (table[adapter]._parameters for table in tables)
-        return weight, weight_out, down, up
+        weight, down, up = (
+            table[adapter]._parameters for table in (self.bundle_weight, self.bundle_down, self.bundle_up)
+        )
+        return weight, down, up
 
     def bundle_weights(self, adapter: str) -> list[BundleWeights]:
         """One adapter's bundles as the plain reference takes them (functional.py)."""

@@ -106,8 +106,8 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
                 f"{other.source} is of kind {theirs.kind!r} with {theirs.hidden} hidden units, {first.source} of kind "
                 f"{shape.kind!r} with {shape.hidden}; they cannot merge by {method!r}."
             )
-    if shape.kind == "identity" or (first.config.projection != "none" and len(parts) > 1):
-        raise ValueError("bundles with a projector of their own (projection='tied' or 'free') cannot merge.")
+    if first.config.projection != "none" and len(parts) > 1:
+        raise ValueError("bundles with a projector of their own (projection='tied') cannot merge.")
     if method != "cat":
         _check_units(parts, name)
     if shape.kind == "diag" and method == "cat":

@@ -37,7 +37,6 @@ def test_a_bundle_by_itself_is_a_peft_adapter(name, tmp_path):
 
 SHAPES = {
     "tied": {"projection": "tied"},
-    "free": {"projection": "free"},
     "overlap": {
         "sub_bases": {"common": 6, "left": 0.2, "right": 8},
         "bundles": {
