@@ -347,7 +347,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     values = torch.tensor([list(x), list(y)], dtype=torch.float64)
     below = (values[:, :, None] > values[:, None, :]).sum(-1)
     equal = (values[:, :, None] == values[:, None, :]).sum(-1)
-    return float(torch.corrcoef(below + equal / 2)[0, 1])
+    return float(torch.corrcoef(below + equal.double() / 2)[0, 1])
 
 
 def _standard_error(scores: Tensor) -> Tensor:

@@ -158,7 +158,10 @@ def no_scores(model, given):
             {"tasks": {"t": ["some text"]}},
             r"task 't' is a list; give a dict of tensors, for texts evaluation.text_batch",
         ),
-        ({"tasks": {"t": {"input_ids": batch(2), "x": [1]}}}, r"task 't' has entries with \{'input_ids': 2, 'x': 1\} rows"),
+        (
+            {"tasks": {"t": {"input_ids": batch(2), "x": [1]}}},
+            r"task 't' has entries with \{'input_ids': 2, 'x': 1\} rows",
+        ),
         ({"tasks": {"t": {"input_ids": batch(0)}}}, r"task 't' has entries with \{'input_ids': 0\} rows"),
         ({"max_rows": 0}, "max_rows=0 must be at least 1"),
         ({"eval_fn": no_scores}, r"task 'one': eval_fn returned scores of shape \(2,\) for 15 rows"),
@@ -173,7 +176,7 @@ def test_bad_input(change, message):
 def test_questions_a_sweep_cannot_answer():
     with pytest.raises(ValueError, match=r"own='x': the sweep has the tasks .*; name one of them"):
         made(own=[0, 1, 2, 3], other=[0, 0, 0, 0]).selectivity("x")
-    with pytest.raises(ValueError, match="own='own': .* sweep at least two"):
+    with pytest.raises(ValueError, match=r"own='own': .* sweep at least two"):
         made(own=[0, 1, 2, 3]).selectivity("own")
     with pytest.raises(ValueError, match=r"values=\[1.0, 2.0\]: .* sweep 0.0 and at least one other value"):
         AlphaSweep("b", [1.0, 2.0], {"t": torch.zeros(2, 3)}, 1).effect("t")
