@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.dialling import alphas
 from ..core.layer import BundleLayer
-from ..core.walking import bundle_layers, state_of
+from ..core.walking import active_adapters, bundle_layers, state_of
 
 
 @dataclass
@@ -91,9 +91,8 @@ def orthogonality(model: nn.Module) -> Orthogonality:
 
 def _active_bundles(model: nn.Module) -> list[tuple[str, str]]:
     """(adapter, bundle) of every bundle in an active adapter."""
-    state = state_of(model)
-    active = [a for a in bundle_layers(model)[0].active_adapters if a in state.configs]
-    return [(adapter, bundle) for adapter in active for bundle in state.configs[adapter].bundles or ()]
+    configs = state_of(model).configs
+    return [(adapter, bundle) for adapter in active_adapters(model) for bundle in configs[adapter].bundles or ()]
 
 
 def _spans(layer: BundleLayer, adapter: str, bundle: str) -> tuple[Tensor, Tensor]:

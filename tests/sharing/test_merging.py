@@ -108,20 +108,29 @@ def test_merges_that_make_no_sense(tmp_path):
             lambda: merge(folders, [1, 1], tmp_path / "x", method="average"),
             "method='average' is unknown; choose one of cat",
         ),
-        (lambda: merge(folders, [1.0], tmp_path / "x"), "one finite number for each of the 2 sources"),
+        (
+            lambda: merge(folders, [1.0], tmp_path / "x"),
+            r"weights=\[1.0\]; give one finite number for each of the 2 sources",
+        ),
         (lambda: merge(folders, [1, float("nan")], tmp_path / "x"), "one finite number for each"),
         (lambda: merge([], [], tmp_path / "x"), "one finite number for each of the 0"),
         (
             lambda: merge(folders, [1, 1], tmp_path / "x", method="ties", density=0.0),
             r"density=0.0 must be in \(0, 1\]",
         ),
-        (lambda: merge([folders[0], other], [1, 1], tmp_path / "x"), "kind 'linear' .* kind 'mlp'"),
-        (lambda: merge([folders[0], elsewhere], [1, 1], tmp_path / "x"), "trained in different bases"),
+        (
+            lambda: merge([folders[0], other], [1, 1], tmp_path / "x"),
+            "kind 'linear' .* kind 'mlp' .* bundles of one kind",
+        ),
+        (
+            lambda: merge([folders[0], elsewhere], [1, 1], tmp_path / "x"),
+            "have different bases, projections or scalings",
+        ),
         (
             lambda: merge([folders[0], tmp_path / "support"], [1, 1], tmp_path / "x"),
-            r"different supports: \['right'\].*; .*side by side with compose",
+            r"different supports, \['right'\].*; .*side by side with compose",
         ),
-        (lambda: merge([tied, tied], [1, 1], tmp_path / "x"), "projector of their own"),
+        (lambda: merge([tied, tied], [1, 1], tmp_path / "x"), "has projection='tied', a trained projector per bundle"),
         (lambda: merge([tmp_path / "whole"], [1], tmp_path / "x"), "holds the bundles .*name one"),
     ):
         with pytest.raises(ValueError, match=message):
