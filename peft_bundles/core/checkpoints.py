@@ -20,11 +20,18 @@ from torch import Tensor
 
 from ..config import BundleConfig
 from .base import CHILD
-from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, draw_basis, fingerprint, sub_basis_columns
+from .basis import (
+    FINGERPRINT_TOLERANCE,
+    SHARED,
+    basis_rank,
+    draw_basis,
+    fingerprint,
+    sub_basis_columns,
+    tensor_shapes,
+)
 
 
 MAX_HEADER = 100_000_000  # bytes, as safetensors has it
-SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")
 
 
 @dataclass
@@ -214,16 +221,7 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
 def _check(checkpoint: Checkpoint) -> None:
     """Every tensor that the config asks for is there, of the right shape and finite; nothing else is."""
     config, d, source = checkpoint.config, checkpoint.hidden_size, checkpoint.source
-    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(SHARED, (d,))
-    wanted["bundle_basis"] = (d, basis_rank(config, d))
-    for name, shape in bundle_shapes(config, d).items():
-        if config.projection != "none" and shape.kind != "full":
-            wanted[f"bundle_weight.{name}"] = (shape.rank, len(shape.support))
-        if shape.kind in ("mlp", "linear", "full"):
-            wanted[f"bundle_down.{name}"] = (shape.hidden, shape.width)
-            wanted[f"bundle_up.{name}"] = (shape.width, shape.hidden)
-        elif shape.kind == "diag":
-            wanted[f"bundle_up.{name}"] = (shape.hidden,)
+    wanted = tensor_shapes(config, d)
     for number, layer in checkpoint.layers.items():
         if not config.save_basis:
             layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)

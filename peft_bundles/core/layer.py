@@ -20,7 +20,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .basis import draw_basis
+from .basis import SHARED, draw_basis, weight_shapes
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
 from .inference import Slot, apply
@@ -99,7 +99,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
-    other_param_names = ("bundle_basis", "bundle_mean", "bundle_scale")
+    other_param_names = SHARED
 
     # ModuleDict of ParameterDict, and BufferDict, by adapter
     bundle_weight: Any
@@ -144,24 +144,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
-        def uniform(rows: int, columns: int) -> nn.Parameter:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
-            bound = 1 / math.sqrt(columns)
-            return nn.Parameter(
-                torch.rand(rows, columns, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
-            )
-
-        def last(rows: int, columns: int) -> nn.Parameter:  # the map that makes a fresh adapter the base model
-            return nn.Parameter(torch.zeros(rows, columns, device="cpu")) if init_weights else uniform(rows, columns)
+        def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
+            bound = 1 / math.sqrt(size[-1])
+            return torch.rand(*size, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
-        for name, shape in packing.shapes.items():
-            r, b, support = shape.rank, shape.hidden, len(shape.support)
-            if config.projection != "none" and shape.kind != "full":
-                tables["bundle_weight"][name] = uniform(r, support)
-            if shape.kind in ("mlp", "linear", "full"):
-                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, shape.width), last(shape.width, b)
-            else:
-                tables["bundle_up"][name] = nn.Parameter(last(1, b).data[0])
+        for key, size in weight_shapes(config, d).items():
+            what, _, bundle = key.partition(".")
+            fresh = what == "bundle_up" and init_weights  # zeros in the last map make a fresh adapter the base model
+            tables[what][bundle] = nn.Parameter(torch.zeros(*size, device="cpu") if fresh else drawn(*size))
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)

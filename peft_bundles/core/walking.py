@@ -52,6 +52,38 @@ def state_of(model: nn.Module) -> BundleState:
     )
 
 
+def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
+    """The bundle layers that hold an adapter, in order."""
+    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
+
+
+def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str | None = None) -> str:
+    """The name of the bundle adapter that is meant.
+
+    Args:
+        model: a model with bundles.
+        adapter: its name. None: the only one that the model has; with `bundle`, the only active one that holds it.
+        bundle: a bundle that the adapter must hold.
+
+    Raises:
+        ValueError: the model has no bundles, no adapter of this name, no such bundle, or several adapters fit.
+    """
+    configs = state_of(model).configs
+    if adapter is not None and adapter not in configs:
+        raise ValueError(f"there is no bundle adapter {adapter!r}; the model has {sorted(configs)}.")
+    names = [adapter] if adapter is not None else list(configs)
+    if bundle is not None:
+        active = bundle_layers(model)[0].active_adapters
+        names = [name for name in names if name in active] if adapter is None else names
+        held = {name: list(configs[name].bundles or ()) for name in names}
+        names = [name for name in names if bundle in held[name]]
+        if not names:
+            raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}.")
+    if len(names) != 1:
+        raise ValueError(f"several adapters fit: {sorted(names)}; name one with adapter=.")
+    return names[0]
+
+
 def check_checkpointing(modules: Iterable[nn.Module]) -> None:
     """Refuse, among `down_to_blocks` of a model, what would run a block's hook once more in backward.
 
