@@ -120,7 +120,7 @@ def test_a_failed_save_leaves_the_earlier_bundle(tmp_path, monkeypatch):
 def test_refusals_of_saving(tmp_path):
     model = attached()
     for bundle, summary, message in (
-        ("b_x", None, r"no bundle 'b_x' .*'b_mlp'"),
+        ("b_x", None, r"no bundle 'b_x'.*'b_mlp'"),
         ("b_mlp", {"loss": float("nan")}, "does not fit into JSON .*; give a dict"),
         ("b_mlp", {"loss": torch.ones(1)}, "does not fit into JSON .*; give a dict"),
     ):
