@@ -208,7 +208,7 @@ def test_push_and_pull(folders, tmp_path):
         ),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=1", "--alpha", "b_mlp=0"], 2, "b_mlp is given twice"),
-        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"], 2, "is incomplete; write BUNDLE=NUMBER, e.g. b_logic"),
+        (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"],
             2,
             "is incomplete; write BUNDLE=NUMBER, e.g. b_logic=0.5",
