@@ -16,7 +16,6 @@ needs deepspeed) a half of the optimizer's state, and its bundles are those of D
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import sys
@@ -25,23 +24,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import deepspeed
-import peft
 import torch
 import torch.distributed as dist
 import transformers
-import trl
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import get_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from training import config, pairs, texts, tokenizer
 
-import peft_bundles
 from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.objectives import LM, Preference
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
+from studies.records import made_by, write
 
 
 SHAPES = {
@@ -199,13 +194,9 @@ def main() -> None:
         "zero2: half of the state": state <= 2 * found["zero2"]["local_state_elements"] < 1.01 * state,
     }
     record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["torchrun --nproc_per_node 2", *sys.argv]),
+        **made_by(" ".join(["torchrun --nproc_per_node 2", *sys.argv]), "trl", "accelerate", "deepspeed"),
         "device": "cpu" if cpu else f"2 x {torch.cuda.get_device_name()}",
         "backend": dist.get_backend(),
-        "versions": {
-            m.__name__: m.__version__ for m in (torch, transformers, trl, peft, accelerate, deepspeed, peft_bundles)
-        },
         "size": args.size,
         "one_process": {"loss": alone["loss"], "seconds": alone["seconds"], "local_block_bytes": whole},
         **found,
@@ -214,7 +205,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - begun, 1),
     }
     if rank == 0:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write(args.output, record)
         print(json.dumps(record, indent=1))
     dist.destroy_process_group()
     sys.exit(0 if all(checks.values()) else 1)

@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-import trl
 from models import TINY
 from peft import get_peft_model
 from training import arguments, config, tokenizer
 
 from peft_bundles.trainer import BundlePPOTrainer
+from studies.records import made_by, write
 
 
 def share(completions: list[str], **_: Any) -> list[float]:
@@ -65,14 +61,11 @@ def main() -> None:
         "policy's bundle, 1e-3": {"coefficient": 1e-3, "own": False},
     }
     record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
-        "device": "cpu",
+        **made_by(" ".join(["python", *sys.argv]), "trl", device="cpu"),
         "logged": "means of 20 steps each",
         "runs": {name: [run(seed, **cell) for seed in range(3)] for name, cell in cells.items()},
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.output, record)
     for name, runs in record["runs"].items():  # type: ignore[attr-defined]
         print(f"{name:36} reward of the last 20 steps: {[r['reward'][-1] for r in runs]}")
 
