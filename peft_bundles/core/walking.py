@@ -122,3 +122,13 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
                 for name, parameter in kind.items():
                     table[adapter, name].append(parameter)
     return table
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters that have bundles.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+    """
+    configs = state_of(model).configs
+    return [adapter for adapter in bundle_layers(model)[0].active_adapters if adapter in configs]
