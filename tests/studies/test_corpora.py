@@ -11,7 +11,8 @@ from studies.data.fetch import staged
 from studies.data.split import long_lines, pieces, split_by_document
 
 
-WORDS = [
+LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
+WORDS = LINE.split()
     "thou",
     "art",
     "more",
