@@ -13,26 +13,6 @@ from studies.data.split import long_lines, pieces, split_by_document
 
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
 WORDS = LINE.split()
-    "thou",
-    "art",
-    "more",
-    "lovely",
-    "and",
-    "temperate",
-    "rough",
-    "winds",
-    "do",
-    "shake",
-    "the",
-    "darling",
-    "buds",
-    "of",
-    "may",
-    "but",
-    "not",
-    "for",
-    "long",
-]
 
 
 def verse(number: int) -> str:
