@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,10 +138,6 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
-        if (given := vars(config).get("_given")) is not None:
-            self._take(adapter, given[self.index])
-            self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-            return
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
         def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
@@ -163,8 +159,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _take(self, adapter: str, tensors: dict[str, Tensor]) -> None:
-        """Take over an adapter's tensors ("bundle_up.<bundle>", "bundle_basis", ...), without a copy if possible."""
+    def take(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Use these tensors ("bundle_up.<bundle>", "bundle_basis", ...) as an adapter's, frozen and without a copy."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             table = {}
@@ -176,6 +172,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         for what in self.other_param_names:
             getattr(self, what)[adapter] = tensors[what].to(device)
+        self.set_adapter(self.active_adapters, inference_mode=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's own; the state that the layers share forgets the adapter too."""

@@ -82,9 +82,9 @@ def compose(
     joined = [join(members) for members in groups.values()]
     config = joined[0].config
     config.inference_mode = True
-    vars(config)["_given"] = joined[0].layers
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    model: Any = kind(base_model, config, "composed_0")
+    model: Any = kind(base_model, config, "composed_0", low_cpu_mem_usage=True)
+    model.base_model.fill("composed_0", joined[0].layers)
     _state(model).use.built = 1
     names = ["composed_0", *(_attach(model, group) for group in joined[1:])]
     model.base_model.set_adapter(names, inference_mode=True)
@@ -232,8 +232,8 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
     if {layer.index for layer in bundle_layers(model)} >= group.layers.keys():
         cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
     else:
-        vars(group.config)["_given"] = group.layers
-        model.add_adapter(name, group.config)
+        model.add_adapter(name, group.config, low_cpu_mem_usage=True)
+        cast(BundleModel, model.base_model).fill(name, group.layers)
     return name
 
 
