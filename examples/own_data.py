@@ -1,44 +1,41 @@
-"""Your own texts: one bundle per source, trained together, saved, and switched on one by one.
+"""Your own texts: one bundle per kind of text, trained together, saved, and switched on row by row.
 
-    DATA=texts.jsonl python examples/own_data.py
-
-Each line of DATA is one text, e.g. {"source": "mail", "text": "Dear all, ..."}; a source is a name of letters, digits
-and "_". MODEL is a causal LM, as a Hub id or a folder. SmolLM2-135M takes less than two minutes on two CPU cores.
+Put your texts into TEXTS and run `python examples/own_data.py`: under two minutes on two CPU cores.
+`MODEL=folder-or-id python examples/own_data.py` takes another causal LM. The README shows this script.
 """
 
-import json
 import os
-from pathlib import Path
+from pydoc_data.topics import topics  # Python's manual: text that training should leave alone
 
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_bundles import BundleConfig, BundleSpec, calibrate
+import peft_bundles
+from peft_bundles import BundleConfig, BundleSpec
 from peft_bundles.objectives import LM
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 
 
-MODEL, DATA = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct"), os.environ.get("DATA", "texts.jsonl")
-rows = [json.loads(line) for line in Path(DATA).read_text(encoding="utf-8").splitlines()]
-sources = sorted({row["source"] for row in rows})
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
+TEXTS = {  # your texts, e.g. open("mail.txt").read().split("\n\n"); each kind gets a signal and a bundle
+    "cooking": [f"Simmer the beans for {i} minutes, then add vinegar and salt." for i in range(10, 50)],
+    "sailing": [f"With {i} knots of wind we reef the mainsail before the cape." for i in range(10, 50)],
+}
 
-# Each source is a signal. Its own bundle learns from it, in its own part of the residual stream.
-part = 0.5 / len(sources)
-bundles = {f"b_{source}": BundleSpec(rank=part, sub_bases=[source], signals={source: 1.0}) for source in sources}
-config = BundleConfig(sub_bases=dict.fromkeys(sources, part), bundles=bundles, task_type="CAUSAL_LM")
-model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-model = get_peft_model(model, config)
-calibrate(model, [row["text"] for row in rows], tokenizer, tokens=5_000)
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+bundles = {f"b_{k}": BundleSpec(rank=0.25, sub_bases=[k], signals={k: 1.0}) for k in TEXTS}
+sub_bases = dict.fromkeys(TEXTS, 0.25)  # orthogonal directions for each, a quarter of the width
+model = get_peft_model(base, BundleConfig(task_type="CAUSAL_LM", sub_bases=sub_bases, bundles=bundles))
+peft_bundles.calibrate(model, list(topics.values()), tokenizer, tokens=4_000)  # once, before training
 
-objectives = [LM([row for row in rows if row["source"] == s], signal=s, max_length=64) for s in sources]
-only_owners = dict.fromkeys(sources, "owners")  # in the rows of a source, only its own bundle is on
-args = BundleTrainingConfig(
-    "outputs/own_data", max_steps=30, per_device_train_batch_size=2, learning_rate=1e-3, forward=only_owners
-)
-BundleTrainer(model, args, objectives, tokenizer).train()
-model.save_pretrained("outputs/own_data")
+objectives = [LM([{"text": t} for t in v], signal=k, max_length=64) for k, v in TEXTS.items()]
+on = {k: [f"b_{k}"] for k in TEXTS}  # the bundles that are on in the rows of each kind
+args = BundleTrainingConfig("out", forward=on, max_steps=20, learning_rate=2e-3)
+BundleTrainer(model, args, objectives, tokenizer).train(resume_from_checkpoint=False)
+model.save_pretrained("out/adapter")
 
-prompt = tokenizer(rows[0]["text"][:40], return_tensors="pt").to(model.device)
-for on in ("none", *bundles):  # with all alphas 0 it is the base model, bit for bit
-    ids = model.eval().generate(**prompt, alphas={b: float(b == on) for b in bundles}, max_new_tokens=30)
-    print(f"on: {on}\n{tokenizer.decode(ids[0], skip_special_tokens=True)}\n")
+prompt = tokenizer(["With ten"] * 3, return_tensors="pt")
+alphas = {"b_cooking": [0, 1, 0], "b_sailing": [0, 0, 1]}  # by row: base model, cooking, sailing
+ids = model.generate(**prompt, alphas=alphas, max_new_tokens=16, do_sample=False)
+print(*tokenizer.batch_decode(ids), sep="\n")

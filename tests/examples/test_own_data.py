@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import runpy
 from pathlib import Path
 
@@ -15,34 +15,29 @@ from training import tokenizer
 SCRIPT = Path(__file__).parents[2] / "examples" / "own_data.py"
 
 
-def test_each_source_has_a_bundle_that_learnt_it(tmp_path, monkeypatch, capsys):
+def test_each_bundle_learns_its_own_texts(tmp_path, monkeypatch, capsys):
     TINY["llama"]().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    texts = {"letters": "the cats sit on the mat", "sums": "1 + 1 = 2; 2 + 2 = 4;"}
-    rows = [{"source": source, "text": f"{text} {i}"} for source, text in texts.items() for i in range(50)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL", "model")
-    monkeypatch.setenv("DATA", "texts.jsonl")
-    runpy.run_path(str(SCRIPT))
+    texts = runpy.run_path(str(SCRIPT))["TEXTS"]
 
-    shown = capsys.readouterr().out.replace(" ", "")  # this tokenizer puts spaces between its letters
-    assert all(f"on:{name}\nthecatssit" in shown for name in ("none", "b_letters", "b_sums"))
-    model = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "outputs" / "own_data").eval()
-    off = {"b_letters": 0.0, "b_sums": 0.0}
+    shown = capsys.readouterr().out.replace(" ", "").splitlines()[-3:]  # this tokenizer puts spaces between letters
+    assert len(shown) == 3 and all("Withten" in line for line in shown)
+    model = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "out" / "adapter").eval()
+    off = {f"b_{kind}": 0.0 for kind in texts}
     assert torch.equal(logits(model, batch(), alphas=off), logits(TINY["llama"](), batch()))
     losses = {}
-    for source, text in texts.items():
-        ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+    for kind, rows in texts.items():
+        ids = tokenizer()(rows[0], return_tensors="pt")["input_ids"]
         for on in (None, *texts):
             with torch.no_grad(), model.alphas({**off, **({f"b_{on}": 1.0} if on else {})}):
-                losses[source, on] = model(input_ids=ids, labels=ids).loss.item()
-    for source, other in (("letters", "sums"), ("sums", "letters")):
-        assert losses[source, source] < losses[source, None]  # it learnt its own source
-        assert losses[source, source] < losses[source, other]  # and the other one did not
+                losses[kind, on] = model(input_ids=ids, labels=ids).loss.item()
+    for kind, other in (("cooking", "sailing"), ("sailing", "cooking")):
+        assert losses[kind, kind] < min(losses[kind, None], losses[kind, other])
 
 
-def test_it_has_at_most_20_lines():
-    lines = SCRIPT.read_text(encoding="utf-8").split('"""')[2].splitlines()
-    code = [line for line in lines if line.strip() and not line.startswith(("#", "import ", "from "))]
-    assert len(code) <= 20
+def test_it_has_20_lines():
+    body = ast.parse(SCRIPT.read_text(encoding="utf-8")).body[1:]  # after its docstring
+    code = [node for node in body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert sum(node.end_lineno - node.lineno + 1 for node in code) <= 20
