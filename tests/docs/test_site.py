@@ -69,3 +69,11 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     html = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("index.html"))
     assert {name for name in public_names() if f'id="{name}"' not in html} == set()
+
+
+def test_commands_name_files_that_exist() -> None:
+    texts = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")]
+    words = {word for page in texts for code in pages.blocks(str(page), "bash") for word in code.split()}
+    files = {word for word in words if re.fullmatch(r"(recipes|examples|studies|benchmarks)/\S+", word)}
+    assert len(files) > 3
+    assert {file for file in files if not (ROOT / file).exists()} == set()
