@@ -55,7 +55,7 @@ def _check_rank(owner: str, name: str, rank: Any, fraction_up_to: float = 1.0) -
     is_fraction = isinstance(rank, float) and 0.0 < rank <= fraction_up_to
     if not (is_int or is_fraction):
         raise ValueError(
-            f"{owner}: {name}={rank!r} is no rank; give an int >= 1, or a float in (0, {fraction_up_to:g}] as a fraction."
+            f"{owner}: {name}={rank!r} is no rank; give an int >= 1 or a float in (0, {fraction_up_to:g}]."
         )
 
 
