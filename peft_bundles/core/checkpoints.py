@@ -127,7 +127,8 @@ def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
     source, path = source or str(folder), os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         raise ValueError(
-            f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written. Give a folder of save_bundle."
+            f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written. Give a folder that save_bundle or "
+            "save_pretrained wrote."
         )
     values = BundleConfig.from_json_file(path)
     if (kind := values.get("peft_type")) != "BUNDLE":
@@ -170,6 +171,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
     config = read_config(folder, source)
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
+        pickle = f", only {WEIGHTS_NAME}, a pickle, which is never loaded. Save it with safe_serialization=True."
         pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
         raise ValueError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}{pickle if pickled else ': it is half-written.'}")
     tensors = read_tensors(path, source)[0]
