@@ -127,8 +127,8 @@ def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
     source, path = source or str(folder), os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         raise ValueError(
-            f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written. Give a folder that save_bundle or "
-            "save_pretrained wrote."
+            f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written. Give a folder that "
+            "save_bundle or save_pretrained wrote."
         )
     values = BundleConfig.from_json_file(path)
     if (kind := values.get("peft_type")) != "BUNDLE":
