@@ -262,8 +262,8 @@ def check_tensors(
         for key, tensor in layer.items():
             if tuple(tensor.shape) != wanted[key]:
                 raise ValueError(
-                    f"{where} has {key!r} of shape {tuple(tensor.shape)}, but its config says {wanted[key]}; it "
-                    "belongs to another base model or another config."
+                    f"{where} has {key!r} of shape {tuple(tensor.shape)} and not {wanted[key]}; it belongs to "
+                    "another base model or another config."
                 )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{where} has NaN or infinity or no floats in {key!r}; the file is damaged.")
