@@ -20,6 +20,7 @@ from .core.inference import prepared
 from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
 from .core.packing import Packing
 from .core.quiet import loudness
+from .core.recompute import recompute_with_call
 from .core.state import BundleState
 from .core.walking import bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
@@ -376,6 +377,8 @@ class BundleModel(BaseTuner):
         state = self._state
         before, state.seen = state.seen, set()
         state.call.joined = {} if self.training else None
+        if self.training:
+            recompute_with_call(((layer.get_base_layer(), state) for layer in self._layers), required=False)
         try:
             with self._call(self._not_set_yet(alphas), adapter_names):
                 output = self.model(*args, **kwargs)
