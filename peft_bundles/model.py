@@ -343,12 +343,12 @@ class BundleModel(BaseTuner):
         """Delete the replaced adapters that no call runs with any more. The caller must hold `use.swapping`."""
         use = self._state.use
         with use.lock:
-            gone = [a for a in use.retired if use.calls[a] == 0]
-            use.retired.difference_update(gone)
-        for adapter in gone:  # no new call can start with them, for they are not active
+            unused = [a for a in use.retired if use.calls[a] == 0]
+            use.retired.difference_update(unused)
+        for adapter in unused:  # no new call can start with them, for they are not active
             self.delete_adapter(adapter)
-            known = self._state.bundle_names()
-            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
+            remaining = self._state.bundle_names()
+            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in remaining}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's forward.
