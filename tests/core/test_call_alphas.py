@@ -66,7 +66,7 @@ def test_a_call_inside_of_a_call_has_its_own():
 
     def processor(_, scores):
         with model.alphas(b_mlp=7.0):
-            inside.append(logits(model, ids, alphas=HALF))  # the very object that the outer call was given
+            inside.extend(logits(each, ids, alphas=HALF) for each in (model, model.base_model))  # the same object
         return scores
 
     generated(model, ids, alphas=HALF, logits_processor=[processor])
