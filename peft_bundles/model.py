@@ -19,9 +19,9 @@ from .core.base import CHILD, PEFT_PREFIX, base_shape, check_base, find_blocks
 from .core.basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, fingerprint
 from .core.checkpoints import weights_digest
 from .core.dialling import alphas, set_alphas
-from .core.inference import prepared
 from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
 from .core.packing import Packing
+from .core.planning import prepared
 from .core.quiet import loudness
 from .core.state import BundleState
 from .core.walking import bundle_layers, bundle_parameters

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .gates import parse_alphas
-from .walking import check_checkpointing, down_to_blocks, state_of
+from .state import CallAlphas
+from .walking import checked_layers, state_of
 
 
 @contextmanager
@@ -25,17 +26,15 @@ def alphas(
 
     Args: see `parse_alphas`; bundles may also be given as keywords, `alphas(model, b_rl_policy=0.0)`.
     """
-    state = state_of(model)
-    check_checkpointing(down_to_blocks(model))
+    state = checked_layers(model)[0].state
     given = parse_alphas(values, state, per) if values is not None else {}
     given.update(parse_alphas(by_name, state, per))
     call = state.call
-    before = call.alphas, call.cache
-    call.alphas, call.cache = {**call.alphas, **given}, {}
+    before, call.own = call.own, CallAlphas({**call.alphas, **given})
     try:
         yield
     finally:
-        call.alphas, call.cache = before
+        call.own = before
 
 
 def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:

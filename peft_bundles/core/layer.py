@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .basis import draw_basis
-from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
+from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
-from .inference import Slot, apply
-from .kernels import FewTokens, fits
+from .inference import Part, Plan, Slot, for_reuse, run_plan
 from .packing import Packing
 from .state import BundleState
 
@@ -278,130 +277,137 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
         if self._disable_adapters:
             return hidden
-        if not torch.is_grad_enabled() and self.slot.ready is not None:
-            return apply(self.slot.ready, hidden)
-        if not torch.is_grad_enabled() and torch.compiler.is_compiling():
-            self.state.compiled = True  # from the next call on, what a compiled forward reads is prepared
-        call = self.state.call
-        names, active = call.adapter_names, call.active
-        active = self.active_adapters if active is None else active
-        fixed = call.folds is not None and names is None and self.state.budget is None and not self.training
-        if fixed and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._as_planned(hidden, active)
-        out = None
-        for adapter in active if names is None else dict.fromkeys(names):
-            if adapter not in self.bundle_basis or not self.packing(adapter).names:
-                continue
-            out = self._apply_bundles(adapter, hidden, out, names)
-        if out is None or self.state.budget is None:
-            return hidden if out is None else out
-        return within_budget(hidden, out, self.state.budget)
+        if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
+            return run_plan(plan, hidden)
+        return self._train(hidden)
 
-    def _as_planned(self, hidden: Tensor, active: Sequence[str]) -> Tensor:
-        """`forward` where nothing can change: what one-token steps pay for is each look-up, and each small kernel."""
-        call, state, dtype = self.state.call, self.state, compute_dtype(hidden)
-        key: Any = (tuple(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device, call.prompts, state.version)
-        found = call.folds.get(self)  # type: ignore[union-attr]
-        if found is None or found[0] != key or found[1] is not call.alphas:
-            given = {**state.set_alphas, **call.alphas}.values()
-            if any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in given):
-                key = ()  # not kept: an optimizer may move it
-            found = call.folds[self] = key, call.alphas, self._plan(key, hidden, dtype, active)  # type: ignore[index]
-        if not found[2]:
-            return hidden
-        out = hidden
-        for few, mean, D, E, nonlinear, alpha in found[2]:
-            if few is not None:
-                out = few(hidden.contiguous(), out.contiguous())
-                continue
-            flat, base = hidden.flatten(0, -2), out.flatten(0, -2)
-            a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
-            if alpha is not None:  # in place: one look at the shape less than a new tensor
-                (a if alpha.dim() == 2 else a.view(*hidden.shape[:-1], -1)).mul_(alpha)
-            out = (torch.addmm(base, a, E) if base.dtype == dtype else base + a @ E).view(hidden.shape)
-        return out
+    def _plan(self, hidden: Tensor) -> Plan | None:
+        """The plan for states without gradients; None where dropout is drawn anew in every forward."""
+        if self.slot.plan is not None:
+            return self.slot.plan
+        state, call, dtype = self.state, self.state.call, compute_dtype(hidden)
+        if self.training and state.draws_dropout():
+            return None
+        active = tuple(self.active_adapters) if call.active is None else call.active
+        if torch.compiler.is_compiling():
+            state.compiled = True  # from the next call on, `prepared` makes the plans
+        elif call.folds is not None:
+            made_for = *state.settings(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device
+            kept = call.folds.get(self)
+            if kept is not None and kept[0] == made_for:
+                return kept[1]
+            alphas = {**state.set_alphas, **call.alphas}.values()
+            if not any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in alphas):
+                # (An alpha with gradients is never kept, for an optimizer may move it.)
+                call.folds[self] = made_for, (plan := for_reuse(self.plan(hidden, dtype, active), hidden))
+                return plan
+        return self.plan(hidden, dtype, active)
 
-    def _plan(self, key: Any, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
-        """For every adapter that acts: kernels if tokens are few, mu, D, E, the number of non-linear units, alphas."""
-        plan = []
-        for adapter in active:
-            if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
-                continue
-            packing = self.packing(adapter)
-            numbers, alpha = self._planned_alphas(key, hidden, dtype, adapter)
-            if numbers is None or any(numbers):
-                mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
-                (D, E), few = self._folded(adapter, dtype, numbers, names), None
-                if fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1):
-                    few = FewTokens(hidden.shape, mean, D, E, packing.nonlinear, alpha)
-                elif alpha is not None and hidden.shape[1] == 1:
-                    alpha = alpha[:, 0]
-                plan.append((few, mean, D, E, packing.nonlinear, alpha))
-        return plan
+    def plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> Plan:
+        """What the bundles do to states like `hidden`, (B, T, d), in this thread's call, with products in `dtype`."""
+        parts = [self.part(adapter, hidden, dtype) for adapter in self.acting(active)]
+        return Plan(tuple(part for part in parts if part is not None), self.state.budget, False)
 
-    def _planned_alphas(self, key: Any, hidden: Tensor, dtype: torch.dtype, adapter: str) -> tuple[Any, Tensor | None]:
-        """`layer_alphas`, looked up once for all layers where none has an alpha of its own."""
-        state, call, where = self.state, self.state.call, ("alphas", adapter, self.hidden_size)
-        found = call.folds.get(where)  # type: ignore[union-attr]
-        if not key or found is None or found[0] != key or found[1] is not call.alphas:
-            owner = self.packing(adapter).index(hidden.device)["owner"]
-            numbers, alpha = layer_alphas(state, adapter, self.index, hidden, (owner, dtype))
-            found = key, call.alphas, numbers, None if alpha is None else alpha.to(dtype)
-            given = (*state.set_alphas.values(), *call.alphas.values())
-            if key and not any(isinstance(value, tuple) for value in given):
-                call.folds[where] = found  # type: ignore[index]
-        return found[2], found[3]
+    def acting(self, active: Sequence[str]) -> list[str]:
+        """Of the active adapters, or of those that rows name, those with bundles on this layer."""
+        names = self.state.call.adapter_names
+        adapters = active if names is None else dict.fromkeys(names)
+        return [name for name in adapters if name in self.bundle_basis and self.packing(name).names]
 
-    def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
-        packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]
-        dtype, owner = compute_dtype(hidden), packing.index(hidden.device)["owner"]
-        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
+    def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:
+        """One adapter's part of a plan; None where all its bundles are off."""
+        numbers, alpha = self._alphas(adapter, hidden, dtype)
         if numbers is not None and not any(numbers):
-            return hidden if residual is None else residual
-        live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
+            return None
+        packing = self.packing(adapter)
+        D, E = self.fold(adapter, dtype, numbers, packing.names)
+        return Part(D, E, self._mean(adapter), packing.nonlinear, alpha)
+
+    def _train(self, hidden: Tensor) -> Tensor:
+        """The operation with a backward, one adapter after another."""
+        call, out = self.state.call, hidden
+        active = self.active_adapters if call.active is None else call.active
+        for adapter in self.acting(active):
+            out = self._train_adapter(adapter, hidden, out)
+        return out if out is hidden or self.state.budget is None else within_budget(hidden, out, self.state.budget)
+
+    def _train_adapter(self, adapter: str, hidden: Tensor, residual: Tensor) -> Tensor:
+        packing, state, config = self.packing(adapter), self.state, self.state.configs[adapter]
+        dtype, learning = compute_dtype(hidden), torch.is_grad_enabled()
+        numbers, alpha = self._alphas(adapter, hidden, dtype)
+        if numbers is not None and not any(numbers):
+            return residual
+        live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
         if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
             live = [name for name, number in zip(live, numbers) if number]
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden)
-        if torch.is_grad_enabled():
-            self.state.seen.update(zip(itertools.repeat(adapter), live))
-        D, E = self._folded(adapter, dtype, numbers, live)
-        if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
-            mine = self._row_mask([name == adapter for name in rows], hidden)
-            alpha = mine if alpha is None else alpha * mine
+            if route.deferred:
+                run = eager_bundle_forward
+                if route not in state.waiting:
+                    state.waiting.append(route)
+        if learning:
+            state.seen.update(zip(itertools.repeat(adapter), live))
+        D, E = self.fold(adapter, dtype, numbers, live)
         mask = None
         if config.dropout and self.training:
             keep = torch.rand(*hidden.shape[:-1], D.shape[1], device=hidden.device) >= config.dropout
             mask = keep.to(hidden.dtype) / (1 - config.dropout)
-        run = bundle_forward
-        if route is not None and route.deferred:
-            run = eager_bundle_forward
-            if route not in self.state.waiting:
-                self.state.waiting.append(route)
         return run(
             hidden,
             D,
             E,
             nonlinear=packing.nonlinear,
-            residual=residual,
-            mean=self.bundle_mean[adapter] if self._standardised(adapter) else None,
+            residual=None if residual is hidden else residual,
+            mean=self._mean(adapter),
             alpha=alpha,
             mask=mask,
             gate=gate,
-            route=route,
         )
+
+    def _alphas(
+        self, adapter: str, hidden: Tensor, dtype: torch.dtype
+    ) -> tuple[tuple[float, ...] | None, Tensor | None]:
+        """An adapter's alphas: one number a bundle, and a factor for each hidden unit, (B|1, T|1, H|1); None is 1."""
+        owner, names = self.packing(adapter).index(hidden.device)["owner"], self.state.call.adapter_names
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
+        if names is None:
+            return numbers, alpha
+        rows = self._row_mask([name == adapter for name in names], hidden)  # a mixed batch: only rows that name it
+        return numbers, rows if alpha is None else alpha * rows
+
+    def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
+        """(B, 1, 1): 1 for the chosen rows, 0 for the others."""
+        call, batch = self.state.call, hidden.shape[0]
+
+        def mask() -> Tensor:
+            chosen = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
+            return expand_rows(chosen, call.prompts, batch, "adapter_names").view(-1, 1, 1)
+
+        return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)
+
+    def _mean(self, adapter: str) -> Tensor | None:
+        return self.bundle_mean[adapter] if self._standardised(adapter) else None
 
     def _standardised(self, adapter: str) -> bool:
         config = self.state.configs[adapter]
         return config.calibration is not None and config.input_norm == "standard"
 
-    def _folded(
-        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: list[str]
+    def fold(
+        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: Collection[str]
     ) -> tuple[Tensor, Tensor]:
-        """D and E with the numeric alphas in E; kept while `generate` or `model.folded()` say nothing can change."""
-        call, packing = self.state.call, self.packing(adapter)
-        folds, key = call.folds if not torch.is_grad_enabled() else None, (id(self), adapter, dtype, numbers)
+        """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside of `folded()` and `generate`.
+
+        Args:
+            adapter: name of the adapter.
+            dtype: of the result and of the products.
+            numbers: alphas to multiply into E, one a bundle; None: 1.
+            live: the bundles whose weights get gradients.
+        """
+        call, packing, learning = self.state.call, self.packing(adapter), torch.is_grad_enabled()
+        folds = None if learning or torch.compiler.is_compiling() else call.folds
+        key = self, adapter, dtype, numbers
         if folds is not None and key in folds:
             return folds[key]
         basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
@@ -412,7 +418,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
-                self.joined(adapter) if torch.is_grad_enabled() else None,
+                self.joined(adapter) if learning else None,
                 dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
@@ -425,7 +431,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return D, E
 
     def joined(self, adapter: str) -> dict[Any, Any] | None:
-        """What this call's uses of an adapter's weights share (`Packing.maps`); None where there are no others."""
+        """What this call's uses of an adapter's weights share (`Packing.maps`); None outside of a training forward."""
         joined = self.state.call.joined
         return None if joined is None else joined.setdefault((adapter, self.index), {})
 
@@ -438,16 +444,6 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if not whole:
             states = (states / scale if standardised else states) @ basis
         self.bundle_states[adapter] = states.to(torch.bfloat16)
-
-    def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
-        """(B, 1, 1): 1 for the rows that are ours."""
-        call, batch = self.state.call, hidden.shape[0]
-
-        def mask() -> Tensor:
-            ours = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
-            return expand_rows(ours, call.prompts, batch, "adapter_names").view(-1, 1, 1)
-
-        return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)
 
 
 @contextmanager

@@ -22,15 +22,15 @@ from .kernels import gathered
 _ORDER = ("mlp", "full", "linear", "diag")
 
 
-class _Join(torch.autograd.Function):
-    """Many weights and a 0 and a 1 as one flat tensor; gradients go to those flagged in `learn`, None to the rest.
+class JoinWeights(torch.autograd.Function):
+    """Many weights and a 0 and a 1 as one flat tensor; gradients go to those flagged in `learns`, None to the rest.
 
     One node for all of them: a node or two per weight is what many small bundles would spend their time on.
     """
 
     @staticmethod
-    def forward(ctx: Any, learn: Sequence[bool], constants: Tensor, *parts: Tensor) -> Tensor:
-        ctx.learn, ctx.parts = learn, parts
+    def forward(ctx: Any, learns: Sequence[bool], constants: Tensor, *parts: Tensor) -> Tensor:
+        ctx.learns, ctx.parts = learns, parts
         constants = constants.to(parts[0].dtype)
         if torch.compiler.is_compiling():
             return torch.cat([*(part.reshape(-1) for part in parts), constants])
@@ -43,7 +43,11 @@ class _Join(torch.autograd.Function):
             found = [piece.view(part.shape) for piece, part in zip(pieces, ctx.parts)]
         else:
             found = _unflatten_dense_tensors(grad[:-2], ctx.parts)
-        return None, None, *(found if all(ctx.learn) else (g if is_on else None for g, is_on in zip(found, ctx.learn)))
+        return (
+            None,
+            None,
+            *(found if all(ctx.learns) else (g if is_on else None for g, is_on in zip(found, ctx.learns))),
+        )
 
 
 class _Lay(torch.autograd.Function):
@@ -234,7 +238,7 @@ class Packing:
         parts = [table[name] for table, mine in zip(tables, names) for name in mine]
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # where it cannot trace the node
             return torch.cat([*(part.reshape(-1) for part in parts), constants.to(parts[0].dtype)])
-        return _Join.apply([name in live for mine in names for name in mine], constants, *parts)
+        return JoinWeights.apply([name in live for mine in names for name in mine], constants, *parts)
 
     def fold(
         self,

@@ -51,7 +51,7 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     states = _stacked(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # those see the whole stream, so D and E are needed as they are
-            folded = [layer._folded(adapter, dtype, None, names) for layer in layers]
+            folded = [layer.fold(adapter, dtype, None, names) for layer in layers]
             maps, factor = _stacked([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
             given = device, dtype, names

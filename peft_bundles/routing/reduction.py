@@ -1,35 +1,57 @@
-"""Closing a step: gradients over processes, None where no rank has one, and clipping bundle by bundle."""
+"""Closing a step: averaging gradients over processes, where a missing one stays None, and clipping by bundle."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.walking import bundle_parameters, state_of
+from ..core.walking import bundle_labels, bundle_parameters, state_of
 
 
 def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
     """Close the backward passes of a step, before clipping and `optimizer.step()`.
 
-    With several processes, gradients are averaged over ranks: a bitmap of which exist on any rank, then one flat
-    all-reduce, so that a gradient that no rank has stays None on all. Run the backwards without synchronisation
-    (`ddp.no_sync()`, or no DDP at all).
+    Bundles that no forward of the step let learn have `.grad` None afterwards. With several processes, gradients are
+    averaged: first a bitmap of which gradients exist on any rank, then one flat all-reduce, so that a gradient that no
+    rank has stays None on all. Run the backward passes without synchronisation (`ddp.no_sync()`, or no DDP at all).
 
     Args:
-        reduce: False where something else (plain DDP) has reduced already; what it filled with zeros becomes None.
+        model: a model with bundles.
+        reduce: False where something else (plain DDP) has averaged the gradients already. Zeros that it put into
+            gradients of bundles that learned nothing become None.
 
     Raises:
-        RuntimeError: forwards ran with gradients on, but no bundle got one; or rows with several signals were never
-            given to `routed_backward`.
+        RuntimeError: forwards ran with gradients on, but no bundle got a gradient; or rows with several signals were
+            not given to `routed_backward`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, finalize_grads
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}, "b_rl": {"rank": 4, "signals": {"policy": 1.0}}}
+        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> with model.route("lm"):
+        ...     loss = model(input_ids=ids, labels=ids).loss
+        >>> loss.backward()
+        >>> finalize_grads(model)
+        >>> all(p.grad is None for p in model.bundle_parameters("b_rl"))
+        True
     """
     state = state_of(model)
     waiting, state.waiting = state.waiting, []
     seen_here, state.seen = state.seen, set()
     if waiting:
-        raise RuntimeError("rows with several signals wait for their losses: call routed_backward({signal: loss}).")
+        raise RuntimeError(
+            "a forward had rows with several signals, whose losses were not given; call "
+            "routed_backward({signal: loss}) before finalize_grads."
+        )
     table = bundle_parameters(model)
     seen = torch.tensor([key in seen_here for key in table], dtype=torch.int32)
     if _several_ranks():
@@ -39,19 +61,20 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
             reduce_gradients([p for p in model.parameters() if p.requires_grad])
     if not bool(seen.any()):
         return  # no forward with gradients since the last call
-    learnt = [key for key, flag in zip(table, seen.tolist()) if flag]
-    for key in table.keys() - set(learnt):
+    learned = [key for key, flag in zip(table, seen.tolist()) if flag]
+    for key in table.keys() - set(learned):
         for parameter in table[key]:
             parameter.grad = None
-    if all(p.grad is None for key in learnt for p in table[key]):
+    if all(p.grad is None for key in learned for p in table[key]):
         raise RuntimeError(
-            f"no gradient reached any of the bundles {learnt} of the forwards since the last call. Was .backward() "
-            "called, is their alpha 0, or is gradient checkpointing re-entrant? Use use_reentrant=False."
+            f"no gradient reached any of the bundles {learned}, which took part in the forwards since the last "
+            "finalize_grads. Call .backward() first; set an alpha other than 0; with gradient checkpointing, use "
+            "use_reentrant=False."
         )
 
 
 def share_seen(model: nn.Module) -> None:
-    """Tell all processes which bundles the forwards of any have let learn, so that `quiet_loss` is of the same ones."""
+    """Tell all processes which bundles learn in the forwards of any, so that all have the same `quiet_loss`."""
     if not _several_ranks():
         return
     state, table = state_of(model), bundle_parameters(model)
@@ -65,18 +88,18 @@ def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average gradients over ranks, where there are several; a gradient that no rank has stays None."""
+def reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients over the processes, if there are several; a gradient that no process has stays None."""
     if not parameters or not _several_ranks():
         return
     device = parameters[0].device
     exists = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(exists, op=dist.ReduceOp.MAX)
-    by_kind: dict[Any, list[nn.Parameter]] = {}
+    groups: dict[Any, list[nn.Parameter]] = {}
     for parameter, flag in zip(parameters, exists.tolist()):
         if flag:
-            by_kind.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for group in by_kind.values():
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for group in groups.values():
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -84,18 +107,56 @@ def reduce_gradients(parameters: list[nn.Parameter]) -> None:
             parameter.grad = gradient.view_as(parameter).clone()
 
 
-def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
-    """Clip the gradient of every bundle to `max_norm` by itself; returns each bundle's norm before clipping.
+def clip_each(
+    parts: Mapping[str, Sequence[nn.Parameter]], max_norm: float, limits: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
+    """Clip the gradient of every part on its own.
 
-    One global norm would let one signal's large gradient shrink another's (design.md section 3, guarantee 6). Keys are
-    bundle names, "adapter.bundle" with several adapters; bundles without gradient are left out.
+    One global norm would let a large gradient of one signal shrink that of another.
+
+    Args:
+        parts: name -> parameters.
+        max_norm: the largest norm of a part's gradient; infinity only measures.
+        limits: name -> a limit other than `max_norm`.
+
+    Returns:
+        Name -> norm before clipping; parts without gradient are left out.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(parameters, (limits or {}).get(name) or max_norm)
+        for name, parameters in parts.items()
+        if any(p.grad is not None for p in parameters)
+    }
+
+
+def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
+    """Clip the gradient of every bundle to `max_norm`, each bundle on its own.
+
+    One global norm would let a large gradient of one signal shrink that of another.
+
+    Args:
+        model: a model with bundles.
+        max_norm: the largest norm of a bundle's gradient over all layers.
+
+    Returns:
+        Bundle -> norm before clipping ("adapter.bundle" with several adapters); bundles without gradient are left out.
+
+    Raises:
+        ValueError: max_norm is not positive.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, clip_bundle_grads
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}}
+        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
+        >>> list(clip_bundle_grads(model, 1.0))
+        ['b_lm']
     """
     if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm!r} must be positive.")
-    table = bundle_parameters(model)
-    several = len({adapter for adapter, _ in table}) > 1
-    norms = {}
-    for (adapter, name), parameters in table.items():
-        if any(p.grad is not None for p in parameters):
-            norms[f"{adapter}.{name}" if several else name] = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norms
+        raise ValueError(f"max_norm={max_norm!r} must be positive; 1.0 is usual.")
+    labels = bundle_labels(model)
+    return clip_each({labels[key]: parameters for key, parameters in bundle_parameters(model).items()}, max_norm)
