@@ -24,6 +24,7 @@ BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
 REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 knew
+FORMAT_VERSION = 1  # of the checkpoints that this version writes; it reads this one and those before
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -229,11 +230,23 @@ class BundleConfig(PeftConfig):
     calibration: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     weights_digest: str | None = field(default=None, compare=False)
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PEFT and transformers take an adapter's tensors and then save its config. This is the digest of the tensors
+        # that were taken last, and becomes `weights_digest` in the file. In memory that field is None, but for a config
+        # that was read and whose tensors have not been loaded yet.
+        self.digest_to_save: str | None = None
         self.peft_type = PeftType("BUNDLE")
         me = "BundleConfig"
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"{me}: format_version={self.format_version!r} must be an int >= 1; the file is damaged.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"{me}: format_version={self.format_version} was written by a newer version of peft-bundles; this one "
+                f"reads formats up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-bundles."
+            )
         if self.preset is None and self.bundles is None:
             self.preset = "single_adapter"
         if self.preset is not None:
@@ -329,8 +342,7 @@ class BundleConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's own, with bundles and sub-bases as lists: PEFT sorts the keys of the file, and their order matters."""
         values = asdict(self)
-        # Of the tensors that are being saved with this config, if any (`BundleModel._get_adapter_state_dict`).
-        values["weights_digest"] = vars(self).pop("_digest_to_save", self.weights_digest)
+        values["weights_digest"] = self.digest_to_save or self.weights_digest
         return {**values, "bundles": list(values["bundles"].values()), "sub_bases": list(values["sub_bases"].values())}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -60,6 +60,7 @@ class Call(threading.local):
         folds: inside of `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
         joined: during a training forward, (adapter, layer) -> joined weights that its quiet penalty uses again.
+        offered: alphas that `PeftModel` has set for this call and may hand on to the tuner too.
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class Call(threading.local):
         self.prompts: int | None = None
         self.folds: dict[Any, Any] | None = None
         self.joined: dict[Any, dict[Any, Any]] | None = None
+        self.offered: Any = None
 
     @property
     def alphas(self) -> dict[str, AlphaValue]:

@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from .base import CHILD
 from .layer import BundleLayer
+from .recompute import recompute_with_call
 from .state import BundleState
 
 
@@ -44,24 +45,29 @@ def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
 
 
 def checked_layers(model: nn.Module) -> list[BundleLayer]:
-    """The bundle layers of a model, for a call with alphas or a route of its own.
+    """The bundle layers of a model, made safe for a forward with alphas or a route of its own.
+
+    With gradient checkpointing a block may run its hook again in backward, when both are gone. Blocks that transformers
+    checkpoints get them back (`recompute_with_call`); blocks wrapped from outside are refused.
 
     Raises:
         ValueError: the model has no bundle layer.
-        RuntimeError: gradients are on, and blocks are wrapped for activation checkpointing from outside. Backward would
-            run a block's hook again, when the alphas and the route of the call are gone.
+        RuntimeError: gradients are on, and blocks are wrapped by torch's `checkpoint_wrapper`.
     """
     modules = list(down_to_blocks(model))
-    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
-    if torch.is_grad_enabled() and any(CheckpointWrapper in type(module).__mro__ for module in modules):
-        raise RuntimeError(
-            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP), which would run their "
-            "bundles again in backward, without the alphas and the route of this call. Leave the wrapper out and call "
-            "model.gradient_checkpointing_enable(), which checkpoints inside of the blocks."
-        )
     layers = [module for module in modules if isinstance(module, BundleLayer)]
     if not layers:
         raise ValueError(_no_bundles(model))
+    if not torch.is_grad_enabled():
+        return layers
+    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
+    if any(CheckpointWrapper in type(module).__mro__ for module in modules):
+        raise RuntimeError(
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP), which runs their bundles "
+            "again in backward, without this call's alphas and route. Leave the wrapper out and call "
+            "model.gradient_checkpointing_enable()."
+        )
+    recompute_with_call(((layer.get_base_layer(), layer.state) for layer in layers), required=True)
     return layers
 
 
@@ -77,6 +83,33 @@ def state_of(model: nn.Module) -> BundleState:
     raise ValueError(_no_bundles(model))
 
 
+def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str | None = None) -> str:
+    """The name of the bundle adapter that is meant.
+
+    Args:
+        model: a model with bundles.
+        adapter: its name. None: the only one that the model has; with `bundle`, the only active one that holds it.
+        bundle: a bundle that the adapter must hold.
+
+    Raises:
+        ValueError: the model has no bundles, no adapter of this name, no such bundle, or several adapters fit.
+    """
+    configs = state_of(model).configs
+    if adapter is not None and adapter not in configs:
+        raise ValueError(f"there is no bundle adapter {adapter!r}; the model has {sorted(configs)}.")
+    names = [adapter] if adapter is not None else list(configs)
+    if bundle is not None:
+        active = bundle_layers(model)[0].active_adapters
+        names = [name for name in names if name in active] if adapter is None else names
+        held = {name: list(configs[name].bundles or ()) for name in names}
+        names = [name for name in names if bundle in held[name]]
+        if not names:
+            raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}.")
+    if len(names) != 1:
+        raise ValueError(f"several adapters fit: {sorted(names)}; name one with adapter=.")
+    return names[0]
+
+
 def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
     """The parameters of every bundle over all layers, by (adapter, bundle)."""
     table: dict[tuple[str, str], list[nn.Parameter]] = {}
@@ -90,11 +123,14 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
     return table
 
 
-def bundle_labels(model: nn.Module) -> dict[tuple[str, str], str]:
-    """(adapter, bundle) -> the name shown to users: the bundle's; "adapter.bundle" where there are several adapters."""
-    keys = list(bundle_parameters(model))
-    several = len({adapter for adapter, _ in keys}) > 1
-    return {(adapter, name): f"{adapter}.{name}" if several else name for adapter, name in keys}
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters that have bundles.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+    """
+    configs = state_of(model).configs
+    return [adapter for adapter in bundle_layers(model)[0].active_adapters if adapter in configs]
 
 
 def _no_bundles(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.walking import bundle_labels, bundle_parameters, state_of
+from ..core.walking import bundle_parameters, state_of
 
 
 def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
@@ -107,26 +107,28 @@ def reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = gradient.view_as(parameter).clone()
 
 
-def clip_each(
-    parts: Mapping[str, Sequence[nn.Parameter]], max_norm: float, limits: Mapping[str, float] | None = None
-) -> dict[str, Tensor]:
-    """Clip the gradient of every part on its own.
-
-    One global norm would let a large gradient of one signal shrink that of another.
+def clip_parts(parts: Mapping[str, Sequence[nn.Parameter]], max_norms: Mapping[str, float]) -> dict[str, Tensor]:
+    """Clip the gradient of every part of a model to a norm of its own.
 
     Args:
         parts: name -> parameters.
-        max_norm: the largest norm of a part's gradient; infinity only measures.
-        limits: name -> a limit other than `max_norm`.
+        max_norms: name -> largest norm; `math.inf` measures without clipping.
 
     Returns:
         Name -> norm before clipping; parts without gradient are left out.
     """
     return {
-        name: nn.utils.clip_grad_norm_(parameters, (limits or {}).get(name) or max_norm)
+        name: nn.utils.clip_grad_norm_(parameters, max_norms[name])
         for name, parameters in parts.items()
         if any(p.grad is not None for p in parameters)
     }
+
+
+def bundle_labels(model: nn.Module) -> dict[tuple[str, str], str]:
+    """(adapter, bundle) -> the name shown to users: the bundle's; "adapter.bundle" where there are several adapters."""
+    keys = list(bundle_parameters(model))
+    several = len({adapter for adapter, _ in keys}) > 1
+    return {(adapter, name): f"{adapter}.{name}" if several else name for adapter, name in keys}
 
 
 def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
@@ -159,4 +161,5 @@ def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm!r} must be positive; 1.0 is usual.")
     labels = bundle_labels(model)
-    return clip_each({labels[key]: parameters for key, parameters in bundle_parameters(model).items()}, max_norm)
+    parts = {labels[key]: parameters for key, parameters in bundle_parameters(model).items()}
+    return clip_parts(parts, dict.fromkeys(parts, max_norm))
