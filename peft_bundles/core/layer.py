@@ -1,18 +1,17 @@
 """`BundleLayer`: the bundles of one decoder block.
 
-It is a child of the block with a prepended forward hook, not a wrapper around it: the block stays what it was for
-everybody else (hidden-state capture, LoRA on its linears, device maps, FSDP units), and what the hook returns is what
-the block outputs.
+It is a child of the block with a forward hook that runs before others, not a wrapper around the block. So the block
+stays the same for everything else that looks at it (hidden-state capture, LoRA on its linears, device maps, FSDP
+units), and what the hook returns is the output of the block.
 
-A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has them first.
+Some blocks return a tuple (GPT-J, Bloom, Falcon, ...); its first entry is the hidden states.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,14 +86,24 @@ class Bases(BufferDict):
 
 
 class BundleLayer(nn.Module, BaseTunerLayer):
-    """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
+    """The bundles of one decoder block, by adapter. Weights have the names `bundle_<what>.<adapter>.<bundle>`.
 
-    bundle_weight: W_k (r, |support|), with a projection only.
-    bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
-    width w is r behind a projection and |support| without.
-    bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
-    bundle_states: (N, R), x of states of calibration text, for the quiet penalty (quiet.py); (N, d), those states minus
-    mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
+    Args:
+        block: the decoder block that the layer hooks.
+        index: its number.
+        hidden_size: d.
+        state: what all bundle layers of the model share.
+
+    Attributes:
+        bundle_weight: W_k, (r, |support|); with a projection only.
+        bundle_down: (b, w) for kinds "mlp" and "linear", (b, d) for "full". The width w is r behind a projection and
+            |support| without.
+        bundle_up: (w, b) for "mlp" and "linear", (d, b) for "full", (w,) for "diag".
+        bundle_basis: U, (d, R). Never trained.
+        bundle_mean, bundle_scale: mu and sigma, (d,); 0 and 1 until calibrated. Never trained.
+        bundle_states: kept states of calibration text, (N, R), in coordinates of U; minus mu only, (N, d), where a
+            bundle is of kind "full". For the quiet penalty (quiet.py). Made by `calibrate`, never saved.
+        slot: this thread's plan for compiled inference (inference.py).
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
@@ -111,7 +120,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
         super().__init__()
-        self._block = (block,)  # a tuple, so that the parent is not registered as a child
+        self._block = (block,)  # a tuple, so that PyTorch does not register the block, our parent, as a child
         self.index, self.hidden_size, self.state, self.slot = index, hidden_size, state, Slot()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -126,10 +135,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return f"layer={self.index}, adapters={self.bundle_adapters()}"
 
     def get_base_layer(self) -> nn.Module:
+        """The decoder block."""
         return self._block[0]
 
     def detach_from_block(self) -> None:
-        """Remove the hook; the block is the base model's again."""
+        """Remove the hook, so that the block runs without bundles."""
         self._handle.remove()
 
     # ---- parameters ----
@@ -182,6 +192,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.state.packings.pop((adapter_name, self.hidden_size), None)
 
     def packing(self, adapter: str) -> Packing:
+        """How the adapter's bundles are laid out in D and E."""
         return self.state.packings[adapter, self.hidden_size]
 
     def bundle_adapters(self) -> list[str]:
@@ -195,7 +206,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
-        # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
+        # The dicts inside of the ParameterDicts: a look-up in those takes longer than the rest of the work on a weight.
         weight, down, up = (
             table[adapter]._parameters for table in (self.bundle_weight, self.bundle_down, self.bundle_up)
         )
@@ -223,7 +234,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
-        # `model.to(torch.bfloat16)` must not round the basis: U loses orthogonality (2e-3) and mu its digits.
+        # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu its digits.
         kept = {(n, a): t for n in self.other_param_names for a, t in getattr(self, n).items()}
         super()._apply(fn, recurse)
         for (name, adapter), before in kept.items():
@@ -233,7 +244,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's would also cast what a checkpoint just brought to the base model's dtype, and lose its digits.
+        # PEFT's own would also cast what a checkpoint brought to the dtype of the base model, which loses digits.
         device = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None or adapter_name not in self.bundle_basis:
             return
@@ -256,13 +267,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     # ---- the forward ----
 
     def hook(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the block: its hidden states, through the bundles."""
+        """Forward hook of the block: its output, with the bundles' update in the hidden states."""
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
+        """The output of the block, hidden (B, T, d), with the bundles' update; same shape and dtype."""
         if self._disable_adapters:
             return hidden
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
@@ -432,18 +443,3 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if not whole:
             states = (states / scale if standardised else states) @ basis
         self.bundle_states[adapter] = states.to(torch.bfloat16)
-
-
-@contextmanager
-def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
-    """The block puts a U of its own where one is still to be drawn; if it fails, that one is to be drawn again."""
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis.later]
-    drawn = [layer.bundle_basis.later[adapter] for layer in layers]
-    for layer, how in zip(layers, drawn):
-        layer.bundle_basis[adapter] = torch.empty(how[:2], device=layer.bundle_mean[adapter].device)
-    try:
-        yield
-    except Exception:
-        for layer, how in zip(layers, drawn):
-            layer.bundle_basis.draw_later(adapter, *how)
-        raise

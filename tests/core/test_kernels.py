@@ -156,7 +156,7 @@ def test_a_planned_step_calls_what_it_built(monkeypatch, stream):
     (*_, first), (*_, second), (*_, read), (*_, write) = log[:4]
     assert [len(given) for given in (first, second)] == [len(given) for given in (read, write)]
     assert first[4] is second[1] and first[5:] == read[5:] and second[4:] == write[4:]
-    given = [t.data_ptr() for t in (h, *few.given)]
+    given = [t.data_ptr() for t in (h, *few.constants)]
     assert [*read[:4]] == given and read[4] == write[1] and write[0] == given[0] and write[2] == few.E.data_ptr()
     assert log[2][1:3] == ((2, 2, 1), 7) and log[3][1:3] == ((1, 2, 1), 7)
 
