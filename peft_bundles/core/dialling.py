@@ -42,8 +42,8 @@ def alphas(
         >>> import peft_bundles
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_style": {"rank": 4, "signals": {"lm": 1.0}}}
-        >>> config = peft_bundles.BundleConfig(bundles=bundles, init_weights=False, task_type="CAUSAL_LM")
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
         >>> model = get_peft_model(base, config).eval()
         >>> ids = torch.arange(8).view(2, 4)
         >>> with torch.no_grad(), peft_bundles.alphas(model, b_style=torch.tensor([0.0, 1.0])):
@@ -82,8 +82,8 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
         >>> import peft_bundles
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_style": {"rank": 4, "signals": {"lm": 1.0}}}
-        >>> config = peft_bundles.BundleConfig(bundles=bundles, init_weights=False, task_type="CAUSAL_LM")
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
         >>> model = get_peft_model(base, config).eval()
         >>> ids = torch.arange(8).view(2, 4)
         >>> peft_bundles.set_alphas(model, {"b_style": 0.0})
@@ -119,11 +119,11 @@ def set_norm_budget(model: nn.Module, tau: float | None) -> None:
         >>> import peft_bundles
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_style": {"rank": 4, "signals": {"lm": 1.0}}}
-        >>> config = peft_bundles.BundleConfig(bundles=bundles, init_weights=False, task_type="CAUSAL_LM")
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
         >>> model = get_peft_model(base, config).eval()
         >>> ids = torch.arange(8).view(2, 4)
-        >>> layer, hidden = peft_bundles.core.walking.bundle_layers(model)[0], torch.randn(1, 3, 32)
+        >>> layer, hidden = model.base_model.model.model.layers[0].bundles, torch.randn(1, 3, 32)
         >>> peft_bundles.set_norm_budget(model, 0.01)
         >>> with torch.no_grad():
         ...     added = layer(hidden) - hidden

@@ -41,8 +41,9 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
         >>> from peft_bundles import BundleConfig, route, routed_backward
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}, "b_rl": {"rank": 4, "signals": {"policy": 1.0}}}
-        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> signals = {"b_lm": {"lm": 1.0}, "b_rl": {"policy": 1.0}}
+        >>> bundles = {name: {"rank": 8, "sub_bases": ["main"], "signals": signals[name]} for name in signals}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles=bundles))
         >>> ids = torch.arange(8).view(2, 4)
         >>> with route(model, ("lm", "policy")):  # both losses on every row
         ...     out = model(input_ids=ids, labels=ids)

@@ -34,8 +34,9 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
         >>> from peft_bundles import BundleConfig, finalize_grads
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}, "b_rl": {"rank": 4, "signals": {"policy": 1.0}}}
-        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> signals = {"b_lm": {"lm": 1.0}, "b_rl": {"policy": 1.0}}
+        >>> bundles = {name: {"rank": 8, "sub_bases": ["main"], "signals": signals[name]} for name in signals}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles=bundles))
         >>> ids = torch.arange(8).view(2, 4)
         >>> with model.route("lm"):
         ...     loss = model(input_ids=ids, labels=ids).loss
@@ -152,8 +153,8 @@ def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
         >>> from peft_bundles import BundleConfig, clip_bundle_grads
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
-        >>> bundles = {"b_lm": {"rank": 4, "signals": {"lm": 1.0}}}
-        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> bundles = {"b_lm": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles=bundles))
         >>> model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
         >>> list(clip_bundle_grads(model, 1.0))
         ['b_lm']
