@@ -279,7 +279,7 @@ class FewTokens:
         mean: mu, (d,); None: 0.
         D, E: the folded maps, (d, H) and (H, d).
         nonlinear: units before this one pass through GELU, the rest are linear.
-        alpha: (B|1, 1, H); None: 1. All tensors have one dtype.
+        alpha: (B|1, 1, H|1); None: 1. All tensors have one dtype.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class FewTokens:
         batch, length, d = shape
         H, tokens = E.shape[0], batch * length
         D, self.E = D.T.contiguous(), E.T.contiguous()
-        alpha = None if alpha is None else alpha.expand(batch, -1, -1).contiguous()
+        alpha = None if alpha is None else alpha.expand(batch, -1, H).contiguous()
         self.constants = D if mean is None else mean, D, D if alpha is None else alpha
         self.pointers = tuple(t.data_ptr() for t in self.constants)
         self.units = D.new_empty(tokens, H)  # a pattern for new tensors; not reused, as two streams may run at once

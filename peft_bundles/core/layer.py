@@ -278,7 +278,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return hidden
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
             return run_plan(plan, hidden)
-        return self._train(hidden)
+        return self._training_forward(hidden)
 
     def _plan(self, hidden: Tensor) -> Plan | None:
         """The plan for states without gradients; None where dropout is drawn anew in every forward."""
@@ -297,9 +297,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 return kept[1]
             alphas = {**state.set_alphas, **call.alphas}.values()
             if not any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in alphas):
-                # (An alpha with gradients is never kept, for an optimizer may move it.)
-                call.folds[self] = made_for, (plan := for_reuse(self.plan(hidden, dtype, active), hidden))
+                plan = for_reuse(self.plan(hidden, dtype, active), hidden)
+                call.folds[self] = made_for, plan
                 return plan
+            # An alpha with gradients may be moved by an optimizer, so no plan with it is kept.
         return self.plan(hidden, dtype, active)
 
     def plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> Plan:
@@ -322,15 +323,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         D, E = self.fold(adapter, dtype, numbers, packing.names)
         return Part(D, E, self._mean(adapter), packing.nonlinear, alpha)
 
-    def _train(self, hidden: Tensor) -> Tensor:
+    def _training_forward(self, hidden: Tensor) -> Tensor:
         """The operation with a backward, one adapter after another."""
         call, out = self.state.call, hidden
         active = self.active_adapters if call.active is None else call.active
         for adapter in self.acting(active):
-            out = self._train_adapter(adapter, hidden, out)
+            out = self._training_forward_of(adapter, hidden, out)
         return out if out is hidden or self.state.budget is None else within_budget(hidden, out, self.state.budget)
 
-    def _train_adapter(self, adapter: str, hidden: Tensor, residual: Tensor) -> Tensor:
+    def _training_forward_of(self, adapter: str, hidden: Tensor, residual: Tensor) -> Tensor:
         packing, state, config = self.packing(adapter), self.state, self.state.configs[adapter]
         dtype, learning = compute_dtype(hidden), torch.is_grad_enabled()
         numbers, alpha = self._alphas(adapter, hidden, dtype)

@@ -99,7 +99,7 @@ class _Energy(torch.autograd.Function):
         a = activate(s, nonlinear) if chosen is None else activate(s, nonlinear) * chosen
         total, products = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32)), []
         for spans in groups:
-            units, E = _gathered(a, spans, 2), _gathered(writes, spans, 1)
+            units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
             products.append(units @ (E @ E.mT))
             total += (products[-1] * units).sum((1, 2), dtype=total.dtype)
         ctx.save_for_backward(x, maps, chosen, s, a, *products)
@@ -113,7 +113,7 @@ class _Energy(torch.autograd.Function):
         da, d_maps, writes = torch.zeros_like(a), torch.zeros_like(maps), maps[:, 1]
         twice = (2 * grad[:, None, None]).to(a.dtype)
         for spans, product in zip(ctx.groups, products):
-            units, E = _gathered(a, spans, 2), _gathered(writes, spans, 1)
+            units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
             sizes = [size for _, size in spans]
             sizes.append(E.shape[1] - sum(sizes))
             dE = (twice * (units.mT @ units)) @ E
@@ -130,7 +130,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
-def _gathered(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
+def _units_of(tensor: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
     """The hidden units of a group side by side; on a GPU a copy, padded with zeros to a good size.
 
     In place they may begin at any offset, which gives a GPU its slowest products.
