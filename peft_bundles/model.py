@@ -16,13 +16,13 @@ from .core.base import CHILD, PEFT_PREFIX, Injection, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
 from .core.checkpoints import by_layer, check_digest, check_tensors, weights_digest
 from .core.dialling import alphas, set_alphas
-from .core.inference import prepared
-from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
+from .core.layer import MERGE_ERROR, BundleLayer
 from .core.packing import Packing
+from .core.planning import prepared
 from .core.quiet import loudness
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
-from .core.walking import bundle_layers, bundle_parameters
+from .core.walking import basis_brought, bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
 from .routing import backward, reduction, routes
 
