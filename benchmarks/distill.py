@@ -11,7 +11,6 @@ side by side. Writes `benchmarks/results/distill.json`, which has every seed and
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -21,21 +20,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import peft
 import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
 
-import peft_bundles
 from peft_bundles.evaluation import negative_loss
 from peft_bundles.evaluation.distillation import distill_to_lora
+from studies.data.corpora import encode, load_texts
+from studies.data.smollm import model_folder
+from studies.records import made_by, write
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from studies.data.smollm import encode, load_texts, model_folder  # noqa: E402
-
 
 SETTING = {"b_plays": 1.0, "b_docs": 1.0}
 LENGTH = 64  # tokens of a row
@@ -159,17 +156,17 @@ def main(argv: list[str] | None = None) -> None:
     found = side_by_side(args) if together else [distilled(args, seed) for seed in args.seeds]
     seeds = " ".join(map(str, args.seeds))
     record = {
-        "command": f"python benchmarks/distill.py --device {args.device} --steps {args.steps} --seeds {seeds}",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
+        **made_by(
+            f"python benchmarks/distill.py --device {args.device} --steps {args.steps} --seeds {seeds}",
+            device=args.device,
+        ),
         "row_tokens": LENGTH,
         "batch_rows": args.rows,
         "score": "minus the mean next-token loss, nats a token",
         "over_seeds": over_seeds(found),
         "seeds": found,
     }
-    Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+    write(Path(args.output), record)
     print(json.dumps(record["over_seeds"], indent=2), f"recorded in {args.output}", sep="\n")
 
 

@@ -9,23 +9,20 @@ gradients against each loss's own, the compiled layer against eager.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft_bundles
 from peft_bundles import BundleConfig, BundleLayer
 from peft_bundles.core.functional import activate, activate_backward, bundle_reference
 from peft_bundles.core.kernels import centred, fits, units_backward
+from studies.records import made_by, write
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -170,17 +167,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
+        **made_by(" ".join(["python", *sys.argv])),
     }
     for part in (correctness, decoding, compiled):  # one that breaks leaves the others their say
         try:
             record[part.__name__] = part()
         except Exception:
             record[part.__name__] = {"error": traceback.format_exc()}
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write(args.output, record)
     print(json.dumps(record, indent=2))
     sys.exit(
         not all(right(*item) for part in (correctness, decoding, compiled) for item in record[part.__name__].items())

@@ -11,7 +11,6 @@ generates. Then with compiled decoder blocks: forwards after a change of the set
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -22,9 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +30,7 @@ import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.core.base import find_blocks
 from studies.data.smollm import model_folder
+from studies.records import made_by, write
 
 
 def swaps(model: Any, folders: list[Path], times: int) -> dict[str, float]:
@@ -144,13 +142,11 @@ def main() -> None:
         result["compiled"] = compiled(composed, ids, names, folders, options.times)
     record = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
-        "command": "python benchmarks/hot_swap.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **made_by("python benchmarks/hot_swap.py", device="cpu"),
         "device": f"CPU, {os.cpu_count()} cores (shared), {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
         **result,
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.output, record)
     print(json.dumps(record, indent=1))
 
 

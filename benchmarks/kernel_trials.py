@@ -10,7 +10,6 @@ turn, as a model does: those of one would lie in the GPU's cache. `host_us` is w
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from torch import Tensor
 from peft_bundles.core import kernels
 from peft_bundles.core.functional import activate, activate_backward
 from peft_bundles.core.kernels import FewTokens, centred, units_backward
+from studies.records import made_by, write
 
 
 WIDTHS = {"1.2b": (2048, 176), "3b": (3072, 192)}  # d and H
@@ -107,15 +107,12 @@ def main() -> None:
                 ms = triton.testing.do_bench_cudagraph(way, rep=20, return_mode="median")
                 us[shape].setdefault(name, []).append(round(ms * 1e3 / times, 2))
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {m.__name__: m.__version__ for m in (torch, triton)},
+        **made_by(" ".join(["python", *sys.argv]), "triton"),
         "us": us,
         "host_us": {shape: host(*widths) for shape, widths in WIDTHS.items()},
     }
     print(json.dumps(record, indent=2))
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write(args.output, record)
 
 
 if __name__ == "__main__":

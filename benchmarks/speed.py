@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import os
 import platform
@@ -34,14 +33,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import peft
 import torch
 import torch.nn.functional as F
-import transformers
 from speed_models import CUDA, DEVICE, DTYPE, SHAPES, SIGNALS, adapted, base_model, built, bundles, memory, peak
 from transformers import DynamicCache, StaticCache
 
-import peft_bundles
+from studies.records import made_by
 
 
 TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quiet0", "bundles_1", "bundles_6")
@@ -383,15 +380,10 @@ def parts(run: Callable[[Callable[[str], None]], Any], clock: Callable[[], float
 
 def environment(options: Any) -> dict[str, Any]:
     command = " ".join(["python", *sys.argv]).replace(str(options.output), f"benchmarks/results/{options.output.name}")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
-        "command": command,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),  # none in a copy without history
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
+        **made_by(command),
         "load": None if CUDA else round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_bundles)},
     }
 
 

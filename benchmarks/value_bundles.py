@@ -17,7 +17,6 @@ always be bought with more KL.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -30,10 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
-import trl
 from peft import get_peft_model
 from rich import print
 from rich.table import Table
@@ -41,7 +38,10 @@ from rich.table import Table
 import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.trainer import BundlePPOTrainer, BundleTrainingConfig
-from studies.data import smollm as _data
+from studies.data.smollm import model_folder
+from studies.data.split import split_by_document
+from studies.data.text import docstrings
+from studies.records import made_by
 from studies.rl_separate import tasks as _tasks
 
 
@@ -95,7 +95,7 @@ def base_model(source: Path | None, smoke: bool) -> tuple[Any, Any]:
         from training import tokenizer
 
         return TINY["llama"](), tokenizer()
-    folder = source or _data.model_folder()
+    folder = source or model_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -106,7 +106,7 @@ def run(variant: str, seed: int, given: dict[str, Any], source: Path | None, smo
     base, tokenizer = base_model(source, smoke)
     transformers.set_seed(seed)
     model: Any = get_peft_model(base.to("cuda" if cuda else "cpu"), bundle_config(variant, given, seed))
-    texts, _ = _data.split_by_document(_data.docstrings(), seed=0)
+    texts, _ = split_by_document(docstrings(), seed=0)
     peft_bundles.calibrate(model, texts, tokenizer, progress=False, **given["calibration"])
     train, held = _tasks.sums(train=1500, held_out=given["held_out"])
     with tempfile.TemporaryDirectory() as folder:
@@ -151,10 +151,7 @@ def run(variant: str, seed: int, given: dict[str, Any], source: Path | None, smo
         "history": history,
         "training_seconds": round(trained, 1),
         "seconds": round(time.perf_counter() - begun, 1),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
+        **made_by(" ".join(["python", *sys.argv]), "trl", device="cuda" if cuda else "cpu"),
     }
 
 

@@ -27,7 +27,8 @@ from peft import PeftModel
 
 from peft_bundles.core.walking import state_of
 from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss
-from studies.data.smollm import encode, load_texts, model_folder
+from studies.data.corpora import encode, load_texts
+from studies.data.smollm import model_folder
 
 
 SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)

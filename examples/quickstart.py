@@ -33,7 +33,8 @@ from torch import Tensor
 
 import peft_bundles
 from peft_bundles import BundleConfig
-from studies.data.smollm import encode, load_texts, model_folder
+from studies.data.corpora import encode, load_texts
+from studies.data.smollm import model_folder
 
 
 KINDS = ("plays", "docs")  # the signals; bundle b_<kind> owns signal <kind>

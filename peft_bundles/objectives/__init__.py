@@ -1,5 +1,12 @@
 """Objectives: rows in, `{signal: loss}` out. One file a family; `base.py` says what one is."""
 
+# ruff: noqa: E402 - the check comes first
+from ..extras import require
+
+
+for _module in ("datasets", "trl"):
+    require(_module, "train")
+
 from .anchor import Anchor
 from .base import Objective
 from .batches import Outputs, Share

@@ -80,12 +80,11 @@ class KLClamp:
         weights = layer.bundle_weights(adapter)[layer.packing(adapter).names.index(bundle)]
         if weights.kind == "full":
             return torch.eye(layer.hidden_size, device=weights.up.device)
-        back = weights.weight if weights.weight_out is None else weights.weight_out
         basis = layer.bundle_basis[adapter][:, weights.support]
-        if back is None:
+        if weights.weight is None:
             return basis
         with torch.no_grad():  # the subspace is where KL is measured, not what is trained to make it small
-            return torch.linalg.qr(basis @ back.detach().to(basis.dtype).T)[0]
+            return torch.linalg.qr(basis @ weights.weight.detach().to(basis.dtype).T)[0]
 
     def __call__(
         self, forward: Forward, name: str, outputs: Outputs, batch: Batch, metrics: dict[str, Tensor]

@@ -17,18 +17,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from studies.data import smollm as _data
 from studies.data.logic import TEST_OFFSET, questions
 from studies.data.mem import biographies, capitals, disease_codes, elements
 from studies.data.meta import judgements
+from studies.data.smollm import model_folder
 from studies.data.split import pieces
 from studies.data.text import docstrings, milton, news, plays
 from studies.quality import make_data as quality_data
-from studies.quality.run import Rows, rows_of, tokens_of
+from studies.rows import Draws, Encoded, Rows, rows_of, tokens_of
 
 
 TASKS = ("memory", "logic", "meta")
@@ -64,7 +62,7 @@ def prepare(path: Path, length: int = 72) -> None:
 
     Items that have more than `length` tokens with their prompt are left out, in training and in tests.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_data.model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
     rng = random.Random(SEED)
 
     def fits(question: str, answer: str) -> bool:
@@ -213,7 +211,7 @@ def majority(items: Sequence[Item]) -> dict[str, float]:
 # ---- rows ----
 
 
-def encode(tokenizer: Any, item: Sequence[str]) -> tuple[list[int], int]:
+def encode(tokenizer: Any, item: Sequence[str]) -> Encoded:
     """A question in chat format with its answer: its tokens, and the first that counts."""
     return tokens_of(tokenizer, (quality_data.PROMPT.format(item[0]), item[1] + "<|im_end|>"))
 
@@ -250,34 +248,11 @@ def plan(schedule: str, routing: str, tasks: Sequence[str], phase: int, rows: in
     return [(task, task)] * rows
 
 
-class Draws:
-    """Training rows of every task in an order of the seed's own, the same whatever the condition asks for."""
-
-    def __init__(self, items: dict[str, list[tuple[list[int], int]]], seed: int) -> None:
-        self.items = items
-        self.random = {task: random.Random(f"{seed} {task}") for task in items}
-        self.queues: dict[str, list[tuple[list[int], int]]] = {task: [] for task in items}
-
-    def draw(self, task: str) -> tuple[list[int], int]:
-        if not self.queues[task]:
-            self.queues[task] = self.random[task].sample(self.items[task], len(self.items[task]))
-        return self.queues[task].pop()
-
-    def batches(self, tasks: Sequence[str], steps: int, length: int) -> Rows:
-        """Rows of `steps` batches stacked: ids (steps, rows, T), the rest (steps, P), padded with weight 0."""
-        made = [[self.draw(task) for task in tasks] for _ in range(steps)]
-        longest = min(length, max(len(tokens) for batch in made for tokens, _ in batch))
-        batches = []
-        for batch in made:
-            rows = rows_of(batch, length)
-            short = longest - rows.ids.shape[1]  # positions are flat: they move when rows get longer
-            where = rows.where + rows.row * short
-            batches.append([F.pad(rows.ids, (0, short)), where, rows.target, rows.row, rows.weight])
-        most = max(len(b[1]) for b in batches)
-        padded = [[b[0], *(F.pad(t, (0, most - len(t))) for t in b[1:])] for b in batches]
-        return Rows(*(torch.stack(parts) for parts in zip(*padded)))
+def draws(items: dict[str, list[Encoded]], seed: int) -> Draws:
+    """Draws the training rows of every task in an order of the seed's own, whatever the other tasks' rows are."""
+    return Draws(items, {task: random.Random(f"{seed} {task}") for task in items})
 
 
-def chunks(examples: list[tuple[list[int], int]], length: int, rows: int = 256) -> list[Rows]:
+def chunks(examples: list[Encoded], length: int, rows: int = 256) -> list[Rows]:
     """Test rows, so many at a time."""
     return [rows_of(examples[n : n + rows], length) for n in range(0, len(examples), rows)]

@@ -24,7 +24,8 @@ from studies.continual.methods import Alphas, Lora, Method
 from studies.measures.answers import f1
 from studies.measures.code import human_eval_problems, pass_rate
 from studies.quality.make_data import PROMPT
-from studies.quality.run import tokens_of
+from studies.rows import tokens_of
+from studies.training import autocast
 
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -88,7 +89,7 @@ class Bench:
         return [part.to(self.device) for part in chunks(encoded, length or self.common["length"])]
 
     def _cast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return autocast(self.device)
 
     @torch.no_grad()
     def _states(self, method: Method, rows: Rows) -> Tensor:

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.trainer.trunk import TrunkProjection, trunk_parameters
 from studies.continual.data import TASKS
 from studies.quality.methods import kl_to_base
-from studies.quality.run import Rows
+from studies.rows import Rows
+from studies.training import final_states, row_loss
 
 
 Alphas = dict[str, float]  # task -> how far its part is on
@@ -97,7 +97,7 @@ class Method:
 
     def trunk(self, ids: Tensor) -> Tensor:
         """Final hidden states (N, T, d)."""
-        return self.inner.model(input_ids=ids, use_cache=False).last_hidden_state
+        return final_states(self.inner, ids)
 
     def states_of_step(self, ids: Tensor) -> Tensor:
         return self.trunk(ids)
@@ -111,8 +111,7 @@ class Method:
         with cast():
             states = self.states_of_step(batch.ids).flatten(0, 1)[batch.where]
             logits = self.inner.get_output_embeddings()(states)
-            losses = F.cross_entropy(logits.float(), batch.target, reduction="none")
-            loss = (losses * batch.weight).sum() / len(batch.ids)
+            loss = row_loss(logits, batch)
             extra = self.extra()
         self.backward(loss if extra is None else loss + extra)
         return loss.detach(), torch.zeros_like(loss) if extra is None else extra.detach().float()

@@ -1,4 +1,4 @@
-"""The pictures of docs/study.md."""
+"""Figures of the continual study."""
 
 from __future__ import annotations
 

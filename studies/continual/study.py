@@ -1,6 +1,6 @@
-"""The numbers of docs/study.md: what recipes/continual.py and recipes/removal.py recorded, read and reduced.
+"""Numbers of the continual study: what recipes/continual.py and recipes/removal.py recorded, read and reduced.
 
-Every function gives an empty list, or None, for what was not run: the page says so instead of failing.
+Every function returns an empty list, or None, for what was not run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,6 @@ M0, MULTI = ("lora", "sequence"), ("lora", "mixture")
 M1, M3, SEPARATE = ("bundles", "mixture"), ("bundles", "sequence"), ("lora_separate", "sequence")
 ALL_ON = ("bundles_all", "sequence")  # M3, but the bundles learnt before stay on while the next one learns
 LOUD = ("bundles_loud", "sequence")  # M3 without the penalty on what bundles add to general text
-MARGIN = 0.02  # of accuracy, that "at least as good" may lose
-CRITERION = 0.3  # of M0's forgetting, that must go
 Record = dict[str, Any]
 Key = tuple[str, str]  # condition, schedule
 TIE = 0.01  # of mean accuracy on validation items: rates so near the best are told apart by their training loss
@@ -37,7 +35,7 @@ TIE = 0.01  # of mean accuracy on validation items: rates so near the best are t
 class Study:
     """Attributes:
     records: of recipes/continual.py, a cell each, without the base and without errors. failed: those with errors.
-    removal, removal_failed: the same of recipes/removal.py. spaces: what recipes/_spaces.py found, or None.
+    removal, removal_failed: the same of recipes/removal.py. spaces: what `studies.continual.spaces` computed, or None.
     code: what cells of one seed, trained once more, and the base solve of HumanEval.
     """
 
@@ -237,10 +235,6 @@ def values(study: Study, key: Key, mode: str, measure: str, order: str | None = 
     return [run[measure] for run in runs if not math.isnan(run.get(measure, math.nan))]
 
 
-def mean(found: list[float]) -> float:
-    return fmean(found) if found else math.nan
-
-
 def untouched(study: Study, key: Key, mode: str) -> bool:
     """Whether in every run every task's answers at the end are, item by item, those just after its own phase."""
     runs = [run_of(study, r, mode) for r in finals(study, key) if mode in modes_of(r)]
@@ -412,8 +406,6 @@ def shrunk(study: Study, key: Key = ("bundles", "sequence"), state: str = "all")
 
 # ---- removal ----
 
-REMOVERS = ("none", "ascent", "ascent_retain", "rmu", "owners", "all", "never", "base")
-
 
 def removal_key(study: Study, variant: str) -> float | None:
     """The rate of an unlearning method: of those that removed in most seeds, the one that keeps most of the rest."""
@@ -447,25 +439,3 @@ def steps_to(curve: list[list[float]], goal: float, column: int = 1) -> float | 
             return before[0] + (point[0] - before[0]) * (goal - before[column]) / (point[column] - before[column])
         before = point
     return None
-
-
-# ---- words ----
-
-
-def pm(found: list[float] | None, digits: int = 3, sign: bool = False) -> str:
-    """Mean ± standard deviation of what is a number; a dash for nothing."""
-    found = [value for value in found or [] if not math.isnan(value)]
-    if not found:
-        return "-"
-    plus = "+" if sign else ""
-    spread = f" ± {round(stdev(found), 9):.{digits}f}" if len(found) > 1 else ""
-    return f"{round(fmean(found), 9) + 0.0:{plus}.{digits}f}{spread}"
-
-
-def ci(found: Interval | None, digits: int = 2, sign: bool = True) -> str:
-    """Estimate and its 95 % interval; a dash for nothing."""
-    if found is None or math.isnan(found.estimate):
-        return "-"
-    plus = "+" if sign else ""
-    low = "-∞" if math.isinf(found.low) else f"{found.low:{plus}.{digits}f}"
-    return f"{found.estimate:{plus}.{digits}f} [{low}, {found.high:{plus}.{digits}f}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from peft_bundles.objectives import Forward, Objective
 from peft_bundles.routing.reduction import clip_bundle_grads, finalize_grads
 from studies.heads.make_data import Rows
+from studies.training import Training
 
 
 ROWS = 16  # of a batch: what contrast and goals are told apart from
@@ -147,31 +149,40 @@ class Bench:
     def descend(self, head: Any, loss: Callable[[Any], Tensor], batches: Any) -> None:
         """AdamW on head and bundles: warm-up, cosine, clipping by bundle, the quiet penalty of calibrated bundles."""
         self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": trained, "lr": 2e-3}, {"params": head.parameters(), "lr": 3e-3}])
+        bundles = [p for p in self.model.parameters() if p.requires_grad]
         warm = max(self.steps // 20, 1)
-        rate = lambda n: min((n + 1) / warm, 0.5 + 0.5 * np.cos(np.pi * n / self.steps))  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        for _, batch in zip(range(self.steps), batches):
-            optimizer.zero_grad()
-            (loss(batch) + self.model.quiet_loss()).backward()
+
+        def gradients(batch: Any) -> Tensor:
+            value = loss(batch)
+            (value + self.model.quiet_loss()).backward()
             finalize_grads(self.model)
+            return value.detach()
+
+        def clip() -> None:
             clip_bundle_grads(self.model, 1.0)
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+
+        def rates(n: int) -> list[float]:
+            share = min((n + 1) / warm, 0.5 + 0.5 * np.cos(np.pi * n / self.steps))
+            return [2e-3 * share, 3e-3 * share]
+
+        training = Training([bundles, head.parameters()], gradients, clip=clip, decay=0.01)
+        training.run(((batch,) for batch in itertools.islice(batches, self.steps)), rates)
         self.model.eval()
 
 
 def fit(head: torch.nn.Module, loss: Callable[[Any], Tensor], parts: list[Any], epochs: int = 60) -> None:
     """AdamW on the head alone; the parts in a new order each epoch."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.1)
     rng = random.Random(0)
-    for _ in range(max(min(epochs, STEPS // len(parts)), 1)):
-        for part in rng.sample(parts, len(parts)):
-            optimizer.zero_grad()
-            loss(part).backward()
-            optimizer.step()
+    epochs = max(min(epochs, STEPS // len(parts)), 1)
+
+    def gradients(part: Any) -> Tensor:
+        value = loss(part)
+        value.backward()
+        return value.detach()
+
+    batches = ((part,) for _ in range(epochs) for part in rng.sample(parts, len(parts)))
+    Training([head.parameters()], gradients, decay=0.1).run(batches, lambda n: [3e-3])
 
 
 # ---- measures with intervals ----

@@ -1,6 +1,6 @@
-"""The table of docs/signals.md, from the records of meta_heads.py.
+"""The table of the heads' study, from the records of `python -m studies.heads.run`.
 
-    python studies/heads/report.py     # writes the page; tests/test_meta_heads.py holds both together
+    python -m studies.heads.report     # writes tables.md beside this file
 
 A number is the mean over seeds; in brackets the lowest lower and the highest upper end of the seeds' 95% intervals. It
 is bold where the interval of every seed lies on the better side of chance.
@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from studies.tables import Table, write_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "meta_heads.jsonl"
+
+RECORDS = Path(__file__).parent / "results" / "meta_heads.jsonl"
 EARLIER = ("meta_heads_consistency.json", "meta_heads_texts.json")  # parts that were not measured again since
-PAGE = ROOT / "docs" / "signals.md"
-START, END = "<!-- made by studies/heads/report.py -->\n", "<!-- until here -->\n"
 COLUMNS = {"subspace": "owners' subspace", "whole state": "whole state", "trained": "trained with the bundles"}
 WHERE = {"subspace": "frozen", "whole state": "frozen", "trained": "trained"}  # column -> mode
 
@@ -136,24 +135,20 @@ def measured(line: Line) -> str:
     return f"{seeds} seed{'s' * (seeds > 1)}, {rows[0]} and {rows[1]} {what}, {found[0]['device'].split(' 80GB')[0]}"
 
 
-def table() -> str:
+def table() -> Table:
+    """A row of every line that has a record."""
     lines = [(line, {w: measures(line, mode, w, line.measure) for w, mode in WHERE.items()}) for line in LINES]
     lines = [(line, found) for line, found in lines if any(found.values())]
     there = [where for where in WHERE if any(found[where] for _, found in lines)]
-    rows = [["held out", "chance; baselines", *(COLUMNS[w] for w in there), "measured on"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for line, found in lines:
         chance = [] if line.chance != line.chance else [f"{line.chance:.2f}".replace("0.00", "0")]
         base = "; ".join([*chance, *(baseline(line, name) for name in line.baselines)])
         rows.append([line.label, base, *(shown(found[w], beats(line, found[w])) for w in there), measured(line)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def page() -> str:
-    """The page with its table made anew."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    return before + START + table() + END + rest.partition(END)[2]
+    columns = ["held out", "chance; baselines", *(COLUMNS[w] for w in there), "measured on"]
+    return Table("Heads on held-out rows", columns, rows)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    made_from = f"`python -m studies.heads.report` from `results/{RECORDS.name}` (`python -m studies.heads.run`)."
+    write_tables(Path(__file__).with_name("tables.md"), made_from, [table()])

@@ -1,8 +1,8 @@
 """Do the heads of the meta and representation signals generalise? SmolLM2-135M with calibrated bundles of `taxonomy`.
 
-    python studies/heads/run.py --prepare heads.json.gz [--gsm8k FOLDER]        # once, with a network
-    python studies/heads/run.py --data heads.json.gz --model FOLDER --output results.jsonl --workers 16
-    python studies/heads/report.py                                          # docs/signals.md, from its results
+    python -m studies.heads.run --prepare heads.json.gz [--gsm8k FOLDER]        # once, with a network
+    python -m studies.heads.run --data heads.json.gz --model FOLDER --output results.jsonl --workers 16
+    python -m studies.heads.report                                          # tables.md, from its results
 
 "frozen": final states of the model with fresh bundles (which change nothing) are computed once; then each objective's
 head is trained on them with the objective's own loss, and measured on held-out questions, people, documents or
@@ -17,9 +17,7 @@ share them out, in turns over the GPUs; none starts a cell after `--limit` secon
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -28,22 +26,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
-import trl
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-ROOT = Path(__file__).resolve().parent.parent
-import peft_bundles  # noqa: E402
-from peft_bundles import BundleConfig, calibrate  # noqa: E402
-from studies.data import smollm as _data  # noqa: E402
-from studies.heads.bench import Bench  # noqa: E402
-from studies.heads.make_data import prepare, read  # noqa: E402
-from studies.heads.parts import ALONE, PARTS  # noqa: E402
-from studies.heads.rollouts import rollouts  # noqa: E402
+from peft_bundles import BundleConfig, calibrate
+from studies import records
+from studies.data.smollm import model_folder
+from studies.heads.bench import Bench
+from studies.heads.make_data import prepare, read
+from studies.heads.parts import ALONE, PARTS
+from studies.heads.rollouts import rollouts
 
 
 ROLLOUTS = "rollouts"
@@ -54,8 +48,7 @@ CALIBRATION = {"tokens": 30_000, "max_length": 128, "own_samples": 0.5}
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(part, mode, seed) of this worker that the output lacks: neighbours, so that it seldom needs another model."""
-    lines = args.output.read_text().splitlines() if args.output.exists() else []
-    done = {(r["part"], r["mode"], r["seed"]) for r in map(json.loads, lines)}
+    done = records.done(args.output, lambda record: (record["part"], record["mode"], record["seed"]))
     every = itertools.product(range(args.seeds), args.parts, args.modes)
     asked = [(part, mode, seed) for seed, part, mode in every if mode == "frozen" or part not in ALONE]
     first, last = (len(asked) * n // args.workers for n in (args.worker, args.worker + 1))
@@ -68,7 +61,7 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32: the model is so small that casting to bf16 would cost time
     transformers.logging.set_verbosity_error()
-    data, folder = read(args.data), args.model or _data.model_folder()
+    data, folder = read(args.data), args.model or model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, fresh, of = None, {}, None
     for part, mode, seed in cells(args):
@@ -100,13 +93,9 @@ def work(args: argparse.Namespace) -> None:
             "steps": args.steps if trained else None, "scale": args.scale,
             "calibration": {**CALIBRATION, **(model.peft_config["default"].calibration or {})},
             "seconds": round(time.perf_counter() - begun, 1),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *sys.argv]),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, peft_bundles)},
+            **records.made_by(" ".join(["python -m studies.heads.run", *sys.argv[1:]]), "trl"),
         }  # fmt: skip
-        with args.output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append(args.output, record)
         print(f"{name}: {record['seconds']} s", flush=True)
     if failed:
         sys.exit(1)
@@ -156,7 +145,7 @@ def main() -> None:
     running = []
     for number in range(args.workers):
         visible = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
-        command = [sys.executable, *sys.argv, "--worker", str(number)]
+        command = [sys.executable, "-m", "studies.heads.run", *sys.argv[1:], "--worker", str(number)]
         running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **visible}))
     sys.exit(max(process.wait() for process in running))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
 from studies.quality.forms import Form, Statistics, attach, measure, penalty
+from studies.training import final_states
 
 
 # One trunk of SmolLM2-135M: `key` and `value` have 192 rows, everything else 576 or more. OSF's trainable rank is what
@@ -120,7 +121,7 @@ def build_bundles(
         return model.quiet_loss() + whole
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    built = Built(model, lambda ids: _trunk(inner, ids), parameters, extra, context=route)
+    built = Built(model, lambda ids: final_states(inner, ids), parameters, extra, context=route)
     if routed:
         built.tag = lambda kind: model.alphas({name: float(of == kind) for name, of in owner.items()})
     if owners:
@@ -159,13 +160,17 @@ def build(
         if form.kl:
             extra = kl_to_base(model, base, calibration["own"], form.kl)
         parameters = [p for p in layers.parameters() if p.requires_grad]
-        return Built(model, lambda ids: _trunk(model, ids), parameters, extra, decay=form.decay, progress=progress)
+        return Built(
+            model, lambda ids: final_states(model, ids), parameters, extra, decay=form.decay, progress=progress
+        )
     if method == "full":
-        return Built(model, lambda ids: _trunk(model, ids), list(model.parameters()))
+        return Built(model, lambda ids: final_states(model, ids), list(model.parameters()))
     name, _, weight = method.partition("_kl")
     peft_model = get_peft_model(model, PEFT_METHODS[name]())
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    built = Built(peft_model, lambda ids: _trunk(model, ids), parameters, graph=name not in ("osf_r16", "shira_r16"))
+    built = Built(
+        peft_model, lambda ids: final_states(model, ids), parameters, graph=name not in ("osf_r16", "shira_r16")
+    )
     if weight:
         built.extra = kl_to_base(model, base, calibration["own"], float(weight))
     return built
@@ -177,12 +182,8 @@ def kl_to_base(model: Any, base: Any, rows: Tensor, weight: float) -> Callable[[
     def penalty_of_the_whole() -> Tensor:
         picked = rows[torch.randint(len(rows), (16,), device=rows.device), :64]
         with torch.no_grad():
-            target = base.lm_head(_trunk(base, picked)).float().log_softmax(-1)
-        found = model.lm_head(_trunk(model, picked)).float().log_softmax(-1)
+            target = base.lm_head(final_states(base, picked)).float().log_softmax(-1)
+        found = model.lm_head(final_states(model, picked)).float().log_softmax(-1)
         return weight * (target.exp() * (target - found)).sum(-1).mean()
 
     return penalty_of_the_whole
-
-
-def _trunk(model: Any, ids: Tensor) -> Tensor:
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from studies.quality.make_data import PROMPT
-from studies.quality.methods import LINEARS, PEFT_METHODS, Built, _trunk
-from studies.quality.run import DOMAIN_LENGTH, Encoded, Rows, capture, logits_at, rows_of, tokens_of
+from studies.quality.methods import LINEARS, PEFT_METHODS, Built
+from studies.quality.run import DOMAIN_LENGTH, logits_at
+from studies.rows import Draws, Encoded, Rows, batches_of, tokens_of, widen
+from studies.training import Training, autocast, final_states, row_loss, warmup_decay
 
 
 LOGITS = 3200  # places whose logits are there at once, when measuring
@@ -37,26 +39,9 @@ def kinds_of(data: dict[str, Any], split: str, given: dict[str, Any], tokenizer:
 
 
 def drawn(pools: dict[str, list[Encoded]], counts: dict[str, int], steps: int, seed: int) -> Rows:
-    """Batches stacked, ids (steps, B, T) and the rest (steps, P): every pool is gone through in a new order again."""
-    rng = random.Random(seed)
-    queues: dict[str, list[Encoded]] = {kind: [] for kind in counts}
-
-    def draw(kind: str) -> Encoded:
-        if not queues[kind]:
-            queues[kind] = rng.sample(pools[kind], len(pools[kind]))
-        return queues[kind].pop()
-
-    batches = [
-        rows_of([draw(kind) for kind, n in counts.items() for _ in range(n)], DOMAIN_LENGTH) for _ in range(steps)
-    ]
-    length, most = max(b.ids.shape[1] for b in batches), max(len(b.where) for b in batches)
-    stacked = []
-    for b in batches:  # one shape for all, so that one CUDA graph does
-        own = b.ids.shape[1]
-        where = b.where // own * length + b.where % own
-        parts = [F.pad(t, (0, most - len(t))) for t in (where, b.target, b.row, b.weight)]
-        stacked.append([F.pad(b.ids, (0, length - own)), *parts])
-    return Rows(*(torch.stack(parts) for parts in zip(*stacked)))
+    """Stacked batches with `counts[kind]` rows of every kind."""
+    draws = Draws(pools, dict.fromkeys(pools, random.Random(seed)))
+    return draws.batches([kind for kind, n in counts.items() for _ in range(n)], steps, DOMAIN_LENGTH)
 
 
 # ---- measuring ----
@@ -70,15 +55,15 @@ def answered(built: Built, rows: Rows, base: Any = None) -> dict[str, Any]:
     most = int(rows.row.bincount().max()) if len(rows.row) else 1
     step = max(1, min(100, LOGITS // most))  # rows of a forward; several workers share a GPU
     for start in range(0, len(rows.ids), step):
-        mine = (rows.row >= start) & (rows.row < start + step)
-        ids, where, target = rows.ids[start : start + step], rows.where[mine] - start * length, rows.target[mine]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        chunk = (rows.row >= start) & (rows.row < start + step)
+        ids, where, target = rows.ids[start : start + step], rows.where[chunk] - start * length, rows.target[chunk]
+        with autocast(ids.device):
             logits = logits_at(built, ids, where).float()
             if base is not None:
-                reference = base.lm_head(_trunk(base, ids).flatten(0, 1)[where]).float().log_softmax(-1)
+                reference = base.lm_head(final_states(base, ids).flatten(0, 1)[where]).float().log_softmax(-1)
                 kl += float((reference.exp() * (reference - logits.log_softmax(-1))).sum())
         loss += float(F.cross_entropy(logits, target, reduction="sum"))
-        right[rows.row[mine][logits.argmax(-1) != target]] = False
+        right[rows.row[chunk][logits.argmax(-1) != target]] = False
     count = max(len(rows.where), 1)
     return {"right": right, "loss": loss / count, "kl": kl / count}
 
@@ -104,88 +89,45 @@ def measure(built: Built, base: Any, tests: dict[str, Rows], forget: str) -> dic
 
 
 def optimise(
-    built: Built,
-    loss: Callable[[dict[str, Rows]], Tensor],
-    batches: dict[str, Rows],
-    rate: Callable[[int], float],
-    steps: int,
-    after: Callable[[int], bool] = lambda n: False,
-    clip: Callable[[], Any] | None = None,
-) -> Callable[..., int]:
-    """A function that trains `built` with AdamW, gradient norm at most 1, and returns the steps taken.
+    built: Built, loss: Callable[..., Tensor], batches: Sequence[Rows], clip: float | Callable[[], Any] = 1.0
+) -> Training:
+    """Training of `built` on a loss, which gets a batch of each of the stacked `batches`."""
+    device = batches[0].ids.device
 
-    Args:
-        batches: name -> stacked batches, one a step; `loss` gets one of each.
-        rate: step -> learning rate.
-        after: called with the number of steps done, 0 too; True ends the training.
-        clip: instead of clipping the norm of all parameters.
-
-    The function takes other `batches` of the same shapes and another `after`: one CUDA graph does for several
-    trainings. Their optimizer begins anew; resetting the weights is the caller's.
-    """
-    device = next(iter(batches.values())).ids.device
-    lr, cuda = torch.zeros((), device=device), device.type == "cuda"
-    optimizer = torch.optim.AdamW(built.parameters, lr=lr, weight_decay=0.0, capturable=cuda, foreach=cuda)
-    fixed = {name: Rows(*(t[0].clone() for t in vars(rows).values())) for name, rows in batches.items()}
-
-    def step() -> None:
-        for parameter in built.parameters:
-            parameter.grad = None
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            value = loss(fixed)
+    def gradients(*batch: Rows) -> Tensor:
+        with autocast(device):
+            value = loss(*batch)
         value.backward()
-        nn.utils.clip_grad_norm_(built.parameters, 1.0) if clip is None else clip()
-        optimizer.step()
+        return value.detach()
 
-    run = capture(step, built, optimizer) if cuda else step
-
-    def training(batches: dict[str, Rows] = batches, after: Callable[[int], bool] = after) -> int:
-        for state in optimizer.state.values():
-            for entry in state.values():
-                entry.zero_()
-        if after(0):
-            return 0
-        for n in range(steps):
-            lr.fill_(rate(n))
-            for name, rows in batches.items():
-                for into, source in zip(vars(fixed[name]).values(), vars(rows).values()):
-                    into.copy_(source[n])
-            run()
-            if after(n + 1):
-                return n + 1
-        return steps
-
-    return training
+    return Training([built.parameters], gradients, fixed=[rows.at(0) for rows in batches], clip=clip)
 
 
 def answer_loss(built: Built, rows: Rows) -> Tensor:
     """Cross-entropy of the counted tokens, a mean over rows."""
-    losses = F.cross_entropy(logits_at(built, rows.ids, rows.where).float(), rows.target, reduction="none")
-    return (losses * rows.weight).sum() / len(rows.ids)
+    return row_loss(logits_at(built, rows.ids, rows.where), rows)
 
 
 def teach(
     built: Built, pools: dict[str, list[Encoded]], counts: dict[str, int], given: dict[str, Any], seed: int
 ) -> None:
-    """Linear warm-up and decay, as studies/quality/run.py has them."""
+    """Train on `counts` rows of every kind a step, with linear warm-up and decay."""
     device = next(built.model.parameters()).device
-    steps, warmup = given["steps"], given["warmup"]
+    steps, warmup, lr = given["steps"], given["warmup"], given["learning_rate"]
 
-    def rate(n: int) -> float:
-        return given["learning_rate"] * ((n + 1) / warmup if n < warmup else (steps - n) / (steps - warmup))
+    def loss(rows: Rows) -> Tensor:
+        return answer_loss(built, rows) + (built.extra() if built.extra else 0.0)
 
-    def loss(batch: dict[str, Rows]) -> Tensor:
-        return answer_loss(built, batch["all"]) + (built.extra() if built.extra else 0.0)
-
-    clip = (lambda: built.model.clip_bundle_grads(1.0)) if built.extra else None  # type: ignore[operator]
-    optimise(built, loss, {"all": drawn(pools, counts, steps, seed).to(device)}, rate, steps, clip=clip)()
+    clip: Any = (lambda: built.model.clip_bundle_grads(1.0)) if built.extra else 1.0  # type: ignore[operator]
+    rows = drawn(pools, counts, steps, seed).to(device)
+    optimise(built, loss, [rows], clip).run(batches_of(rows), lambda n: [lr * warmup_decay(n, steps, warmup)])
 
 
 def lora(base: Any, seed: int) -> Built:
     torch.manual_seed(seed)
     model: Any = get_peft_model(copy.deepcopy(base), PEFT_METHODS["lora_r16"]())
     inner = model.get_base_model()
-    return Built(model, lambda ids: _trunk(inner, ids), [p for p in model.parameters() if p.requires_grad])
+    return Built(model, lambda ids: final_states(inner, ids), [p for p in model.parameters() if p.requires_grad])
 
 
 def lora_weights(built: Built) -> dict[str, Tensor]:
@@ -200,7 +142,7 @@ def state_at(model: Any, ids: Tensor, layer: int) -> Tensor:
     kept: list[Any] = []
     handle = model.model.layers[layer].register_forward_hook(lambda module, args, output: kept.append(output))
     try:
-        _trunk(model, ids)
+        final_states(model, ids)
     finally:
         handle.remove()
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
@@ -228,12 +170,11 @@ def rmu_loss(built: Built, frozen: Any, rows: Rows, given: dict[str, Any], seed:
     direction = torch.rand(inner.config.hidden_size, generator=torch.Generator().manual_seed(seed)).to(length.device)
     target = direction / direction.norm() * length
 
-    def loss(batch: dict[str, Rows]) -> Tensor:
-        forget, retain = batch["forget"].ids, batch["retain"].ids
+    def loss(forget: Rows, retain: Rows) -> Tensor:
         with torch.no_grad():
-            kept = state_at(frozen, retain, layer).float()
-        away = mean((state_at(inner, forget, layer).float() - target).square().sum(-1), forget)
-        stay = mean((state_at(inner, retain, layer).float() - kept).square().sum(-1), retain)
+            kept = state_at(frozen, retain.ids, layer).float()
+        away = mean((state_at(inner, forget.ids, layer).float() - target).square().sum(-1), forget.ids)
+        stay = mean((state_at(inner, retain.ids, layer).float() - kept).square().sum(-1), retain.ids)
         return (away + given["retain"] * stay) / length**2
 
     return loss
@@ -251,33 +192,30 @@ def unlearn(
     """Train the LoRA until the forget set is answered no better than `below`; {"steps", "removed", "curve"}."""
     forget, settings = given["forget"], given["unlearn"]
     retained = {kind: settings["rows"] // (len(pools) - 1) for kind in pools if kind != forget}
-    batches = {
-        "forget": drawn(pools, {forget: settings["rows"]}, settings["steps"], seed).to(test.ids.device),
-        "retain": drawn(pools, retained, settings["steps"], seed + 1).to(test.ids.device),
-    }
+    device, steps = test.ids.device, settings["steps"]
+    forgotten = drawn(pools, {forget: settings["rows"]}, steps, seed).to(device)
+    batches = [forgotten, drawn(pools, retained, steps, seed + 1).to(device)]
+    loss: Callable[..., Tensor]
     if method == "rmu":
         frozen = copy.deepcopy(built.model).merge_and_unload()  # type: ignore[operator]
-        loss = rmu_loss(built, frozen.requires_grad_(False), batches["forget"], settings, seed)
+        loss = rmu_loss(built, frozen.requires_grad_(False), forgotten, settings, seed)
     elif method == "ascent":
-        batches.pop("retain")
-
-        def loss(batch: dict[str, Rows]) -> Tensor:
-            return -answer_loss(built, batch["forget"])
+        batches = [forgotten]
+        loss = lambda forget: -answer_loss(built, forget)  # noqa: E731
     else:
+        loss = lambda forget, retain: answer_loss(built, retain) - answer_loss(built, forget)  # noqa: E731
 
-        def loss(batch: dict[str, Rows]) -> Tensor:
-            return answer_loss(built, batch["retain"]) - answer_loss(built, batch["forget"])
-
+    training = optimise(built, loss, batches)
     curve: list[list[float]] = []
 
-    def after(n: int) -> bool:
-        if n % settings["every"] == 0 or n == settings["steps"]:
-            curve.append([n, float(answered(built, test)["right"].float().mean())])
+    def after(done: int, _: Tensor | None = None) -> bool:
+        if done % settings["every"] == 0 or done == steps:
+            curve.append([done, float(answered(built, test)["right"].float().mean())])
             return curve[-1][1] <= settings["below"]
         return False
 
-    steps = optimise(built, loss, batches, lambda n: rate, settings["steps"], after)()
-    return {"steps": steps, "removed": curve[-1][1] <= settings["below"], "curve": curve}
+    done = 0 if after(0) else training.run(batches_of(*batches), lambda n: [rate], after)
+    return {"steps": done, "removed": curve[-1][1] <= settings["below"], "curve": curve}
 
 
 # ---- bringing it back ----
@@ -299,7 +237,7 @@ def relearn(model: Any, pairs: list[Encoded], test: Rows, given: dict[str, Any],
     parameters = [p for name, p in model.named_parameters() if "relearn" in name]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    built = Built(model, lambda ids: _trunk(model, ids), parameters)
+    built = Built(model, lambda ids: final_states(model, ids), parameters)
     start, steps = [p.detach().clone() for p in parameters], max(settings["at"])
     part = round(settings["part"] * len(pairs))
     taught = {
@@ -308,34 +246,20 @@ def relearn(model: Any, pairs: list[Encoded], test: Rows, given: dict[str, Any],
     }
     length = max(rows.ids.shape[2] for rows in taught.values())
     most = max(rows.where.shape[1] for rows in taught.values())
-    taught = {name: widened(rows, length, most) for name, rows in taught.items()}
-    training = optimise(
-        built,
-        lambda batch: answer_loss(built, batch["facts"]),
-        {"facts": taught["all"]},
-        lambda n: settings["learning_rate"] * min(1.0, (n + 1) / 5),
-        steps,
-    )
+    taught = {name: widen(rows, length, most) for name, rows in taught.items()}
+    training = optimise(built, lambda rows: answer_loss(built, rows), [taught["all"]])
     curves: dict[str, list[list[float]]] = {name: [] for name in taught}
     for name, rows in taught.items():
         with torch.no_grad():
             for parameter, value in zip(parameters, start):
                 parameter.copy_(value)
 
-        def after(n: int, name: str = name) -> bool:
-            if n in settings["at"]:
+        def after(done: int, _: Tensor | None = None, name: str = name) -> None:
+            if done in settings["at"]:
                 right = answered(built, test)["right"].float()
                 shares = [right] if name == "all" else [right[:part], right[part:]]
-                curves[name].append([n, *(float(share.mean()) for share in shares)])
-            return False
+                curves[name].append([done, *(float(share.mean()) for share in shares)])
 
-        training({"facts": rows}, after)
+        after(0)
+        training.run(batches_of(rows), lambda n: [settings["learning_rate"] * min(1.0, (n + 1) / 5)], after)
     return curves
-
-
-def widened(rows: Rows, length: int, most: int) -> Rows:
-    """Stacked batches with that many tokens a row and counted places a batch."""
-    own = rows.ids.shape[2]
-    where = rows.where // own * length + rows.where % own
-    parts = [F.pad(t, (0, most - t.shape[1])) for t in (where, rows.target, rows.row, rows.weight)]
-    return Rows(F.pad(rows.ids, (0, length - own)), *parts)

@@ -1,7 +1,7 @@
 """The bundles that rl_separate.py trained as folders to push, each with a card and its alpha sweep.
 
 python recipes/rl_separate.py --cards --seed 0 --output outputs/0  # measures every bundle, writes bundles/<name>/
-python studies/rl_separate/cards.py outputs/0 outputs/1 outputs/2  # the first run's cards again, with three seeds
+python -m studies.rl_separate.cards outputs/0 outputs/1 outputs/2  # the first run's cards again, with three seeds
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peft_bundles
 from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss
+from studies.records import write as write_record
 
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -102,7 +103,7 @@ def write(runs: list[dict[str, Any]], folder: Path) -> None:
         raise ValueError(f"seeds {seeds}: one run is there twice.")
     for name in runs[0]["bundles"]:
         records = [{k: run[k] for k in RECORDED} | {"bundle": run["bundles"][name]} for run in runs]
-        (folder / name / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+        write_record(folder / name / "results.json", records)
         # The control of one adapter has a bundle that the settings do not name, and all losses.
         own = runs[0]["settings"]["bundles"].get(name, {"signals": ("lm", "preference", "policy")})["signals"]
         kinds = dict.fromkeys(signal if signal in DATA else "rl" for signal in own)

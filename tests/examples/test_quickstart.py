@@ -24,14 +24,14 @@ def verse(number: int) -> str:
 
 @pytest.fixture
 def modules(monkeypatch):
-    """(quickstart, _data), with invented plays; docs and manual are the real ones, which are installed."""
+    """(quickstart, corpora), with invented plays; docs and manual are the real ones, which are installed."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import quickstart
 
-    from studies.data import smollm as _data
+    from studies.data import corpora
 
-    monkeypatch.setattr(_data, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
-    return quickstart, _data
+    monkeypatch.setattr(corpora, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
+    return quickstart, corpora
 
 
 @pytest.fixture
