@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
 from models import TINY
 from peft import get_peft_model
 from training import arguments, config, tokenizer
