@@ -30,7 +30,7 @@ class Training:
         fixed: a first batch of `Rows`, whose shapes all batches have; none: the batches are read as they are.
         decay: weight decay.
         clip: the largest norm of each group's gradient, or a function that clips, or None.
-        update: the optimizer's step; a function of the optimizer.
+        update: replaces the optimizer's step; a function of the optimizer.
         around: makes the context of every step.
         graph: capture the step where `fixed` and a GPU allow it.
 
@@ -55,7 +55,7 @@ class Training:
         fixed: Sequence[Rows] = (),
         decay: float = 0.0,
         clip: float | Callable[[], Any] | None = None,
-        update: Callable[[torch.optim.Optimizer], Any] = torch.optim.Optimizer.step,
+        update: Callable[[torch.optim.Optimizer], Any] | None = None,
         around: Callable[[], Any] = nullcontext,
         graph: bool = True,
     ) -> None:
@@ -132,7 +132,10 @@ class Training:
         elif self.clip is not None:
             for group in self.groups:
                 nn.utils.clip_grad_norm_(group, self.clip)
-        self.update(self.optimizer)
+        if self.update is None:
+            self.optimizer.step()
+        else:
+            self.update(self.optimizer)
 
     def _capture(self) -> None:
         """Record a step; the parameters and AdamW's state are then as they were before the warm-up that it needs."""

@@ -7,6 +7,7 @@ transformers draws other numbers than on the day the files were written, and the
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from transformers import PreTrainedModel
 
 import peft_bundles
 from peft_bundles import PRESETS, BundleConfig
+from peft_bundles.config import FORMAT_VERSION
 
 
 GOLDEN = Path(__file__).parent / "golden"
+CONFIG = "adapter_config.json"
 WEIGHTS, EXPECTED, BASIS = "adapter_model.safetensors", "expected.safetensors", "basis.safetensors"
 KEYS_OF_BASIS = ("bundle_basis", "bundle_mean", "bundle_scale")
 FOLDERS = sorted(path.parent.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob(EXPECTED))
@@ -149,16 +152,30 @@ def test_saved_again_it_is_the_same(name, tmp_path):
     assert same_tensors(outputs(model, tensors["input_ids"], alphas), outputs(again, tensors["input_ids"], alphas))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_free_projector_and_identity_kind(name):
-    """To be refused with a sentence once they are gone; until then they load."""
-    model = loaded(name)
-    assert same_tensors(get_peft_model_state_dict(model), load_file(GOLDEN / name / WEIGHTS))
-    assert_expected(model, name)
+@pytest.mark.parametrize("name", ["refused_free", "refused_identity"])
+def test_free_projector_and_identity_kind_are_refused(name):
+    with pytest.raises(
+        ValueError, match=r"no longer supported since version 0\.2; use .*, or load .* with peft-bundles 0\.1"
+    ):
+        loaded(name)
+    with pytest.raises(ValueError, match=r"no longer supported since version 0\.2"):
+        peft_bundles.compose(base("llama"), [GOLDEN / name])
 
 
 def test_refused_folders_are_among_the_files():
     assert REFUSED == ["refused_free", "refused_identity"]
+
+
+def test_a_file_without_a_format_version_has_version_1_and_a_newer_one_is_refused(tmp_path):
+    folder = tmp_path / "newer"
+    shutil.copytree(GOLDEN / "kind_mlp_none", folder)
+    values = json.loads((folder / CONFIG).read_text())
+    assert "format_version" not in values
+    assert BundleConfig.from_pretrained(str(folder)).format_version == 1
+    (folder / CONFIG).write_text(json.dumps({**values, "format_version": FORMAT_VERSION + 1}))
+    for load in (lambda: quietly_loaded(base("llama"), folder), lambda: peft_bundles.compose(base("llama"), [folder])):
+        with pytest.raises(ValueError, match=r"newer version of peft-bundles.*pip install --upgrade"):
+            load()
 
 
 def test_several_adapters(tmp_path):

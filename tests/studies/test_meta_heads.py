@@ -14,9 +14,8 @@ from training import tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 from peft_bundles.objectives.heads import subspace  # noqa: E402
-from peft_bundles.objectives.intrinsic import Curiosity  # noqa: E402
+from peft_bundles.objectives.rollout_heads import Curiosity  # noqa: E402
 from peft_bundles.objectives.tokens import token_logprobs  # noqa: E402
 from studies.heads import bench as meta_heads_bench  # noqa: E402
 from studies.heads import make_data as meta_heads_data  # noqa: E402

@@ -28,7 +28,7 @@ from peft_bundles.objectives import (
     Preference,
     Temporal,
 )
-from peft_bundles.objectives.base import TAU
+from peft_bundles.objectives.batches import TAU
 from peft_bundles.objectives.topical import RowTopics
 from peft_bundles.routers.topics import MASKS, TopicRouting
 from peft_bundles.trainer import BundleTrainer
