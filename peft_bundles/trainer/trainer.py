@@ -22,9 +22,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..objectives.base import Batch, Objective, Share
-from ..objectives.forward import Forward, seeded
+from ..objectives.base import Objective
+from ..objectives.batches import Batch, Share
+from ..objectives.forward import Forward
 from ..objectives.kl_clamp import KLClamp
+from ..objectives.seeding import seeded
 from ..routing.backward import routed_backward
 from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
 from ..routing.routes import routing_column
