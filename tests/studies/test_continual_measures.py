@@ -11,6 +11,7 @@ from studies.measures import continual, representations
 from studies.measures.continual import Run
 
 
+pytestmark = pytest.mark.studies
 # Three tasks, trained as 0, 1, 2; rows: before, after each phase.
 TABLE = np.array([[0.0, 0.1, 0.2], [0.8, 0.1, 0.3], [0.5, 0.7, 0.3], [0.6, 0.4, 0.9]])
 ORDER = [0, 1, 2]
