@@ -1,8 +1,7 @@
-"""The command `peft-bundles`: look at bundles, combine, share, dial and sweep them from a shell.
+"""The command `peft-bundles`: describe, compose, share, generate with and sweep bundles from a shell.
 
-A module beside the package and not in it: importing peft_bundles takes torch, transformers and PEFT along, ten seconds
-on a slow machine (docs/decisions.md), and help and tab completion must not wait for that. Each command imports what it
-needs.
+This module is beside the package, not in it: `import peft_bundles` imports torch, transformers and PEFT, which takes
+seconds, and help and tab completion must be fast. So each command imports the package itself.
 """
 
 from __future__ import annotations
@@ -17,17 +16,23 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError:
+    raise SystemExit(
+        "error: the command peft-bundles needs typer, which is not installed; run: pip install 'peft-bundles[cli]'"
+    ) from None
 
 
 CONFIG = "adapter_config.json"
-# BadParameter < UsageError < ClickException, which typer gives no name of its own: wrong options, unknown commands.
+# The base class of BadParameter, for wrong options and unknown commands; typer does not export it.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
 
 class OneLineErrors(TyperGroup):
-    """Whatever goes wrong is one line on stderr and an exit code: 2 for a command that was typed wrong, else 1."""
+    """Print every error as one line on stderr. Exit code 2 is for a mistyped command, 1 for all other errors."""
 
     def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
@@ -36,11 +41,9 @@ class OneLineErrors(TyperGroup):
             code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See peft-bundles --help.", 2)
         except typer.Abort:
             code = _fail("interrupted", 130)
-        except ImportError as error:
-            code = _fail(f"{error}; install the rest with: pip install 'peft-bundles[analysis]'", 1)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
             code = _fail(str(error), 1)
-        except Exception as error:  # a defect of ours; still no traceback
+        except Exception as error:  # a bug, but still no traceback
             code = _fail(f"{type(error).__name__}: {error}", 1)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
@@ -52,8 +55,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         print(importlib.metadata.version("peft-bundles"))
         raise typer.Exit
 
@@ -68,17 +71,17 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show it and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Named low-rank bundles: look at them, combine, share, dial and sweep them."""
+    """Named low-rank bundles: describe, compose, share, generate and sweep."""
 
 
-# ---- what options mean ----
+# ---- options ----
 
 
 def _bundles_in(folder: str) -> list[str]:
-    """Names of the bundles of a local adapter folder (or `folder:bundle`), from its config; none if it is none."""
+    """Names of the bundles in a local adapter folder, or in `folder:bundle`; [] for anything else."""
     head, _, bundle = folder.rpartition(":")
     if bundle and head and Path(head).is_dir():
         return [bundle]
@@ -89,7 +92,7 @@ def _bundles_in(folder: str) -> list[str]:
 
 
 def _complete_bundle(ctx: typer.Context, incomplete: str) -> list[str]:
-    sources = ctx.params.get("sources") or ctx.args  # unfinished, the line is not parsed to its end
+    sources = ctx.params.get("sources") or ctx.args  # an unfinished line is not parsed to its end
     names = [name for source in sources for name in _bundles_in(source)]
     return [name for name in names if name.startswith(incomplete)]
 
@@ -98,39 +101,39 @@ def _complete_alpha(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{name}=" for name in _complete_bundle(ctx, incomplete.partition("=")[0])]
 
 
-RESULTS = 'JSON file for the card: [{"task", "metric", "value", or "values" by seed; "seeds", "base" if known}, ...].'
+RESULTS = 'JSON file for the card: [{"task", "metric", "value" (or "values" per seed), "seeds", "base"}, ...].'
 Sources = Annotated[
-    list[str], typer.Argument(help="Adapters: folder, folder:bundle, repo, repo:bundle or repo@revision:bundle.")
+    list[str], typer.Argument(help="Adapters, as folder, folder:bundle, repo, repo:bundle or repo@revision:bundle.")
 ]
-Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model; else the one the adapter names.")]
+Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model. Default: as the adapter says.")]
 Alphas = Annotated[
     list[str] | None,
     typer.Option(
         "--alpha",
         metavar="BUNDLE=NUMBER",
-        help="Gate of a bundle: 0 off, 1 as trained. Once for each.",
+        help="Alpha of a bundle: 0 off, 1 as trained. May be repeated.",
         autocompletion=_complete_alpha,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Rename = Annotated[bool, typer.Option("--rename", help="Rename bundles whose names clash.")]
-Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token of the Hub, for private repositories.")]
+Rename = Annotated[bool, typer.Option("--rename", help="If two bundles have one name, rename the second.")]
+Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token, for private repositories.")]
 Results = Annotated[Path | None, typer.Option(help=RESULTS)]
-Figure = Annotated[Path | None, typer.Option(help="Picture for the card.")]
-Data = Annotated[str | None, typer.Option(help="What the card says of the training data.")]
+Figure = Annotated[Path | None, typer.Option(help="Picture for the card, copied into the folder.")]
+Data = Annotated[str | None, typer.Option(help="The training data, in words, for the card.")]
 
 
 def _numbers(alphas: list[str] | None) -> dict[str, float]:
     """["b_logic=0.5"] -> {"b_logic": 0.5}."""
-    found = {}
+    numbers: dict[str, float] = {}
     for text in alphas or ():
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise typer.BadParameter(f"--alpha {text!r} must be BUNDLE=NUMBER, such as b_logic=0.5.")
-        if name in found:
-            raise typer.BadParameter(f"--alpha {name} is given twice; give one number a bundle.")
-        found[name] = _number(f"--alpha {text}", value)
-    return found
+            raise typer.BadParameter(f"--alpha {text!r} is incomplete; write BUNDLE=NUMBER, e.g. b_logic=0.5.")
+        if name in numbers:
+            raise typer.BadParameter(f"--alpha {name} is given twice; give one number per bundle.")
+        numbers[name] = _number(f"--alpha {text}", value)
+    return numbers
 
 
 def _number(what: str, value: str) -> float:
@@ -139,16 +142,17 @@ def _number(what: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise typer.BadParameter(f"{what}: {value!r} is no finite number; give one such as 0.5.")
+        raise typer.BadParameter(f"{what}: {value!r} is no finite number; give one, e.g. 0.5.")
     return number
 
 
-def _known(model: Any, names: Any) -> None:
+def _check_bundles(model: Any, names: Any) -> None:
+    """Refuse names of bundles that the model does not have."""
     from peft_bundles.core.walking import state_of
 
-    known = state_of(model).bundle_names()
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"there is no bundle {unknown[0]!r}; the bundles are {', '.join(known)}.")
+    bundles = state_of(model).bundle_names()
+    if unknown := [name for name in names if name not in bundles]:
+        raise ValueError(f"there is no bundle {unknown[0]!r}; name one of {', '.join(bundles)}.")
 
 
 def _results(path: Path | None) -> Any:
@@ -157,7 +161,7 @@ def _results(path: Path | None) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"--results {path} is not valid JSON ({error}).") from error
+        raise ValueError(f"--results {path} is not valid JSON ({error}); give a JSON file.") from error
 
 
 # ---- models ----
@@ -175,16 +179,16 @@ def _load(sources: list[str], base: str | None, token: str | None = None, rename
     if base is None:
         base = read_source(sources[0], token)[0].config.base_model_name_or_path
         if not base:
-            raise ValueError(f"{sources[0]} does not name its base model; give it with --base.")
+            raise ValueError(f"{sources[0]} does not say its base model; give it with --base.")
     base = str(Path(base).expanduser())
     fix = "give --base the folder or Hub id of the model that the bundles were trained on."
     if (Path(base) / CONFIG).is_file():
         raise ValueError(f"the base model {base!r} is an adapter itself; {fix}")
     try:
         if not Path(base).is_dir() and not isinstance(try_to_load_from_cache(base, "config.json"), str):
-            HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would try for minutes
+            HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would retry for minutes
         loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", token=token)
-    except Exception as error:  # a Hub that does not answer is an error of whatever HTTP client is under it
+    except Exception as error:  # without a network, the type of the error is that of the HTTP client
         raise ValueError(f"the base model {base!r} cannot be loaded ({error}); {fix}") from error
     model = peft_bundles.compose(loaded, sources, rename=rename, token=token)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
@@ -196,7 +200,7 @@ def _tokenizer(base: str, token: str | None) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(base, token=token)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the base model {base!r} has no tokenizer ({error}).") from error
+        raise ValueError(f"the base model {base!r} has no tokenizer ({error}); give one with --base.") from error
 
 
 def _show(as_json: bool, values: dict[str, Any], text: str) -> None:
@@ -215,12 +219,12 @@ def report(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show ranks, overlaps and signals of bundles. Also their supports and parameters."""
+    """Show ranks, overlaps and signals of bundles."""
     model, name = _load(sources, base, token, rename)
     from peft_bundles import report as describe
     from peft_bundles.core.walking import state_of
 
-    found = {adapter: describe(model, adapter, angles=angles) for adapter in state_of(model).configs}
+    reports = {adapter: describe(model, adapter, angles=angles) for adapter in state_of(model).configs}
     values = {
         adapter: {
             "bundles": each.rows,
@@ -228,9 +232,9 @@ def report(
             "angles": None if each.angles is None else each.angles.nan_to_num(-1).tolist(),
             "header": each.header,
         }
-        for adapter, each in found.items()
+        for adapter, each in reports.items()
     }
-    _show(as_json, {"base": name, "adapters": values}, "\n\n".join(map(str, found.values())))
+    _show(as_json, {"base": name, "adapters": values}, "\n\n".join(map(str, reports.values())))
 
 
 @app.command()
@@ -242,9 +246,9 @@ def compose(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one adapter of several bundles. Those of several bases get a subfolder a basis."""
+    """Make one adapter of several bundles. Bundles of several bases get a subfolder per basis."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not an empty folder; name a new one.")
+        raise ValueError(f"--output {output} exists and is not an empty folder; give a new one.")
     model, name = _load(sources, base, token, rename)
     from peft_bundles.core.checkpoints import write
     from peft_bundles.sharing.composing import composition
@@ -260,10 +264,10 @@ def compose(
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(help="Adapter with the bundle: folder, or folder:bundle of several.")],
-    repo: Annotated[str, typer.Argument(help="Repository of the Hub, made if there is none.")],
+    source: Annotated[str, typer.Argument(help="The bundle, as folder, or as folder:bundle of several.")],
+    repo: Annotated[str, typer.Argument(help="Hub repository, created if there is none.")],
     base: Base = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     results: Results = None,
     figure: Figure = None,
@@ -271,18 +275,20 @@ def push(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Push one bundle to the Hub, with a card. That is the one in its folder; a new one if the folder has none, holds
-    several bundles, or --results, --figure or --data say what is to be in it."""
-    wanted = _results(results)
+    """Push one bundle to the Hub, with a model card.
+
+    The card of the folder is used if the folder holds only this bundle and none of --results, --figure and --data is
+    given. Otherwise a new card is written."""
+    rows = _results(results)
     model, _ = _load([source], base, token)
     import peft_bundles
     from peft_bundles.core.walking import state_of
 
     bundles = state_of(model).bundle_names()
     if len(bundles) != 1:
-        raise ValueError(f"{source} has the bundles {', '.join(bundles)}; push one of them, as {source}:{bundles[0]}.")
+        raise ValueError(f"{source} has the bundles {', '.join(bundles)}; push one, e.g. {source}:{bundles[0]}.")
     picture = None if figure is None else str(figure)
-    own = wanted is None and picture is None and data is None and _bundles_in(source) == bundles
+    use_card = rows is None and picture is None and data is None and _bundles_in(source) == bundles
     folder = Path(source).expanduser()
     url = peft_bundles.push_bundle(
         model,
@@ -291,18 +297,18 @@ def push(
         private=private,
         token=token,
         revision=revision,
-        results=wanted,
+        results=rows,
         figure=picture,
         data=data,
-        card=folder if own and (folder / "README.md").is_file() else None,
+        card=folder if use_card and (folder / "README.md").is_file() else None,
     )
     _show(as_json, {"bundle": bundles[0], "url": url}, url)
 
 
 @app.command()
 def pull(
-    source: Annotated[str, typer.Argument(help="repo, repo:bundle or repo@revision:bundle.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to put it in; else it stays in the Hub's cache.")] = None,
+    source: Annotated[str, typer.Argument(help="The bundle, as repo, repo:bundle or repo@revision:bundle.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write it to. Default: the Hub's cache.")] = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
@@ -316,26 +322,26 @@ def pull(
 @app.command()
 def generate(
     sources: Sources,
-    prompt: Annotated[str, typer.Option(help="Text to go on with.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
     alpha: Alphas = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     base: Base = None,
     rename: Rename = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text with the bundles dialled. For example: generate FOLDER --prompt TEXT --alpha b_logic=0.5"""
+    """Generate text at given alphas. For example: generate FOLDER --prompt TEXT --alpha b_logic=0.5"""
     alphas = _numbers(alpha)
     model, name = _load(sources, base, token, rename)
-    _known(model, alphas)
+    _check_bundles(model, alphas)
     tokenizer = _tokenizer(name, token)
     import torch
 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].shape[1]:
-        raise ValueError("--prompt has no token; give some text.")
+        raise ValueError(f"--prompt {prompt!r} has no token; give some text.")
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -350,41 +356,41 @@ def generate(
 @app.command()
 def sweep(
     sources: Sources,
-    bundle: Annotated[str, typer.Option(help="Whose alpha to turn.", autocompletion=_complete_bundle)],
+    bundle: Annotated[str, typer.Option(help="Bundle whose alpha changes.", autocompletion=_complete_bundle)],
     text: Annotated[
-        list[str], typer.Option(metavar="TASK=FILE", help="A text file to score, under a name. Once for each.")
+        list[str], typer.Option(metavar="TASK=FILE", help="A text file to score, and its name. May be repeated.")
     ],
-    values: Annotated[str, typer.Option(help="Alphas, with commas.")] = "0,0.25,0.5,0.75,1,1.5",
-    own: Annotated[str | None, typer.Option(help="The bundle's own task: also print the selectivity.")] = None,
+    values: Annotated[str, typer.Option(help="Alphas, separated by commas.")] = "0,0.25,0.5,0.75,1,1.5",
+    own: Annotated[str | None, typer.Option(help="The bundle's own task; also prints the selectivity.")] = None,
     alpha: Alphas = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each file, from its start.")] = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows of a pass, alphas together.")] = 32,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read of each file.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 64,
+    max_rows: Annotated[int, typer.Option(min=1, help="Largest number of rows in a forward.")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write (needs matplotlib).")] = None,
     base: Base = None,
     rename: Rename = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score texts at many alphas of one bundle. The score is minus the loss, in nats a token."""
+    """Score texts at many alphas of one bundle. The score is minus the loss, in nats per token."""
     alphas = _numbers(alpha)
     points = [_number("--values", value) for value in values.split(",")]
     files: dict[str, str] = {}
     for item in text:
         task, _, path = item.partition("=")
         if not (task and path):
-            raise typer.BadParameter(f"--text {item!r} must be TASK=FILE, such as plays=hamlet.txt.")
+            raise typer.BadParameter(f"--text {item!r} is incomplete; write TASK=FILE, e.g. plays=hamlet.txt.")
         if task in files:
-            raise typer.BadParameter(f"--text {task} is given twice; give every file a name of its own.")
+            raise typer.BadParameter(f"--text {task} is given twice; give each file another name.")
         files[task] = path
         if not Path(path).is_file():
-            raise ValueError(f"--text {task}={path}: there is no such file.")
+            raise ValueError(f"--text {task}={path}: there is no such file; give a text file.")
     if own is not None and (own not in files or len(files) < 2 or 0.0 not in points):
-        raise typer.BadParameter(f"--own {own!r} must be one of two or more --text, with 0 among --values.")
+        raise typer.BadParameter(f"--own {own!r} needs that --text, at least one other --text, and 0 among --values.")
     if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
-        raise typer.BadParameter(f"--plot {plot} must be a .png, .svg or .pdf in a folder that exists.")
+        raise typer.BadParameter(f"--plot {plot} is no picture that can be written; give a .png, .svg or .pdf.")
     model, name = _load(sources, base, token, rename)
-    _known(model, [bundle, *alphas])
+    _check_bundles(model, [bundle, *alphas])
     tokenizer = _tokenizer(name, token)
     import torch
 
@@ -393,11 +399,11 @@ def sweep(
     tasks = {}
     for task, path in files.items():
         ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-        if not (found := min(rows, len(ids) // tokens)):
+        if not (count := min(rows, len(ids) // tokens)):
             raise ValueError(
                 f"--text {task}={path} has {len(ids)} tokens, fewer than a row of {tokens}; lower --tokens."
             )
-        tasks[task] = {"input_ids": torch.tensor(ids[: found * tokens]).view(found, tokens)}
+        tasks[task] = {"input_ids": torch.tensor(ids[: count * tokens]).view(count, tokens)}
     with model.alphas(alphas):
         result = alpha_sweep(model, bundle, points, negative_loss, tasks, max_rows=max_rows)
     if plot is not None:
@@ -422,24 +428,24 @@ def card(
     as_json: AsJson = False,
 ) -> None:
     """Write the model card of an adapter folder."""
-    wanted = _results(results)
+    rows = _results(results)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; name the folder of a saved adapter.")
+        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a saved adapter.")
     import peft_bundles
 
-    path = peft_bundles.write_card(folder, results=wanted, figure=None if figure is None else str(figure), data=data)
+    path = peft_bundles.write_card(folder, results=rows, figure=None if figure is None else str(figure), data=data)
     _show(as_json, {"card": str(path)}, str(path))
 
 
 def main() -> None:
-    """What the console script runs. Libraries say on stderr what matters, a line each, and show no progress bars."""
+    """Entry point of the console script. Libraries show no progress bars, and each warning takes one line."""
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a kernel that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about missing kernels at import
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
     warnings.simplefilter("ignore", FutureWarning)
     app(prog_name="peft-bundles")

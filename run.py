@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Set up and run: `python3 run.py demo` (the main job) or `python3 run.py test` (lint, types, tests).
+"""Set up and run: `python3 run.py demo` (the main job), `test` (lint, types, tests) or `compat` (other releases).
 
 Needs Python >= 3.10 with pip and venv, and nothing else: it makes its own virtual environment in `.venv`, and installs
 the versions of `constraints.txt`. Torch goes first: left to another package's requirement, pip would take the newest.
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = {"demo": "demo", "test": "dev,analysis,app,data,demo,umap"}
+EXTRAS = {"demo": "demo", "test": "dev,app,demo,docs,studies", "compat": "dev,app,demo,docs,studies"}
 
 
 def run(*command: str, **env: str) -> None:
@@ -46,6 +46,9 @@ def main() -> None:
     try:
         if task == "demo":
             subprocess.run([str(PYTHON), "examples/quickstart.py", *options], cwd=ROOT, check=True)
+            return
+        if task == "compat":
+            subprocess.run([str(PYTHON), ".ci/compat.py", *options], cwd=ROOT, check=True)
             return
         run("ruff", "check", ".")
         run("ruff", "format", "--check", ".")

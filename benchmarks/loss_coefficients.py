@@ -10,13 +10,12 @@ learning-rate multiplier, in the policy's bundle, and not at all.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
 from models import TINY
 from peft import get_peft_model
 from training import arguments, config, tokenizer
@@ -35,7 +34,7 @@ def run(seed: int, coefficient: float, multiplier: float = 1.0, own: bool = True
     if not own:
         made.bundles["b_policy"].signals["entropy"] = made.bundles["b_entropy"].signals.pop("entropy")
     model = get_peft_model(TINY["llama"](vocab_size=16, initializer_range=0.2), made)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         args = arguments(
             Path(folder), max_steps=60, per_device_train_batch_size=64, learning_rate=0.02, seed=seed, logging_steps=20,
             lr_multipliers={"ppo": 0.1, "b_entropy": multiplier},
@@ -44,6 +43,7 @@ def run(seed: int, coefficient: float, multiplier: float = 1.0, own: bool = True
             model, share, args, [{"prompt": p} for p in "bcdefgh"], tokenizer("abcdefghijkl"), max_completion_length=6,
             kl_in="reward", kl_coef=0.001, value_coef=0.5, entropy_coef=coefficient, generation={"min_new_tokens": 6},
         )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "ppo/reward" in entry]
     return {name: [round(entry[f"ppo/{name}"], 4) for entry in logs] for name in ("reward", "entropy")}

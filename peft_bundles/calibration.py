@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .config import BundleConfig
 from .core.basis import choose_basis, fingerprint
 from .core.layer import BundleLayer
-from .core.walking import state_of
+from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
 
 
 STATES = 4096  # states of every layer that are kept for `BundleModel.quiet_loss`
@@ -104,14 +104,8 @@ def calibrate(
         ValueError: no adapter or several and none named, texts without a tokenizer, or no usable token.
         RuntimeError: the adapter has been trained; another basis would make nonsense of its weights.
     """
-    state = state_of(model)
-    if adapter is None and len(state.configs) != 1:
-        raise ValueError(f"name the adapter to calibrate, one of {sorted(state.configs)}.")
-    adapter = adapter if adapter is not None else next(iter(state.configs))
-    if adapter not in state.configs:
-        raise ValueError(f"there is no bundle adapter {adapter!r}; there are {sorted(state.configs)}.")
-    config = state.configs[adapter]
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
+    adapter = resolve_adapter(model, adapter)
+    config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
     if not config.bundles:
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate.")
     if not states_only and any(is_trained(layer, adapter) for layer in layers):
@@ -200,12 +194,7 @@ def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, mome
 
 def is_trained(layer: BundleLayer, adapter: str) -> bool:
     """Whether some bundle adds anything: its last map is no longer zero."""
-    shapes = layer.packing(adapter).shapes
-    last = (
-        (layer.bundle_weight_out if shape.kind == "identity" else layer.bundle_up)[adapter][name]
-        for name, shape in shapes.items()
-    )
-    return any(bool(weight.detach().any()) for weight in last)
+    return any(bool(weight.detach().any()) for weight in layer.bundle_up[adapter].values())
 
 
 @contextmanager
@@ -221,7 +210,7 @@ def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[in
 
         return hook
 
-    every = [m for m in model.modules() if isinstance(m, BundleLayer)]  # other adapters may sit on other layers
+    every = bundle_layers(model)  # other adapters may sit on other layers
     off, training = [layer._disable_adapters for layer in every], {m: m.training for m in model.modules()}
     handles = [layer.get_base_layer().register_forward_hook(measure(layer)) for layer in layers]
     for layer in every:

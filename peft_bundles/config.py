@@ -18,11 +18,13 @@ from torch import nn
 from .taxonomy import PRESETS
 
 
-ADAPTERS = ("mlp", "linear", "diag", "identity", "full")
+ADAPTERS = ("mlp", "linear", "diag", "full")
 ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
-PROJECTIONS = ("none", "tied", "free")
+PROJECTIONS = ("none", "tied")
+REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 knew
+FORMAT_VERSION = 1  # of the checkpoints that this version writes; it reads this one and those before
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -62,6 +64,11 @@ def _check_number(owner: str, name: str, value: Any, low: float, high: float) ->
 
 
 def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value in REMOVED.get(name, ()):
+        raise ValueError(
+            f"{owner}: {name}={value!r} is no longer supported since version 0.2; use one of {', '.join(choices)}, or "
+            "load an adapter that was trained with it with peft-bundles 0.1."
+        )
     if value not in choices:
         raise ValueError(f"{owner}: {name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
@@ -112,7 +119,7 @@ class BundleSpec:
         signals: signal name -> weight in [0, 1]: 1 owns, 0 (or absent) is quarantined, between is attenuated.
         bottleneck: hidden width b_k of the adapter (int, or a fraction of r_k; for "full", of the hidden size).
             Only "mlp", "linear" and "full" have one. None takes the config's.
-        adapter: "mlp", "linear", "diag", "identity" or "full" (design.md section 2); None takes the config's.
+        adapter: "mlp", "linear", "diag" or "full"; None takes the config's.
         alpha: the gate this bundle has when nobody says otherwise.
         role: "general", "semantic" or "signal": a label for reports and trainers.
         topic: what a semantic bundle is about: a label for routers.
@@ -175,8 +182,7 @@ class BundleConfig(PeftConfig):
         adapter: adapter kind of bundles that name none.
         bottleneck: bottleneck of bundles that name none.
         projection: "none": a bundle reads and writes its columns of U as they are. "tied" puts a trained projector W_k
-            between, and its transpose behind; "free" gives the way back weights of its own. W costs parameters that
-            hidden units use better (docs/learning.md).
+            between, and its transpose behind. W costs parameters that hidden units use better (docs/learning.md).
         input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
         scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio
             of the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
@@ -224,11 +230,23 @@ class BundleConfig(PeftConfig):
     calibration: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     weights_digest: str | None = field(default=None, compare=False)
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PEFT and transformers take an adapter's tensors and then save its config. This is the digest of the tensors
+        # that were taken last, and becomes `weights_digest` in the file. In memory that field is None, but for a config
+        # that was read and whose tensors have not been loaded yet.
+        self.digest_to_save: str | None = None
         self.peft_type = PeftType("BUNDLE")
         me = "BundleConfig"
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"{me}: format_version={self.format_version!r} must be an int >= 1; the file is damaged.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"{me}: format_version={self.format_version} was written by a newer version of peft-bundles; this one "
+                f"reads formats up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-bundles."
+            )
         if self.preset is None and self.bundles is None:
             self.preset = "single_adapter"
         if self.preset is not None:
@@ -309,11 +327,6 @@ class BundleConfig(PeftConfig):
             raise ValueError(
                 f"bundle {name!r}: overlap={spec.overlap} already draws on {COMMON!r}; drop one of the two."
             )
-        if kind == "identity" and self.projection != "free":
-            raise ValueError(
-                f"bundle {name!r}: adapter='identity' with projection={self.projection!r} cannot start as the base "
-                "model; set projection='free'."
-            )
 
     @property
     def signals(self) -> list[str]:
@@ -329,8 +342,7 @@ class BundleConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's own, with bundles and sub-bases as lists: PEFT sorts the keys of the file, and their order matters."""
         values = asdict(self)
-        # Of the tensors that are being saved with this config, if any (`BundleModel._get_adapter_state_dict`).
-        values["weights_digest"] = vars(self).pop("_digest_to_save", self.weights_digest)
+        values["weights_digest"] = self.digest_to_save or self.weights_digest
         return {**values, "bundles": list(values["bundles"].values()), "sub_bases": list(values["sub_bases"].values())}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .core.basis import BundleShape, principal_angles, support_overlap
 from .core.layer import BundleLayer
-from .core.walking import state_of
+from .core.walking import adapter_layers, resolve_adapter, state_of
 
 
 @dataclass
@@ -58,17 +58,14 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def report(model: nn.Module, adapter: str, *, angles: bool = False) -> BundleReport:
+def report(model: nn.Module, adapter: str | None = None, *, angles: bool = False) -> BundleReport:
     """Describe one adapter of a model; `angles` also measures principal angles (a few SVDs per layer).
 
     Raises:
         ValueError: the model has no such adapter.
     """
-    state = state_of(model)
-    if adapter not in state.configs:
-        raise ValueError(f"there is no bundle adapter {adapter!r}; there are {sorted(state.configs)}.")
-    config = state.configs[adapter]
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
+    adapter = resolve_adapter(model, adapter)
+    config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
     packing = layers[0].packing(adapter)
     assert config.bundles is not None
     rows: list[dict[str, Any]] = [

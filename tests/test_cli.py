@@ -161,7 +161,7 @@ def test_card(folders, tmp_path):
     text = Path(found["card"]).read_text()
     assert "invented sums" in text and "sums" in text and "0.5" in text
     assert "is not valid JSON" in refused("card", tmp_path / "b", "--results", folders / "a.txt")
-    assert "has no adapter_config.json; name the folder of a saved adapter" in refused("card", tmp_path)
+    assert "has no adapter_config.json; give the folder of a saved adapter" in refused("card", tmp_path)
 
 
 def test_push_and_pull(folders, tmp_path):
@@ -204,35 +204,39 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=high"],
             2,
-            "'high' is no finite number; give one such as",
+            "'high' is no finite number; give one, e.g.",
         ),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=1", "--alpha", "b_mlp=0"], 2, "b_mlp is given twice"),
-        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"], 2, "must be BUNDLE=NUMBER, such as b_logic=0.5"),
+        (
+            ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"],
+            2,
+            "is incomplete; write BUNDLE=NUMBER, e.g. b_logic=0.5",
+        ),
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_x=1"],
             1,
-            "there is no bundle 'b_x'; the bundles are b_mlp, b_linear, b_diag",
+            "there is no bundle 'b_x'; name one of b_mlp, b_linear, b_diag",
         ),
-        (["generate", "{one}", "--prompt", ""], 1, "--prompt has no token; give some text"),
+        (["generate", "{one}", "--prompt", ""], 1, "--prompt '' has no token; give some text"),
         (["generate", "{one}", "--prompt", "a", "--max-new-tokens", "0"], 2, "'--max-new-tokens'"),
         (["report", "{root}/nowhere"], 1, "nowhere' is no folder that exists and no repository"),
         (["report", "{root}"], 1, "has no adapter_config.json"),
         (["report", "{one}:b_x"], 1, "has no bundle 'b_x'"),
         (["report", "{one}", "--base", "{root}/nowhere"], 1, "nowhere' cannot be loaded (Repo id must"),
         (["report", "{one}", "--base", "{one}"], 1, "is an adapter itself; give --base the folder or Hub id"),
-        (["push", "{one}", "me/x"], 1, "has the bundles b_mlp, b_linear, b_diag; push one of them, as"),
+        (["push", "{one}", "me/x"], 1, "has the bundles b_mlp, b_linear, b_diag; push one, e.g."),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a=nowhere.txt"],
             1,
-            "--text a=nowhere.txt: there is no such file",
+            "--text a=nowhere.txt: there is no such file; give a text file",
         ),
-        (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a.txt"], 2, "must be TASK=FILE, such as"),
+        (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a.txt"], 2, "is incomplete; write TASK=FILE, e.g."),
         (["sweep", "{one}", "--bundle", "b_mlp", *["--text", "a={root}/a.txt"] * 2], 2, "--text a is given twice"),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--plot", "{root}/plot.doc"],
             2,
-            "must be a .png, .svg or .pdf in a folder that exists",
+            "is no picture that can be written; give a .png, .svg or .pdf",
         ),
         (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
         (
@@ -243,7 +247,7 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--own", "a"],
             2,
-            "must be one of two or more",
+            "needs that --text, at least one other --text, and 0",
         ),
         (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--tokens", "9999"], 1, "lower --tokens"),
     ],
@@ -270,7 +274,7 @@ def test_what_a_stranger_may_give(folders, tmp_path):
         (spoilt("header", huge_header), "claims a header of 10,737,418,240 bytes in a file of 208", "base"),
         (good, "was trained on another base model or another revision of it", tmp_path / "other"),
         ("me/../x", "is no folder that exists and no repository", "base"),
-        (f"{good}:../b_mlp", "has no bundle '../b_mlp'; it has ['b_mlp']", "base"),
+        (f"{good}:../b_mlp", "has no bundle '../b_mlp'; name one of ['b_mlp']", "base"),
         (tmp_path / "../../nowhere", "is no folder that exists and no repository", "base"),
     ):
         for command in (
@@ -328,6 +332,22 @@ def test_a_process_fails_on_one_line(folders):
         "give --base the folder or Hub id of the model that the bundles were trained on."
     )
     assert time.perf_counter() - start < 120
+
+
+def test_without_typer_it_says_how_to_install_it():
+    code = "import sys; sys.modules['typer'] = None; import peft_bundles_cli"
+    path = str(Path(peft_bundles_cli.__file__).parent)
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path)
+    assert made.returncode == 1 and made.stdout == "" and made.stderr.count("\n") == 1
+    assert "pip install 'peft-bundles[cli]'" in made.stderr
+
+
+def test_a_plot_without_matplotlib_says_how_to_install_it(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = f"a={folders / 'a.txt'}"
+    options = ["--bundle", "b_mlp", "--values", "0,1", "--rows", 1, "--plot", tmp_path / "sweep.png"]
+    message = refused("sweep", folders / "one", "--text", text, *options)
+    assert "pip install 'peft-bundles[analysis]'" in message
 
 
 def test_help_does_not_wait_for_torch():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from ..config import BundleConfig
@@ -47,6 +50,57 @@ def find_blocks(model: nn.Module) -> list[str]:
         f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
         r"r'.*\.layers\.\d+'."
     )
+
+
+@dataclass
+class Injection:
+    """An adapter that is being attached: its name, its config, and the blocks that get its bundles.
+
+    Attributes:
+        layers: name of every block that was found -> number of its layer.
+        matches: name of every block -> whether it gets bundles, as PEFT answers that (true, false or excluded).
+        depth: number of layers of the model.
+    """
+
+    adapter: str
+    config: BundleConfig | None = None
+    layers: dict[str, int] = field(default_factory=dict)
+    matches: dict[str, Any] = field(default_factory=dict)
+    depth: int = 0
+
+    def choose_blocks(self, model: nn.Module, config: BundleConfig) -> None:
+        """Fill in the blocks, which have other names in an AutoModel than in a causal LM, so that no config keeps them.
+
+        Raises:
+            ValueError: no blocks found, `target_modules` that are no blocks, or layers that the model does not have.
+        """
+        matcher = copy.copy(config)
+        matcher.layers_to_transform = None  # PEFT would take the numbers for those of submodules
+        try:
+            layers = {name: number for number, name in enumerate(find_blocks(model))}
+        except ValueError:
+            if config.target_modules is None:
+                raise
+            layers = {}
+        self.depth = len(layers)
+        if config.target_modules is not None:
+            names = [name for name, _ in model.named_modules() if name and f".{CHILD}." not in f".{name}."]
+            named = [name for name in names if check_target_module_exists(matcher, name)]
+            leaves = [name for name in named if not any(True for _ in model.get_submodule(name).children())]
+            if leaves or config.target_modules == "all-linear":
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} names {leaves[0] if leaves else 'linear layers'}, but "
+                    "bundles sit on whole decoder blocks. Leave target_modules out: the blocks are found."
+                )
+            blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
+            layers = {name: layers[name] if blocks_only else number for number, name in enumerate(named)}
+            self.depth = self.depth if blocks_only else len(named)
+        numbers, chosen = set(layers.values()), cast("list[int] | None", config.layers_to_transform)
+        if chosen is not None and (wrong := sorted(set(chosen) - numbers)):
+            raise ValueError(f"layers_to_transform has {wrong}, but the layers are {sorted(numbers)}.")
+        matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
+        self.config, self.layers = config, layers
+        self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
 
 
 def base_shape(model: nn.Module) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import COMMON, BundleConfig, resolve_rank
 
 
+SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")  # keys of U, mu and sigma, which no bundle owns
 ALIGN = 8  # matrix sides that are no multiple of 16 bytes send bf16 products to kernels three times slower
 
 
@@ -111,6 +112,29 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
         hidden = resolve_rank(bottleneck, rank) if kind in ("mlp", "linear") else width
         shapes[name] = BundleShape(kind, rank, hidden, support.sort().values, width)
     return shapes
+
+
+def weight_shapes(config: BundleConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained weights of one layer by key, such as "bundle_down.<bundle>", in the order they are drawn.
+
+    Only `projection="tied"` has "bundle_weight" (the projector W_k); a "diag" bundle has no "bundle_down".
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in bundle_shapes(config, hidden_size).items():
+        if config.projection == "tied" and shape.kind != "full":
+            shapes[f"bundle_weight.{name}"] = (shape.rank, len(shape.support))
+        if shape.kind == "diag":
+            shapes[f"bundle_up.{name}"] = (shape.width,)
+        else:
+            shapes[f"bundle_down.{name}"] = (shape.hidden, shape.width)
+            shapes[f"bundle_up.{name}"] = (shape.width, shape.hidden)
+    return shapes
+
+
+def tensor_shapes(config: BundleConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of one layer in a checkpoint: `weight_shapes`, and U, mu and sigma (`SHARED`)."""
+    shared = {"bundle_basis": (hidden_size, basis_rank(config, hidden_size))}
+    return {**dict.fromkeys(SHARED, (hidden_size,)), **shared, **weight_shapes(config, hidden_size)}
 
 
 def draw_basis(hidden_size: int, rank: int, seed: int, layer: int) -> Tensor:

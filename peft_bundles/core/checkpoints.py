@@ -20,11 +20,18 @@ from torch import Tensor
 
 from ..config import BundleConfig
 from .base import CHILD
-from .basis import FINGERPRINT_TOLERANCE, basis_rank, bundle_shapes, draw_basis, fingerprint, sub_basis_columns
+from .basis import (
+    FINGERPRINT_TOLERANCE,
+    SHARED,
+    basis_rank,
+    draw_basis,
+    fingerprint,
+    sub_basis_columns,
+    tensor_shapes,
+)
 
 
 MAX_HEADER = 100_000_000  # bytes, as safetensors has it
-SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")
 
 
 @dataclass
@@ -165,11 +172,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
             + (f", only {WEIGHTS_NAME}, a pickle, which is never loaded." if pickled else ": it is half-written.")
         )
     tensors = read_tensors(path, source)[0]
-    if config.weights_digest is not None and config.weights_digest != weights_digest(tensors):
-        raise ValueError(
-            f"{source}: the tensors are not those that were saved with its config; the folder is half-written, damaged "
-            f'or was changed. If you changed it yourself, remove "weights_digest" from {CONFIG_NAME}.'
-        )
+    check_digest(config, tensors, source)
     by_head: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         head, child, tail = key.rpartition(f".{CHILD}.")
@@ -184,8 +187,13 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
         raise ValueError(f"{source} has tensors of {len(heads)} layers, but its config names {sorted(prints)}.")
     numbers = sorted(int(n) for n in prints)
     config.weights_digest = None
-    checkpoint = Checkpoint(config, {i: by_head[h] for i, h in zip(numbers, heads)}, dict(zip(numbers, heads)), source)
-    _check(checkpoint)
+    layers = {number: by_head[head] for number, head in zip(numbers, heads)}
+    checkpoint = Checkpoint(config, layers, dict(zip(numbers, heads)), source)
+    d = checkpoint.hidden_size
+    if not config.save_basis:
+        for number, layer in layers.items():
+            layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)
+    check_tensors(layers, config, d, source)
     return checkpoint
 
 
@@ -211,38 +219,60 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
         raise ValueError(f"{source}: {os.path.basename(path)} is no valid safetensors file ({error}).") from error
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    """Every tensor that the config asks for is there, of the right shape and finite; nothing else is."""
-    config, d, source = checkpoint.config, checkpoint.hidden_size, checkpoint.source
-    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(SHARED, (d,))
-    wanted["bundle_basis"] = (d, basis_rank(config, d))
-    for name, shape in bundle_shapes(config, d).items():
-        if config.projection != "none" and shape.kind != "full":
-            wanted[f"bundle_weight.{name}"] = (shape.rank, len(shape.support))
-            if config.projection == "free":
-                wanted[f"bundle_weight_out.{name}"] = (shape.rank, len(shape.support))
-        if shape.kind in ("mlp", "linear", "full"):
-            wanted[f"bundle_down.{name}"] = (shape.hidden, shape.width)
-            wanted[f"bundle_up.{name}"] = (shape.width, shape.hidden)
-        elif shape.kind == "diag":
-            wanted[f"bundle_up.{name}"] = (shape.hidden,)
-    for number, layer in checkpoint.layers.items():
-        if not config.save_basis:
-            layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)
+def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are not those that were saved with a config.
+
+    Raises:
+        ValueError: the config has a digest, and the tensors have another.
+    """
+    if config.weights_digest is not None and config.weights_digest != weights_digest(tensors):
+        raise ValueError(
+            f"{source}: the tensors are not those that were saved with its config; the folder is half-written, damaged "
+            f'or was changed. If you changed it yourself, remove "weights_digest" from {CONFIG_NAME}.'
+        )
+
+
+def check_tensors(
+    layers: Mapping[int, Mapping[str, Tensor]], config: BundleConfig, hidden_size: int, source: str
+) -> None:
+    """Refuse tensors that are not what the config says.
+
+    Args:
+        layers: number of the layer -> key -> tensor, as in `Checkpoint.layers`.
+        config: what they are checked against; layers without an entry in `basis_fingerprint` may have any basis.
+        hidden_size: of the base model.
+        source: where they came from, for messages.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape or not finite, sigma is not positive, or U is not
+            the basis that the config names.
+    """
+    wanted = tensor_shapes(config, hidden_size)
+    for number, layer in layers.items():
         where = f"{source}: layer {number}"
-        if wrong := sorted(wanted.keys() ^ layer.keys()):
-            verb = "lacks" if wrong[0] in wanted else "has an unknown"
-            raise ValueError(f"{where} {verb} tensor {wrong[0]!r} ({len(wrong)} do not fit the config).")
-        for tail, tensor in layer.items():
-            if tuple(tensor.shape) != wanted[tail]:
-                raise ValueError(f"{where} has {tail!r} of shape {tuple(tensor.shape)} and not {wanted[tail]}.")
+        for what, keys in (("lacks", wanted.keys() - layer.keys()), ("has the unknown", layer.keys() - wanted.keys())):
+            if keys:
+                raise ValueError(
+                    f"{where} {what} tensor {min(keys)!r} ({len(keys)} in all); the file is damaged, or its config is "
+                    "another one's."
+                )
+        for key, tensor in layer.items():
+            if tuple(tensor.shape) != wanted[key]:
+                raise ValueError(
+                    f"{where} has {key!r} of shape {tuple(tensor.shape)}, but its config says {wanted[key]}; it "
+                    "belongs to another base model or another config."
+                )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{where} has NaN, infinity or no floats in {tail!r}; it is damaged.")
+                raise ValueError(f"{where} has NaN or infinity or no floats in {key!r}; the file is damaged.")
         if not bool((layer["bundle_scale"] > 0).all()):
-            raise ValueError(f"{where} has deviations that are not positive; it is damaged.")
-        recorded = (config.basis_fingerprint or {})[str(number)]
-        if not abs(fingerprint(layer["bundle_basis"]) - recorded) <= FINGERPRINT_TOLERANCE:
-            raise ValueError(f"{where} has another basis than the one that its config names.")
+            raise ValueError(f"{where} has deviations that are not positive; the file is damaged.")
+        measured = fingerprint(layer["bundle_basis"])
+        recorded = (config.basis_fingerprint or {}).get(str(number), measured)
+        if not abs(measured - recorded) <= FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"{where} has another basis than the one that its config names (fingerprint {measured:.6f}, not "
+                f"{recorded:.6f}); was the seed or the file changed, or cast to a lower precision?"
+            )
 
 
 def write(checkpoint: Checkpoint, folder: str | Path) -> None:

@@ -35,7 +35,6 @@ class BundleWeights:
     kind: str
     support: Tensor
     weight: Any = None
-    weight_out: Any = None
     down: Any = None
     up: Any = None
     scaling: float = field(default=1.0, kw_only=True)
@@ -75,9 +74,8 @@ def bundle_reference(
         elif b.kind == "linear":
             u = F.linear(F.linear(z, b.down), b.up)
         else:
-            u = z * b.up if b.kind == "diag" else z
-        back = b.weight if b.weight_out is None else b.weight_out
-        out = out + gate * ((u if back is None else u @ back) @ basis[:, b.support].T)
+            u = z * b.up
+        out = out + gate * ((u if b.weight is None else u @ b.weight) @ basis[:, b.support].T)
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .basis import draw_basis
+from .basis import SHARED, draw_basis, weight_shapes
 from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
 from .inference import Slot, apply
@@ -90,7 +90,7 @@ class Bases(BufferDict):
 class BundleLayer(nn.Module, BaseTunerLayer):
     """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
 
-    bundle_weight: W_k (r, |support|), with a projection only. bundle_weight_out: the same for Q_k, "free" ones only.
+    bundle_weight: W_k (r, |support|), with a projection only.
     bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
     width w is r behind a projection and |support| without.
     bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
@@ -98,12 +98,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
     """
 
-    adapter_layer_names = ("bundle_weight", "bundle_weight_out", "bundle_down", "bundle_up")
-    other_param_names = ("bundle_basis", "bundle_mean", "bundle_scale")
+    adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
+    other_param_names = SHARED
 
     # ModuleDict of ParameterDict, and BufferDict, by adapter
     bundle_weight: Any
-    bundle_weight_out: Any
     bundle_down: Any
     bundle_up: Any
     bundle_basis: Any
@@ -139,33 +138,17 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
-        if (given := vars(config).get("_given")) is not None:
-            self._take(adapter, given[self.index])
-            self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-            return
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
-        def uniform(rows: int, columns: int) -> nn.Parameter:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
-            bound = 1 / math.sqrt(columns)
-            return nn.Parameter(
-                torch.rand(rows, columns, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
-            )
-
-        def last(rows: int, columns: int) -> nn.Parameter:  # the map that makes a fresh adapter the base model
-            return nn.Parameter(torch.zeros(rows, columns, device="cpu")) if init_weights else uniform(rows, columns)
+        def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
+            bound = 1 / math.sqrt(size[-1])
+            return torch.rand(*size, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
-        for name, shape in packing.shapes.items():
-            r, b, support = shape.rank, shape.hidden, len(shape.support)
-            if config.projection != "none" and shape.kind != "full":
-                tables["bundle_weight"][name] = uniform(r, support)
-            if config.projection == "free" and shape.kind != "full":
-                identity = shape.kind == "identity"
-                tables["bundle_weight_out"][name] = last(r, support) if identity else uniform(r, support)
-            if shape.kind in ("mlp", "linear", "full"):
-                tables["bundle_down"][name], tables["bundle_up"][name] = uniform(b, shape.width), last(shape.width, b)
-            elif shape.kind == "diag":
-                tables["bundle_up"][name] = nn.Parameter(last(1, b).data[0])
+        for key, size in weight_shapes(config, d).items():
+            what, _, bundle = key.partition(".")
+            fresh = what == "bundle_up" and init_weights  # zeros in the last map make a fresh adapter the base model
+            tables[what][bundle] = nn.Parameter(torch.zeros(*size, device="cpu") if fresh else drawn(*size))
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
@@ -176,8 +159,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _take(self, adapter: str, tensors: dict[str, Tensor]) -> None:
-        """Take over an adapter's tensors ("bundle_up.<bundle>", "bundle_basis", ...), without a copy if possible."""
+    def take(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Use these tensors ("bundle_up.<bundle>", "bundle_basis", ...) as an adapter's, frozen and without a copy."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             table = {}
@@ -189,6 +172,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         for what in self.other_param_names:
             getattr(self, what)[adapter] = tensors[what].to(device)
+        self.set_adapter(self.active_adapters, inference_mode=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's own; the state that the layers share forgets the adapter too."""
@@ -210,12 +194,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         tables = (getattr(self, what)[adapter] for what in self.adapter_layer_names)
         return [table[bundle] for table in tables if bundle in table]
 
-    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
         # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
-        tables = (self.bundle_weight, self.bundle_weight_out, self.bundle_down, self.bundle_up)
-        weight, weight_out, down, up = (table[adapter]._parameters for table in tables)
-        return weight, weight_out, down, up
+        weight, down, up = (
+            table[adapter]._parameters for table in (self.bundle_weight, self.bundle_down, self.bundle_up)
+        )
+        return weight, down, up
 
     def bundle_weights(self, adapter: str) -> list[BundleWeights]:
         """One adapter's bundles as the plain reference takes them (functional.py)."""

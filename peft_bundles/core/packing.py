@@ -19,7 +19,7 @@ from .kernels import gathered
 
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
-_ORDER = ("mlp", "full", "linear", "diag", "identity")
+_ORDER = ("mlp", "full", "linear", "diag")
 
 
 class _Join(torch.autograd.Function):
@@ -152,7 +152,7 @@ class Packing:
                 up.append(second + block.T.flatten())  # `up` is (width, b), and E needs its transpose
             else:
                 ones.append(block.diagonal())
-                (up if shape.kind == "diag" else ones).append(second + block.diagonal())
+                up.append(second + block.diagonal())
             r0, h0 = r0 + r, h0 + b
 
         def joined(parts: list[Tensor]) -> Tensor:
@@ -191,7 +191,6 @@ class Packing:
     def maps(
         self,
         weight: Mapping[str, Tensor],
-        weight_out: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
         up: Mapping[str, Tensor],
         device: torch.device,
@@ -218,12 +217,12 @@ class Packing:
             return _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype).view(size)
 
         if key not in joined:
-            tables = [(down, up), *((each,) for each in (weight, weight_out) if each)]
+            tables = [(down, up), (weight,)] if weight else [(down, up)]
             joined[key] = [self._join(each, key, index["constants"]) for each in tables]
         flat, *projectors = joined[key]
         maps = lay(flat, "maps", 2, self.total_hidden, self.width)
         if projectors:
-            maps = maps @ torch.stack([lay(each, "weight", self.width, self.basis_rank) for each in projectors])
+            maps = maps @ lay(projectors[0], "weight", 1, self.width, self.basis_rank)
         joined[laid] = maps
         return maps
 
@@ -240,7 +239,6 @@ class Packing:
     def fold(
         self,
         weight: Mapping[str, Tensor],
-        weight_out: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
         up: Mapping[str, Tensor],
         basis: Tensor,
@@ -255,7 +253,7 @@ class Packing:
         `live` and `joined`: see `maps`.
         """
         dtype = basis.dtype if dtype is None else dtype
-        maps = self.maps(weight, weight_out, down, up, basis.device, dtype, live, joined)
+        maps = self.maps(weight, down, up, basis.device, dtype, live, joined)
         D, E = _Fold.apply(maps, basis, scale, scaling)
         if self.full:
 

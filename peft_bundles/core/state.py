@@ -46,6 +46,7 @@ class _Call(threading.local):
         self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
         self.joined: dict[Any, dict[Any, Any]] | None = None  # of a training forward, for its quiet penalty
         self.cache: dict[Any, Tensor] = {}
+        self.offered: Any = None  # alphas that PeftModel has set for this call and may hand on to the tuner, too
 
     def cached(self, key: tuple[Any, ...], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns for this key, device and dtype, made once a call and not once a layer."""

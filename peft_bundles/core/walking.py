@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from .base import CHILD
 from .layer import BundleLayer
+from .recompute import recompute_with_call
 from .state import BundleState
 
 
@@ -52,21 +53,62 @@ def state_of(model: nn.Module) -> BundleState:
     )
 
 
-def check_checkpointing(modules: Iterable[nn.Module]) -> None:
-    """Refuse, among `down_to_blocks` of a model, what would run a block's hook once more in backward.
+def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
+    """The bundle layers that hold an adapter, in order."""
+    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
 
-    This call's alphas and route are gone by then.
+
+def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str | None = None) -> str:
+    """The name of the bundle adapter that is meant.
+
+    Args:
+        model: a model with bundles.
+        adapter: its name. None: the only one that the model has; with `bundle`, the only active one that holds it.
+        bundle: a bundle that the adapter must hold.
 
     Raises:
-        RuntimeError: gradients are on, and blocks are wrapped for activation checkpointing from outside.
+        ValueError: the model has no bundles, no adapter of this name, no such bundle, or several adapters fit.
     """
+    configs = state_of(model).configs
+    if adapter is not None and adapter not in configs:
+        raise ValueError(f"there is no bundle adapter {adapter!r}; the model has {sorted(configs)}.")
+    names = [adapter] if adapter is not None else list(configs)
+    if bundle is not None:
+        active = bundle_layers(model)[0].active_adapters
+        names = [name for name in names if name in active] if adapter is None else names
+        held = {name: list(configs[name].bundles or ()) for name in names}
+        names = [name for name in names if bundle in held[name]]
+        if not names:
+            raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}.")
+    if len(names) != 1:
+        raise ValueError(f"several adapters fit: {sorted(names)}; name one with adapter=.")
+    return names[0]
+
+
+def check_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Make gradient checkpointing safe for a forward with alphas or a route of its own.
+
+    A block whose hook runs again in backward would find neither. Blocks that transformers checkpoints get them back
+    (`recompute_with_call`); blocks wrapped from outside are refused.
+
+    Args:
+        modules: what `down_to_blocks` gives.
+
+    Raises:
+        RuntimeError: gradients are on, and blocks are wrapped by torch's `checkpoint_wrapper`.
+    """
+    if not torch.is_grad_enabled():
+        return
+    modules = list(modules)
     # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
-    if torch.is_grad_enabled() and any(CheckpointWrapper in type(module).__mro__ for module in modules):
+    if any(CheckpointWrapper in type(module).__mro__ for module in modules):
         raise RuntimeError(
-            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP); it would "
-            "run their bundles again in backward without this call's alphas and route. Leave it out and call "
-            "model.gradient_checkpointing_enable(), which checkpoints inside of a block's hooks."
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP), which runs their bundles "
+            "again in backward, without this call's alphas and route. Leave the wrapper out and call "
+            "model.gradient_checkpointing_enable()."
         )
+    layers = (module for module in modules if isinstance(module, BundleLayer))
+    recompute_with_call(((layer.get_base_layer(), layer.state) for layer in layers), required=True)
 
 
 def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
@@ -80,3 +122,13 @@ def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Paramet
                 for name, parameter in kind.items():
                     table[adapter, name].append(parameter)
     return table
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters that have bundles.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+    """
+    configs = state_of(model).configs
+    return [adapter for adapter in bundle_layers(model)[0].active_adapters if adapter in configs]

@@ -1,6 +1,20 @@
-"""Measuring: answers, probabilities, code, text, and sweeps of alpha."""
+"""Measure a model with bundles: alpha sweeps, conflicts between bundles, distillation into a plain LoRA."""
 
-from .sweeps import AlphaSweep, alpha_sweep, negative_loss, text_batch
+from .distillation import DistillReport, distill_to_lora
+from .interference import Conflicts, Orthogonality, conflicts, orthogonality
+from .sweeps import AlphaSweep, alpha_sweep, negative_loss, spearman, text_batch
 
 
-__all__ = ["AlphaSweep", "alpha_sweep", "negative_loss", "text_batch"]
+__all__ = [
+    "AlphaSweep",
+    "Conflicts",
+    "DistillReport",
+    "Orthogonality",
+    "alpha_sweep",
+    "conflicts",
+    "distill_to_lora",
+    "negative_loss",
+    "orthogonality",
+    "spearman",
+    "text_batch",
+]

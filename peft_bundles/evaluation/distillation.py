@@ -1,7 +1,7 @@
-"""To plain LoRA: a static adapter that imitates one setting of the alphas, for engines that serve only LoRA.
+"""Distil a model with bundles, at fixed alphas, into a plain LoRA for engines that serve only LoRA.
 
-Bundles are not linear and cannot be merged, so the LoRA learns from the bundled model's distribution on text (Hinton et
-al., "Distilling the knowledge in a neural network", 2015, at temperature 1).
+Bundles are not linear, so they cannot be merged or converted. The LoRA learns to predict the distribution of the model
+with bundles (Hinton et al., "Distilling the knowledge in a neural network", 2015, at temperature 1).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .sweeps import Batch, EvalFn
 
 @dataclass
 class DistillReport:
-    """How close a LoRA comes to the setting that it imitates.
+    """How close the LoRA is to the model with bundles.
 
     Attributes:
-        kl: mean KL(bundled model || model) over held-out tokens, in nats a token, whole vocabulary: "base" for the
-            plain base model, where the LoRA starts, and "lora" for what it became.
-        agreement: share of held-out tokens at which the most likely next token is the bundled model's, of both.
+        kl: mean KL(model with bundles || student) over the held-out tokens and the whole vocabulary, in nats per token.
+            "base": the student is the base model, where the LoRA starts. "lora": the trained LoRA.
+        agreement: share of held-out tokens for which both predict the same next token, for "base" and "lora".
         scores: task -> mean score of "base", "bundles" and "lora".
-        parameters: trained parameters of the LoRA.
-        alphas: the setting.
+        parameters: number of trained parameters of the LoRA.
+        alphas: bundle -> alpha.
         steps: optimizer steps.
-        losses: KL of each step's batch before the step (with `top_k`: the coarser KL that was trained).
+        losses: KL of each step's batch before the step; with `top_k`, the truncated KL that was minimised.
     """
 
     kl: dict[str, float]
@@ -48,7 +48,7 @@ class DistillReport:
     losses: list[float]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the losses, for JSON."""
+        """All fields but `losses`, as values for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "losses"}
 
 
@@ -67,57 +67,78 @@ def distill_to_lora(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[PeftModel, DistillReport]:
-    """Train a LoRA on the plain base model to give the distributions of the bundled one under these alphas.
+    """Train a LoRA on the base model to imitate the model with bundles at fixed alphas.
 
-    Text decides what is imitated: take what the adapter will be used on. The LoRA's model shares the base model's
-    weights with `model` and needs no second copy of them.
+    The LoRA imitates only what the text shows: use text of the kind the adapter will be used on. The student shares
+    the base weights with `model`, so there is no second copy of them.
 
     Args:
-        model: a model with bundles; not changed, but its base weights are frozen from here.
-        alphas: one number a bundle; bundles not named keep what `set_alphas` or their config gave them.
-        dataset: batches of `input_ids` (B, T) and, where rows are padded, `attention_mask` (B, T), as
-            `evaluation.text_batch` makes them; taken in a shuffled order, again and again.
-        held_out: batches to measure on, from other text.
-        lora: what to train; None is rank 16 on all linear layers.
-        steps: optimizer steps of AdamW, a batch each; the learning rate falls linearly to 0.
-        learning_rate: of the first step.
-        top_k: compare the teacher's k most likely tokens and the mass of all others as one, a lower bound of the KL
-            that needs less memory. None: the whole vocabulary.
-        tasks, eval_fn: as of `evaluation.alpha_sweep`: also score the tasks with base, bundles and LoRA.
-        seed: of the LoRA's start and the order of batches.
+        model: a model with bundles, the teacher. It is not changed, but its base weights are frozen.
+        alphas: bundle -> number. Bundles that are not named keep the alpha of `set_alphas` or of their config.
+        dataset: batches of `input_ids` (B, T) and, for padded rows, `attention_mask` (B, T), as
+            `evaluation.text_batch` makes them. They are used in shuffled order, as often as needed.
+        held_out: batches of other text, for the report.
+        lora: the LoRA to train. None: rank 16 on all linear layers.
+        steps: optimizer steps (AdamW, one batch per step), default 200. The learning rate falls linearly to 0.
+        learning_rate: of the first step, default 1e-3.
+        top_k: compare only the teacher's k most likely tokens, with all others as one event. This is a lower bound of
+            the KL and needs less memory. None: the whole vocabulary.
+        tasks: as in `evaluation.alpha_sweep`; scored with the base model, the bundles and the LoRA.
+        eval_fn: as in `evaluation.alpha_sweep`; needed for `tasks`.
+        seed: for the LoRA's initial weights and the order of the batches.
         progress: show a progress bar.
 
     Returns:
-        A `PeftModel` with the LoRA, in eval mode (`save_pretrained` writes a plain LoRA folder), and the report.
+        A `PeftModel` with the LoRA, in eval mode, and a `DistillReport`. `save_pretrained` of the model writes a plain
+        LoRA folder.
 
     Raises:
-        ValueError: an unknown bundle, an alpha that is not a number, no batches, a bad number, tasks without eval_fn,
-            or an adapter without bundles or with whole modules of its own, which a LoRA cannot start from.
+        ValueError: an unknown bundle, an alpha that is not one number, no batches, a number out of range, `tasks`
+            without `eval_fn`, or an adapter that trains modules of the base model (a LoRA has no such start).
         RuntimeError: the KL is not finite.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, distill_to_lora
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate"))
+        >>> batches = [{"input_ids": torch.arange(16).view(2, 8)}]
+        >>> lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        >>> student, report = distill_to_lora(
+        ...     model, {"b_rl_policy": 0.5}, batches, held_out=batches, lora=lora, steps=2, progress=False
+        ... )
+        >>> report.alphas["b_rl_policy"], len(report.losses)
+        (0.5, 2)
+        >>> student.peft_config["default"].peft_type.value
+        'LORA'
     """
     state = state_of(model)
     names = {name: spec.alpha for config in state.configs.values() for name, spec in (config.bundles or {}).items()}
     setting = {}
     for name, value in {**names, **state.set_alphas, **parse_alphas(alphas, state)}.items():
         if not isinstance(value, float):
-            raise ValueError(f"the alpha of {name!r} is {value!r}; a static LoRA imitates one number a bundle.")
+            raise ValueError(f"the alpha of {name!r} is {value!r}; give one number, a LoRA imitates one fixed alpha.")
         setting[name] = value
     for what, batches in (("dataset", dataset), ("held_out", held_out)):
         if not len(batches):
             raise ValueError(f"{what} is empty; give at least one batch of input_ids.")
         if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
             raise ValueError(
-                f"{what} must be a list of batches with input_ids, e.g. [evaluation.text_batch(texts, tokenizer)]."
+                f"{what} is no list of batches; give dicts with input_ids, e.g. "
+                "[evaluation.text_batch(texts, tokenizer)]."
             )
     if steps < 1 or not 0 < learning_rate < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(f"steps={steps}, learning_rate={learning_rate} and top_k={top_k} must be positive.")
     if tasks and eval_fn is None:
-        raise ValueError("tasks need an eval_fn, e.g. evaluation.negative_loss.")
+        raise ValueError("tasks was given without eval_fn; add one, e.g. eval_fn=evaluation.negative_loss.")
     for config in state.configs.values():
         if not config.bundles or config.modules_to_save:
             raise ValueError(
-                "this adapter trained modules of the base model (modules_to_save, or no bundles), so there is no plain "
-                "base model for a LoRA to start from; distil an adapter of bundles alone."
+                "this adapter trained modules of the base model (modules_to_save, or no bundles), so the base model "
+                "that a LoRA would start from is gone; distil an adapter that has only bundles."
             )
 
     student = _lora(model, lora or LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"), seed)
@@ -140,8 +161,8 @@ def distill_to_lora(
         for step in tqdm(range(steps), desc="distil", disable=not progress):
             order = order or torch.randperm(len(dataset), generator=generator).tolist()
             batch = _model_inputs(dataset[order.pop()], device)
-            wanted = teacher(batch)
-            loss = kl(wanted, student(**batch, use_cache=False).logits, top_k)[_targets(batch)].mean()
+            target = teacher(batch)
+            loss = kl(target, student(**batch, use_cache=False).logits, top_k)[_targets(batch)].mean()
             if not bool(torch.isfinite(loss)):
                 raise RuntimeError(f"the KL of step {step} is {loss.item()}; use a lower learning_rate.")
             loss.backward()
@@ -165,29 +186,29 @@ def kl(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
 
     Args:
         teacher, student: logits (..., V).
-        top_k: k. Both distributions are cut to the teacher's k most likely tokens and one event "any other"; by the
-            data-processing inequality this is at most the KL of the whole, which None gives.
+        top_k: reduce both distributions to the teacher's k most likely tokens and one event "any other token". By the
+            data-processing inequality this is at most the full KL. None: the full KL.
 
     Returns:
         (...), >= 0 up to rounding.
     """
-    logs, mine = (
+    p, q = (
         logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (teacher, student)
     )
-    if top_k is not None and top_k < logs.shape[-1]:
-        logs, best = logs.topk(top_k, -1)
-        mine = mine.gather(-1, best)
-        logs, mine = (torch.cat([each, _rest(each)], -1) for each in (logs, mine))
-    return (logs.exp() * (logs - mine)).sum(-1)
+    if top_k is not None and top_k < p.shape[-1]:
+        p, best = p.topk(top_k, -1)
+        q = q.gather(-1, best)
+        p, q = (torch.cat([logs, _log_rest(logs)], -1) for logs in (p, q))
+    return (p.exp() * (p - q)).sum(-1)
 
 
-def _rest(logs: Tensor) -> Tensor:
-    """log(1 - sum exp(logs)) over the last axis, kept as an axis of 1."""
+def _log_rest(logs: Tensor) -> Tensor:
+    """log(1 - sum exp(logs)) over the last axis, which stays as an axis of size 1."""
     return torch.log1p(-logs.exp().sum(-1, keepdim=True).clamp_max(1 - torch.finfo(logs.dtype).eps))
 
 
 def _lora(model: PeftModel, config: LoraConfig, seed: int) -> PeftModel:
-    """The base model without bundles, its weights shared with `model`, with a fresh LoRA."""
+    """The base model without bundles but with a fresh LoRA; it shares the base weights with `model`."""
     shared: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
     plain: nn.Module = copy.deepcopy(model, shared).unload()  # type: ignore[operator]
     with torch.random.fork_rng():
@@ -200,7 +221,7 @@ def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which positions count, (B, T): the real tokens."""
+    """(B, T), True for the tokens that are no padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
@@ -208,16 +229,16 @@ def _targets(batch: Mapping[str, Tensor]) -> Tensor:
 def _closeness(
     student: nn.Module, teacher: Callable[[dict[str, Tensor]], Tensor], batches: Sequence[Batch], device: torch.device
 ) -> tuple[float, float]:
-    """Mean KL to the teacher in nats a token, and the share of tokens with the same most likely next one."""
+    """Mean KL to the teacher in nats per token, and the share of tokens with the same most likely next token."""
     training = student.training
     student.eval()
     total = torch.zeros(3, dtype=torch.float64)
     for each in batches:
         batch = _model_inputs(each, device)
-        wanted, found = teacher(batch), student(**batch, use_cache=False).logits
+        target, logits = teacher(batch), student(**batch, use_cache=False).logits
         real = _targets(batch)
-        same = wanted.argmax(-1) == found.argmax(-1)
-        total += torch.stack([kl(wanted, found)[real].double().sum(), same[real].sum(), real.sum()]).cpu()
+        same = target.argmax(-1) == logits.argmax(-1)
+        total += torch.stack([kl(target, logits)[real].double().sum(), same[real].sum(), real.sum()]).cpu()
     student.train(training)
     return float(total[0] / total[2]), float(total[1] / total[2])
 
@@ -231,15 +252,16 @@ def _scores(
     eval_fn: EvalFn | None,
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
+    """Mean score of every task with the base model, the bundles and the LoRA."""
     scores = {}
     for task, batch in tasks.items():
         assert eval_fn is not None
-        given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         with use_alphas(model, setting):
-            bundles = eval_fn(model, given)
-        lora = eval_fn(student, given)
+            bundles = eval_fn(model, inputs)
+        lora = eval_fn(student, inputs)
         with student.disable_adapter():
-            base = eval_fn(student, given)
+            base = eval_fn(student, inputs)
         scores[task] = {
             name: float(s.double().mean()) for name, s in zip(("base", "bundles", "lora"), (base, bundles, lora))
         }

@@ -1,4 +1,4 @@
-"""Do bundles get in each other's way? The directions they read and write, and what they do together on text."""
+"""Do bundles disturb each other? Compare the directions they read and write, and their effects on text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from ..core.dialling import alphas
 from ..core.layer import BundleLayer
-from ..core.walking import state_of
+from ..core.walking import active_adapters, bundle_layers, state_of
 
 
 @dataclass
 class Orthogonality:
-    """How much of the directions of two bundles is common, mean over layers.
+    """How much the subspaces of the bundles have in common; all values are means over layers.
 
     Attributes:
-        names: "bundle", or "adapter.bundle" where two adapters have one of that name.
-        reads, writes: (M, M), mean squared cosine of the principal angles between what they read (write): 0 for
-            orthogonal, 1 where one contains the other.
-        chance: (M, M), what two random subspaces of those sizes would have.
+        names: the M bundles, as "bundle", or as "adapter.bundle" where two adapters have a bundle of that name.
+        reads: (M, M), mean squared cosine of the principal angles between the subspaces that two bundles read.
+            0: orthogonal. 1: one contains the other.
+        writes: (M, M), the same for the subspaces that they write to.
+        chance: (M, M), the expected value for two random subspaces of these sizes.
     """
 
     names: list[str]
@@ -36,7 +37,7 @@ class Orthogonality:
         width = max(map(len, self.names), default=0)
         lines = []
         for title, matrix in (("reads", self.reads), ("writes", self.writes), ("by chance", self.chance)):
-            lines.append(f"common directions, {title}")
+            lines.append(f"directions in common, {title}")
             for name, row in zip(self.names, matrix.tolist()):
                 lines.append(f"{name.ljust(width)}  " + " ".join(f"{v:.2f}" for v in row))
         return "\n".join(lines)
@@ -45,11 +46,33 @@ class Orthogonality:
 
 
 def orthogonality(model: nn.Module) -> Orthogonality:
-    """Compare the directions of the residual stream that the active bundles read and write, of one basis or several."""
-    state = state_of(model)
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
-    adapters = [a for a in layers[0].active_adapters if a in state.configs]
-    bundles = [(a, b) for a in adapters for b in state.configs[a].bundles or ()]
+    """Compare the directions of the residual stream that bundles read and write.
+
+    It needs no text. Bundles of several bases can be compared too.
+
+    Args:
+        model: a model with bundles. Those of all active adapters are compared.
+
+    Returns:
+        An `Orthogonality`; printed, it is three tables.
+
+    Raises:
+        ValueError: the model has no bundles.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, orthogonality
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {name: {"rank": 4, "sub_bases": [part]} for name, part in (("b_one", "a"), ("b_two", "b"))}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"a": 8, "b": 8}, bundles=bundles))
+        >>> found = orthogonality(model)
+        >>> found.names, round(found.reads[0, 1].item(), 6)  # the sub-bases are orthogonal
+        (['b_one', 'b_two'], 0.0)
+    """
+    layers = bundle_layers(model)
+    bundles = _active_bundles(model)
     counts = [b for _, b in bundles]
     names = [b if counts.count(b) == 1 else f"{a}.{b}" for a, b in bundles]
     size = len(bundles)
@@ -66,8 +89,14 @@ def orthogonality(model: nn.Module) -> Orthogonality:
     return Orthogonality(names, *total)
 
 
+def _active_bundles(model: nn.Module) -> list[tuple[str, str]]:
+    """(adapter, bundle) of every bundle in an active adapter."""
+    configs = state_of(model).configs
+    return [(adapter, bundle) for adapter in active_adapters(model) for bundle in configs[adapter].bundles or ()]
+
+
 def _spans(layer: BundleLayer, adapter: str, bundle: str) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases (d, m) of what a bundle reads (columns of D) and writes (rows of E) in a layer, float64."""
+    """Orthonormal bases (d, m), float64, of what a bundle reads (columns of D) and writes (rows of E) in a layer."""
     with torch.no_grad():
         D, E = layer._folded(adapter, torch.float32, None, [])
         packing = layer.packing(adapter)
@@ -82,15 +111,15 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 @dataclass
 class Conflicts:
-    """What bundles do alone and in pairs to the loss of sample text.
+    """How bundles change the loss on sample text, alone and in pairs. All losses are in nats per token.
 
     Attributes:
-        names: the bundles.
-        base: mean loss of the base model, nats a token.
+        names: the M bundles.
+        base: mean loss of the base model.
         alone: (M,), change of the loss with only that bundle on.
-        interaction: (M, M), change with both on minus the two changes alone: 0 where they add up, positive where they
-            get in each other's way.
-        warnings: a line for each pair above the tolerance.
+        interaction: (M, M), change of the loss with both on, minus the two changes alone. 0: the effects add up.
+            Positive: together they are worse than the sum.
+        warnings: one sentence for each pair whose interaction is above the tolerance.
     """
 
     names: list[str]
@@ -102,7 +131,7 @@ class Conflicts:
     def __str__(self) -> str:
         width = max(map(len, self.names), default=0)
         lines = [
-            f"loss of the base model: {self.base:.3f} nats a token; change with one bundle on | interaction of pairs"
+            f"loss of the base model: {self.base:.3f} nats per token; change with one bundle on | interaction of pairs"
         ]
         for name, alone, row in zip(self.names, self.alone.tolist(), self.interaction.tolist()):
             lines.append(f"{name.ljust(width)}  {alone:+.3f}  | " + " ".join(f"{v:+.3f}" for v in row))
@@ -115,28 +144,45 @@ class Conflicts:
 def conflicts(
     model: nn.Module, texts: Sequence[str], tokenizer: Any, *, tolerance: float = 0.02, max_length: int = 256
 ) -> Conflicts:
-    """Measure on text whether bundles add up: each alone, and every pair, against the base model.
+    """Measure on text whether the effects of bundles add up.
 
-    All settings of a text are rows of one batch: 1 + M + M (M - 1) / 2 rows, at alpha 1.
+    The loss of each text is measured with no bundle on, with each bundle alone and with each pair, all at alpha 1. All
+    settings of one text are rows of one batch of 1 + M + M (M - 1) / 2 rows. A pair with an interaction above the
+    tolerance is also reported by `warnings.warn`.
 
     Args:
-        model: with bundles; those of all active adapters are measured.
-        texts: of the kind the model is to be used on.
+        model: a model with bundles. Those of all active adapters are measured.
+        texts: texts of the kind the model will be used on.
         tokenizer: of the model.
-        tolerance: interaction in nats a token above which a pair is warned of.
-        max_length: tokens of a text that are looked at.
+        tolerance: largest interaction that is no conflict, in nats per token, default 0.02.
+        max_length: tokens to read of each text, default 256.
+
+    Returns:
+        A `Conflicts`; printed, it is a table.
 
     Raises:
-        ValueError: fewer than two bundles, or no text of at least two tokens.
+        ValueError: fewer than two bundles, or no text with at least two tokens.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+        >>> from peft_bundles import BundleConfig, conflicts
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {name: {"rank": 4, "sub_bases": ["all"]} for name in ("b_one", "b_two")}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"all": 8}, bundles=bundles))
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> conflicts(model, ["a b a a"], PreTrainedTokenizerFast(tokenizer_object=words)).alone.tolist()
+        [0.0, 0.0]
     """
-    state, device = state_of(model), next(model.parameters()).device
-    layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
-    active = [a for a in layer.active_adapters if a in state.configs]
-    names = list(dict.fromkeys(b for a in active for b in state.configs[a].bundles or ()))
+    device = next(model.parameters()).device
+    names = list(dict.fromkeys(bundle for _, bundle in _active_bundles(model)))
     if len(names) < 2:
-        raise ValueError(f"the model has {len(names)} bundle; two are needed to be in conflict.")
+        raise ValueError(f"the model has the bundle(s) {names}; give a model with at least two to compare.")
     if isinstance(texts, str):
-        raise ValueError("texts is one string; give a list of texts.")
+        raise ValueError("texts is one string; give a list of texts, e.g. [text].")
     pairs = list(itertools.combinations(range(len(names)), 2))
     settings = [(), *((i,) for i in range(len(names))), *pairs]
     gates = {n: torch.tensor([float(i in on) for on in settings], device=device) for i, n in enumerate(names)}
@@ -156,20 +202,20 @@ def conflicts(
     finally:
         model.train(training)
     if not tokens:
-        raise ValueError("no text of at least two tokens; give some of the kind the model is to be used on.")
+        raise ValueError("texts has no text with at least two tokens; give some of the kind the model will be used on.")
     mean = total / tokens
     alone = mean[1 : 1 + len(names)] - mean[0]
     interaction = torch.zeros(len(names), len(names), dtype=torch.float64)
-    found = []
+    conflicting = []
     for (j, k), loss in zip(pairs, mean[1 + len(names) :]):
         excess = float(loss - mean[0] - alone[j] - alone[k])
         interaction[j, k] = interaction[k, j] = excess
         if excess > tolerance:
             one, other, both = float(alone[j]), float(alone[k]), float(loss - mean[0])
-            found.append(
+            conflicting.append(
                 f"{names[j]} and {names[k]} are in conflict on this text: alone they change the loss by {one:+.3f} and "
-                f"{other:+.3f}, together by {both:+.3f} nats a token."
+                f"{other:+.3f}, together by {both:+.3f} nats per token."
             )
-    for line in found:
-        warnings.warn(line, stacklevel=2)
-    return Conflicts(names, float(mean[0]), alone, interaction, found)
+    for line in conflicting:
+        warnings.warn(line, stacklevel=3)  # 2 is torch.no_grad
+    return Conflicts(names, float(mean[0]), alone, interaction, conflicting)

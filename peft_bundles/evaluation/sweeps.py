@@ -1,7 +1,7 @@
-"""Turn one bundle's alpha through many values and see which tasks follow: monotonicity, selectivity, a plot.
+"""Alpha sweeps: score tasks at many values of one bundle's alpha.
 
-Rows of one forward may have different alphas, so several values of a sweep share a pass: the rows are repeated, and
-every copy has its own alpha.
+Rows of one forward may have different alphas. So several values of a sweep share one forward: the rows are repeated,
+and each copy of a row gets its own alpha.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..core.gates import parse_alphas
 from ..core.walking import state_of
 
 
-Batch = Mapping[str, Any]  # what the model takes: tensors (B, ...), and lists of B things that only `eval_fn` reads
+Batch = Mapping[str, Any]  # the model's inputs: tensors (B, ...); and lists of length B that only `eval_fn` reads
 EvalFn = Callable[[Any, dict[str, Any]], Tensor]
 
 
 @dataclass
 class AlphaSweep:
-    """Scores of one bundle's sweep.
+    """The result of `alpha_sweep`.
 
     Attributes:
-        bundle: whose alpha was turned.
-        values: V alphas, in the order given.
-        scores: task -> (V, N) float64, the score of each of its N rows at each alpha.
-        passes: calls of `eval_fn` that it took.
+        bundle: the bundle whose alpha was changed.
+        values: the V alphas, in the order given.
+        scores: task -> (V, N) float64, the score of each of the task's N rows at each alpha.
+        passes: how often `eval_fn` was called.
     """
 
     bundle: str
@@ -47,49 +47,52 @@ class AlphaSweep:
         return self.scores[task].mean(1)
 
     def monotonicity(self, task: str) -> float:
-        """Spearman's rank correlation of alpha and the mean score.
+        """Spearman's rank correlation of alpha and the mean score, in [-1, 1].
 
-        1: the score rises with every step of alpha; -1: it falls with every step; NaN: it does not move. No p-value:
-        the mean curve is not a sample, and what rows add to doubt is the standard error of `to_dict`.
+        1: the score rises with every step of alpha. -1: it falls with every step. NaN: it is constant.
+        There is no p-value, because the mean curve is not a sample. `to_dict` has the standard error over rows.
         """
-        from scipy.stats import spearmanr
-
-        mean = self.mean(task).tolist()
-        if len(set(mean)) == 1 or len(set(self.values)) == 1:
-            return math.nan
-        return float(spearmanr(self.values, mean).statistic)
+        return spearman(self.values, self.mean(task).tolist())
 
     def effect(self, task: str) -> float:
-        """How much the task's mean score moves: the mean of |score(alpha) - score(0)| over the sweep, >= 0.
+        """How far alpha moves the mean score: the mean of |score(alpha) - score(0)| over the other alphas, >= 0.
 
         Raises:
-            ValueError: 0 is not among the values.
+            ValueError: 0 is not among the values, or is the only one.
         """
         if 0.0 not in self.values or len(self.values) < 2:
-            raise ValueError(f"values={self.values} need 0.0 and another one: an effect is measured from alpha 0.")
+            raise ValueError(
+                f"values={self.values}: an effect is measured from alpha 0; sweep 0.0 and at least one other value."
+            )
         mean = self.mean(task)
         moved = (mean - mean[self.values.index(0.0)]).abs()
         return float(moved.sum() / (len(self.values) - 1))
 
     def selectivity(self, own: str) -> float:
-        """Share of the movement that is the own task's: own / (own + mean of the others), in [0, 1].
+        """How much of the effect falls on the bundle's own task: own / (own + mean of the others), in [0, 1].
 
-        1: only the own task moves; 0.5: the others move as much; NaN: nothing moves. Only tasks of one unit compare
-        (all losses, or all accuracies).
+        1: only the own task moves. 0.5: the other tasks move as much. NaN: nothing moves. All scores must have one
+        unit (all losses, or all accuracies).
+
+        Args:
+            own: the bundle's own task.
 
         Raises:
-            ValueError: the task is unknown or the only one, or 0 is not among the values.
+            ValueError: `own` is unknown or the only task, or 0 is not among the values.
         """
         others = [task for task in self.scores if task != own]
         if own not in self.scores or not others:
             raise ValueError(
-                f"own={own!r}: selectivity needs that task and another one; the tasks are {[*self.scores]}."
+                f"own={own!r}: the sweep has the tasks {[*self.scores]}; name one of them, and sweep at least two."
             )
-        mine, theirs = self.effect(own), sum(self.effect(task) for task in others) / len(others)
-        return mine / (mine + theirs) if mine + theirs else math.nan
+        own_effect, other_effect = self.effect(own), sum(self.effect(task) for task in others) / len(others)
+        return own_effect / (own_effect + other_effect) if own_effect + other_effect else math.nan
 
     def to_dict(self, own: str | None = None) -> dict[str, Any]:
-        """What JSON can hold: means, standard errors over rows, Spearman's rho, and with `own` the selectivity."""
+        """The sweep as values for JSON: mean, standard error over rows and Spearman's rho of every task.
+
+        Numbers are rounded to 6 digits; NaN is None. With `own`, a task, the selectivity is added.
+        """
 
         def number(value: float) -> float | None:
             return round(value, 6) if math.isfinite(value) else None
@@ -102,17 +105,19 @@ class AlphaSweep:
                 "spearman": number(self.monotonicity(task)),
                 "rows": scores.shape[1],
             }
-        found: dict[str, Any] = {"bundle": self.bundle, "alphas": self.values, "tasks": tasks, "passes": self.passes}
+        result: dict[str, Any] = {"bundle": self.bundle, "alphas": self.values, "tasks": tasks, "passes": self.passes}
         if own is not None:
-            found |= {"own": own, "selectivity": number(self.selectivity(own))}
-        return found
+            result |= {"own": own, "selectivity": number(self.selectivity(own))}
+        return result
 
     def draw(self, axes: Any, *, now: float | None = None) -> None:
-        """Draw onto matplotlib axes: a line a task, the change of its mean score from alpha 0 (from the first value,
-        if 0 is not among them), with a band of the standard error of that change over rows.
+        """Draw one line per task onto matplotlib axes, with a band of one standard error over rows.
+
+        A line shows the change of the mean score from alpha 0, or from the first value where 0 is not among them.
 
         Args:
-            now: an alpha to mark.
+            axes: `matplotlib.axes.Axes`.
+            now: an alpha to mark with a vertical line.
         """
         start = self.values.index(0.0) if 0.0 in self.values else 0
         order = sorted(range(len(self.values)), key=self.values.__getitem__)
@@ -131,8 +136,17 @@ class AlphaSweep:
         axes.legend(frameon=False)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Write `draw` to a picture file of the suffix's kind; returns the path."""
-        from matplotlib.figure import Figure
+        """Write the plot of `draw` to a picture file; the suffix gives the format. Returns the path.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "a plot needs matplotlib, which is not installed; run: pip install 'peft-bundles[analysis]'"
+            ) from error
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         self.draw(figure.subplots())
@@ -149,26 +163,46 @@ def alpha_sweep(
     *,
     max_rows: int = 32,
 ) -> AlphaSweep:
-    """Score every row of every task at every alpha of one bundle, as many in one pass as `max_rows` allows.
+    """Score every row of every task at every value of one bundle's alpha.
 
-    The other bundles keep what they have; run the sweep inside `with model.alphas(...)` to set them.
+    The other bundles keep their alphas. To set them, run the sweep inside `with model.alphas(...)`.
 
     Args:
-        model: a model with bundles; it is put into eval mode meanwhile.
-        bundle: whose alpha.
-        values: V alphas.
-        eval_fn: (model, batch) -> one score a row, (B,). It calls `model(**...)` or `model.generate(**...)` once with
-            the batch's rows in their order; the alphas are set around it. `negative_loss` is one.
-        tasks: name -> batch: tensors and lists with one entry a row, moved to the model's device.
-        max_rows: rows of a pass. A task with more rows than that runs in parts.
+        model: a model with bundles. It is in eval mode during the sweep.
+        bundle: name of the bundle whose alpha changes.
+        values: V alphas, finite numbers.
+        eval_fn: (model, batch) -> scores (B,), one per row. It must call `model(**...)` or `model.generate(**...)`
+            once, with the batch's rows in their order. The alphas are set around the call. `negative_loss` is one.
+        tasks: name -> batch. A batch holds tensors (B, ...), which are moved to the model's device, and lists of
+            length B.
+        max_rows: largest number of rows in one call of `eval_fn`, default 32. A longer task runs in parts.
+
+    Returns:
+        An `AlphaSweep` with a score for every task, alpha and row.
 
     Raises:
-        ValueError: an unknown bundle, no values or one that is not finite, no rows, or another number of scores than
-            rows.
+        ValueError: an unknown bundle; no values, or one that is not finite; an empty task; a number of scores that is
+            not the number of rows.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, alpha_sweep
+        >>> from peft_bundles.evaluation import negative_loss
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate"))
+        >>> texts = {"input_ids": torch.arange(24).view(3, 8)}
+        >>> sweep = alpha_sweep(model, "b_ssl_main", [0.0, 0.5, 1.0], negative_loss, {"texts": texts})
+        >>> sweep.scores["texts"].shape, sweep.passes
+        (torch.Size([3, 3]), 1)
+        >>> sweep.effect("texts")  # a fresh bundle adds nothing
+        0.0
     """
     state = state_of(model)
     if isinstance(values, (int, float)):
-        raise ValueError(f"values={values!r} must be a list of alphas.")
+        raise ValueError(f"values={values!r} is one number; give a list of alphas, e.g. [0.0, 0.5, 1.0].")
     values = [float(v) for v in values]
     if not isinstance(tasks, Mapping):
         raise ValueError(f"tasks is a {type(tasks).__name__}; give a dict, name -> batch.")
@@ -176,7 +210,7 @@ def alpha_sweep(
         raise ValueError(f"values={values} must be finite numbers, at least one.")
     if max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1.")
-    parse_alphas({bundle: values[0]}, state)  # knows the bundle, or raises
+    parse_alphas({bundle: values[0]}, state)  # raises for an unknown bundle
     sizes = {task: _rows(task, batch) for task, batch in tasks.items()}
     if not tasks:
         raise ValueError("tasks is empty; give at least one, name -> batch.")
@@ -187,7 +221,7 @@ def alpha_sweep(
         for task, batch in tasks.items():
             table = torch.full((len(values), sizes[task]), math.nan, dtype=torch.float64)
             step = min(sizes[task], max_rows)
-            together = max(1, max_rows // step)  # values that share a pass
+            together = max(1, max_rows // step)  # values in one call
             for row in range(0, sizes[task], step):
                 part = {name: value[row : row + step] for name, value in batch.items()}
                 rows = min(step, sizes[task] - row)
@@ -195,13 +229,13 @@ def alpha_sweep(
                     some = torch.tensor(values[i : i + together], dtype=torch.float64)
                     repeated = {name: _repeat(value, len(some), device) for name, value in part.items()}
                     with torch.no_grad(), alphas(model, {bundle: some.repeat_interleave(rows)}):
-                        found = torch.as_tensor(eval_fn(model, repeated))
-                    if found.shape != (len(some) * rows,):
+                        row_scores = torch.as_tensor(eval_fn(model, repeated))
+                    if row_scores.shape != (len(some) * rows,):
                         raise ValueError(
-                            f"task {task!r}: eval_fn gave scores of shape {tuple(found.shape)} for {len(some) * rows} "
-                            "rows; return one a row."
+                            f"task {task!r}: eval_fn returned scores of shape {tuple(row_scores.shape)} for "
+                            f"{len(some) * rows} rows; return one score per row."
                         )
-                    table[i : i + together, row : row + step] = found.double().cpu().view(len(some), rows)
+                    table[i : i + together, row : row + step] = row_scores.double().cpu().view(len(some), rows)
                     passes += 1
             scores[task] = table
     finally:
@@ -210,29 +244,65 @@ def alpha_sweep(
 
 
 def negative_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Minus the mean next-token loss of every row, (B,), in nats a token: higher is better, as scores are.
+    """Minus the mean next-token loss of every row: a score, so higher is better.
 
-    `labels` (B, T), where given, say which tokens count (-100: not); else `attention_mask` does; else all do.
+    Args:
+        model: a causal LM.
+        batch: `input_ids` (B, T). Which tokens count: those whose `labels` (B, T) are not -100; without labels those
+            in `attention_mask` (B, T); without a mask all.
+
+    Returns:
+        (B,), in nats per token.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles.evaluation import negative_loss
+        >>> model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> ids = torch.arange(8)[None]
+        >>> score, loss = negative_loss(model, {"input_ids": ids}), model(input_ids=ids, labels=ids).loss
+        >>> torch.allclose(score, -loss)
+        True
     """
     ids = batch["input_ids"]
     labels = batch.get("labels")
     weights = (labels != -100) if labels is not None else batch.get("attention_mask", torch.ones_like(ids))
-    given = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
-    logits = model(**given, use_cache=False).logits[:, :-1].float()
+    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     counted = weights[:, 1:].bool()
     return -torch.where(counted, losses, 0.0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def text_batch(texts: Sequence[str], tokenizer: Any, *, max_length: int = 64) -> dict[str, Tensor]:
-    """Texts as a batch, (B, T) padded on the right, on the CPU; what is over `max_length` tokens is cut.
+    """Tokenize texts into one batch on the CPU.
+
+    Args:
+        texts: B texts.
+        tokenizer: of the model.
+        max_length: tokens to keep of each text, default 64.
+
+    Returns:
+        `input_ids` and `attention_mask`, (B, T), padded on the right.
 
     Raises:
-        ValueError: a text with fewer than two tokens, which has nothing to predict.
+        ValueError: a text has fewer than two tokens, so there is nothing to predict.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from peft_bundles.evaluation import text_batch
+        >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "one": 1, "two": 2, "three": 3}))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+        >>> text_batch(["one two three", "three two"], tokenizer)["input_ids"]
+        tensor([[1, 2, 3],
+                [3, 2, 0]])
     """
     rows = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     if short := [i for i, ids in enumerate(rows) if len(ids) < 2]:
-        raise ValueError(f"text(s) {short} have fewer than two tokens; drop them.")
+        raise ValueError(f"the text(s) at {short} have fewer than two tokens; leave them out.")
     length = max(map(len, rows), default=0)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return {
@@ -244,12 +314,14 @@ def text_batch(texts: Sequence[str], tokenizer: Any, *, max_length: int = 64) ->
 def _rows(task: str, batch: Batch) -> int:
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"task {task!r} is a {type(batch).__name__}; give a dict of tensors, of texts "
-            "`evaluation.text_batch(texts, tokenizer)`."
+            f"task {task!r} is a {type(batch).__name__}; give a dict of tensors, for texts "
+            "evaluation.text_batch(texts, tokenizer)."
         )
     sizes = {name: len(value) for name, value in batch.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(f"task {task!r} has {sizes} rows; every entry needs the same number, at least one.")
+        raise ValueError(
+            f"task {task!r} has entries with {sizes} rows; give each the same number of rows, at least one."
+        )
     return next(iter(sizes.values()))
 
 
@@ -259,7 +331,26 @@ def _repeat(value: Any, times: int, device: torch.device) -> Any:
     return list(value) * times
 
 
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation of two sequences of n numbers; NaN if one of them is constant.
+
+    The Pearson correlation of the ranks, where equal values share the mean of their ranks (as
+    `scipy.stats.spearmanr`).
+
+    Example:
+        >>> from peft_bundles.evaluation import spearman
+        >>> round(spearman([0, 1, 2, 3], [0, 2, 3, 1]), 6)
+        0.4
+    """
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return math.nan
+    values = torch.tensor([list(x), list(y)], dtype=torch.float64)
+    below = (values[:, :, None] > values[:, None, :]).sum(-1)
+    equal = (values[:, :, None] == values[:, None, :]).sum(-1)
+    return float(torch.corrcoef(below + equal.double() / 2)[0, 1])
+
+
 def _standard_error(scores: Tensor) -> Tensor:
-    """Of the mean over rows, (V,); 0 for one row."""
+    """Standard error of the mean over rows, (V,); 0 for one row."""
     rows = scores.shape[1]
     return scores.std(1) / rows**0.5 if rows > 1 else torch.zeros(len(scores), dtype=scores.dtype)

@@ -1,7 +1,15 @@
 """Objectives: rows in, `{signal: loss}` out. One file a family; `base.py` says what one is."""
 
+# ruff: noqa: E402 - the check comes first
+from ..extras import require
+
+
+for _module in ("datasets", "trl"):
+    require(_module, "train")
+
 from .anchor import Anchor
-from .base import Objective, Outputs, Share
+from .base import Objective
+from .batches import Outputs, Share
 from .calibration import Calibration
 from .confusion import Confusion
 from .consistency import Consistency
@@ -9,8 +17,8 @@ from .contrastive import Contrastive, document_pairs
 from .forward import Forward
 from .lm import LM
 from .meta_correctness import MetaCorrectness
+from .ppo import PPO
 from .preference import Preference
-from .rollout import PPO
 from .temporal import Temporal
 
 

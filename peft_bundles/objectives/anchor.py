@@ -7,27 +7,37 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Batch, Outputs
+from .batches import Batch, Outputs
 from .forward import Forward
 from .lm import LM
-from .tokens import masked_mean, wide
+from .tokens import kl_divergence, masked_mean, wide
 
 
 class Anchor(LM):
     """coef * mean_t KL(p_base(. | t) || p(. | t)) over the whole vocabulary, in nats a token.
 
-    The strongest remedy against disturbance in docs/learning.md, at the price of a forward of the base model (bundles
-    off) and a forward and backward of its rows. Give it rows of `peft_bundles.own_samples`, or general text. It updates
-    the bundles that own its signal: those that also learn from something else are the ones it can hold back.
+    It costs a forward of the base model (bundles off) and a forward and backward of its rows. Its rows are those of
+    `peft_bundles.own_samples`, or general text. It updates the bundles that own its signal: it can hold back only
+    bundles that learn from something else too.
 
-    Failure mode: it holds where its rows are and says nothing of other text. Under a signal whose bundles learn from
-    nothing else it trains these to cancel the others: a low `kl` with all on, and none of it with them off.
+    Failure mode: it acts on its own rows and says nothing about other text. If the owners of its signal learn from
+    nothing else, it trains them to cancel the other bundles: `kl` is low with all bundles on, and not with the others
+    alone.
 
     Args:
         dataset: rows of `text`, `messages` or `input_ids`.
-        signal: name of the signal, and of the objective.
-        coef: its weight beside the other losses of its bundles.
-        eval_dataset, max_length, text_field: as of `LM`.
+        signal: name of the signal and of the objective.
+        coef: factor of the loss, > 0.
+        eval_dataset: held-out rows of the same format.
+        max_length: tokens kept of a row. None keeps all.
+        text_field: name of the column with text.
+
+    Raises:
+        ValueError: `coef` is not a positive number.
+
+    Example:
+        >>> Anchor([{"text": "one"}, {"text": "two"}], signal="lm", coef=0.5).signals
+        ('lm',)
     """
 
     def __init__(
@@ -56,6 +66,6 @@ class Anchor(LM):
         return {**batch, "reference": wide(forward.reference(batch).logits[:, :-1]).log_softmax(-1)}
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        reference, current = batch["reference"], wide(outputs.logits[:, :-1]).log_softmax(-1)
-        kl = masked_mean((reference.exp() * (reference - current)).sum(-1), batch["weights"][:, 1:])
+        current = wide(outputs.logits[:, :-1]).log_softmax(-1)
+        kl = masked_mean(kl_divergence(batch["reference"], current), batch["weights"][:, 1:])
         return {self.signals[0]: self.coef * kl}, {"kl": kl}

@@ -1,4 +1,4 @@
-"""Calibration: confidence in an answer that is right as often as it says."""
+"""Calibration: of the answers given with confidence c, a share c should be right."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Batch, Outputs
-from .heads import at
+from .batches import Batch, Outputs
 from .judged import Judged, mean_logprobs
+from .tokens import at
 
 
 class Calibration(Judged):
     """mean_rows (c - correct)^2 + ece_weight * SB-ECE(c), c = sigmoid(logit(p) / T + b).
 
-    p is the geometric mean of the probabilities that the model gives the answer's tokens; log T and b are read by a
-    linear head in the owners' subspace (`heads.py`) from the state of its last token: Platt's scaling (1999), or the
-    temperature of Guo et al. 2017 (arXiv 1706.04599), one a row. The gradient reaches the owners through the head and
-    through p. The first term is the Brier score; the second the soft-binned calibration error of Karandikar et al.
-    2021 (arXiv 2108.00106, with squares).
+    p is the geometric mean of the probabilities that the model gives the answer's tokens. A linear head in the owners'
+    subspace (`heads.py`) reads log T and b from the state of the answer's last token: Platt's scaling (1999), or the
+    temperature of Guo et al. 2017 (arXiv 1706.04599), one for every row. The gradient reaches the owners through the
+    head and through p. The first term is the Brier score; the second is the soft-binned calibration error of Karandikar
+    et al. 2021 (arXiv 2108.00106, with squares).
 
-    Failure mode: answering every row with the share of right ones is perfectly calibrated, so a low ECE says nothing by
-    itself: compare `brier` with that of the constant, share * (1 - share). SB-ECE is that of a micro-batch: of few rows
-    it is close to the Brier score, and it is what accumulation changes.
+    Failure mode: a constant confidence, the share of right answers, is perfectly calibrated, so a low ECE alone says
+    nothing: compare `brier` with that of the constant, share * (1 - share). SB-ECE is taken over a micro-batch: with
+    few rows it is close to the Brier score, and gradient accumulation does not enlarge it.
 
     Args:
-        dataset: `prompt`, `completion`, `correct`, see `Judged`.
-        signal: name of the signal, and of the objective.
-        ece_weight: of the second term. bins: of it, and of the logged `ece`.
-        eval_dataset, max_length: as of `Confusion`.
+        dataset: rows `prompt`, `completion`, `correct` (true or false), standard or conversational.
+        signal: name of the signal and of the objective.
+        ece_weight: weight of the second term, >= 0.
+        bins: bins of the second term and of the logged `ece`, at least 2.
+        eval_dataset: held-out rows of the same format.
+        max_length: rows with more tokens are left out. None keeps all.
+
+    Raises:
+        ValueError: `ece_weight` or `bins` is out of range.
+
+    Example:
+        >>> rows = [{"prompt": "1+1=", "completion": "2", "correct": True},
+        ...         {"prompt": "1+2=", "completion": "4", "correct": False}]
+        >>> Calibration(rows).signals
+        ('calibration',)
     """
 
     outputs = 2
@@ -47,7 +58,9 @@ class Calibration(Judged):
     ) -> None:
         super().__init__(dataset, signal, eval_dataset, max_length)
         if not 0 <= ece_weight < math.inf or bins < 2:
-            raise ValueError(f"objective {signal!r}: ece_weight={ece_weight!r} must be >= 0 and bins={bins!r} >= 2.")
+            raise ValueError(
+                f"objective {signal!r}: ece_weight={ece_weight!r} must be a number >= 0, and bins={bins!r} at least 2."
+            )
         self.ece_weight, self.bins = ece_weight, bins
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -70,18 +83,19 @@ class Calibration(Judged):
         return {self.signals[0]: loss}, metrics
 
     def confidence(self, hidden: Tensor, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """c and T, both (B,)."""
-        said = self.read(at(hidden, batch["last"])).to(logprobs.dtype)
-        temperature = said[:, 0].clamp(-5, 5).exp()
+        """The confidence c and the temperature T, both (B,)."""
+        outputs = self.read(at(hidden, batch["last"])).to(logprobs.dtype)
+        temperature = outputs[:, 0].clamp(-5, 5).exp()
         logprobs = logprobs.clamp(max=-1e-6)  # p = 1 has no logit
         odds = logprobs - torch.log(-torch.expm1(logprobs))
-        return torch.sigmoid(odds / temperature + said[:, 1]), temperature
+        return torch.sigmoid(odds / temperature + outputs[:, 1]), temperature
 
 
 def soft_ece(confidence: Tensor, correct: Tensor, bins: int, width: float = 0.01) -> Tensor:
-    """sum_j (n_j / N) (accuracy_j - confidence_j)^2 over soft bins with centres (j + 1/2) / bins, a scalar.
+    """Soft-binned calibration error: sum_j (n_j / N) (accuracy_j - confidence_j)^2, a scalar with a gradient.
 
-    A confidence belongs to bin j with weight softmax_j(-(c - centre_j)^2 / width) (Karandikar et al., eq. 5).
+    A confidence belongs to bin j, with centre (j + 1/2) / bins, by the weight softmax_j(-(c - centre_j)^2 / width)
+    (Karandikar et al., eq. 5).
     """
     centres = (torch.arange(bins, device=confidence.device, dtype=confidence.dtype) + 0.5) / bins
     member = (-(confidence[:, None] - centres).square() / width).softmax(-1)  # (B, bins)
@@ -91,10 +105,18 @@ def soft_ece(confidence: Tensor, correct: Tensor, bins: int, width: float = 0.01
 
 
 def ece(confidence: Tensor, correct: Tensor, bins: int = 10) -> Tensor:
-    """Expected calibration error with equal bins, sum_j (n_j / N) |accuracy_j - confidence_j| (Guo et al., eq. 3).
+    """Expected calibration error with bins of equal width, sum_j (n_j / N) |accuracy_j - confidence_j|.
 
-    Of N rows; biased upwards when bins hold few of them.
+    Naeini et al. 2015; Guo et al. 2017, eq. 3. It is biased upwards where bins hold few rows.
+
+    Args:
+        confidence: (N,), in [0, 1].
+        correct: (N,), 0 or 1.
+        bins: number of bins.
+
+    Returns:
+        A scalar in [0, 1].
     """
-    place = (confidence * bins).long().clamp(0, bins - 1)
+    bin_of = (confidence * bins).long().clamp(0, bins - 1)
     gap = torch.zeros(bins, device=confidence.device, dtype=confidence.dtype)
-    return gap.index_add(0, place, correct - confidence).abs().sum() / len(confidence)
+    return gap.index_add(0, bin_of, correct - confidence).abs().sum() / len(confidence)

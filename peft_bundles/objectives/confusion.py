@@ -8,30 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, Outputs
-from .heads import at
-from .judged import Judged, accuracy
-from .tokens import masked_sum, token_entropy
+from .batches import Batch, Outputs
+from .judged import Judged
+from .tokens import accuracy, at, row_mean, token_entropy
 
 
 class Confusion(Judged):
     """mean_rows [ entropy_weight * mean_t Huber(e_t - H_t) + correct_weight * BCE(c, correct) ].
 
-    A linear head in the owners' subspace (`heads.py`) reads e_t, the entropy H_t (nats) of the distribution of every
-    token of the answer from the state before it, and c, whether the answer is right, from the state of its last token.
-    H is the model's own now and no gradient passes through it: entropy is to be known, not changed. Kadavath et al.
-    2022 (arXiv 2207.05221) train such a head for the second part.
+    A linear head in the owners' subspace (`heads.py`) reads two things: e_t, from the state before every token of the
+    answer, is to be the entropy H_t (nats) of that token's distribution; c, from the state of the answer's last token,
+    is to say whether the answer is right. H is that of the current model and gets no gradient: the entropy is to be
+    known, not changed. Kadavath et al. 2022 (arXiv 2207.05221) train such a head for the second part.
 
-    Failure mode: entropy is read from the state that makes the logits, so it can be learnt without knowing anything of
-    the answer, and a low loss of the sum may hide a `correct` at chance: look at `accuracy`. Corrupted answers are
-    improbable under the model; a head that only learnt "improbable" calls its confident mistakes right.
+    Failure mode: the entropy is read from the state that makes the logits, so it can be learnt without knowing anything
+    about the answer. A low sum may therefore hide a second part at chance: look at `accuracy`. Corrupted answers are
+    improbable under the model; a head that has only learnt "improbable" calls confident mistakes right.
 
     Args:
-        dataset: `prompt`, `completion`, `correct`, see `Judged`.
-        signal: name of the signal, and of the objective.
-        entropy_weight, correct_weight: of the two parts.
+        dataset: rows `prompt`, `completion`, `correct` (true or false), standard or conversational.
+        signal: name of the signal and of the objective.
+        entropy_weight: weight of the first part, >= 0.
+        correct_weight: weight of the second part, >= 0.
         eval_dataset: held-out rows of the same format.
         max_length: rows with more tokens are left out. None keeps all.
+
+    Raises:
+        ValueError: a weight is negative, or both are 0.
+
+    Example:
+        >>> rows = [{"prompt": "1+1=", "completion": "2", "correct": True},
+        ...         {"prompt": "1+2=", "completion": "4", "correct": False}]
+        >>> Confusion(rows).signals
+        ('confusion',)
     """
 
     outputs = 2
@@ -62,12 +71,12 @@ class Confusion(Judged):
     def compare(self, hidden: Tensor, entropy: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss and metrics from final states (B, T, d) and entropies of tokens t >= 1 (B, T - 1)."""
         mask = batch["completion_mask"][:, 1:]
-        said, right = self.read(hidden[:, :-1])[..., 0], self.read(at(hidden, batch["last"]))[:, 1]
-        huber = masked_sum(F.smooth_l1_loss(said, entropy.to(said.dtype), reduction="none"), mask) / mask.sum(1)
-        bce = F.binary_cross_entropy_with_logits(right, batch["correct"].to(right.dtype))
+        predicted, scores = self.read(hidden[:, :-1])[..., 0], self.read(at(hidden, batch["last"]))[:, 1]
+        huber = row_mean(F.smooth_l1_loss(predicted, entropy.to(predicted.dtype), reduction="none"), mask)
+        bce = F.binary_cross_entropy_with_logits(scores, batch["correct"].to(scores.dtype))
         metrics = {
-            "entropy_error": (masked_sum((said - entropy).abs().detach(), mask) / mask.sum(1)).mean(),
+            "entropy_error": row_mean((predicted - entropy).abs().detach(), mask).mean(),
             "correct_loss": bce.detach(),
-            "accuracy": accuracy(right.detach(), batch["correct"]),
+            "accuracy": accuracy(scores.detach(), batch["correct"]),
         }
         return {self.signals[0]: self.entropy_weight * huber.mean() + self.correct_weight * bce}, metrics

@@ -1,4 +1,4 @@
-"""Forwards of the bundled model for objectives: rows of several of them at once, the reference, generation."""
+"""Forwards of the model with bundles, for objectives: rows of several objectives, the reference, generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..core.dialling import alphas
 from ..core.walking import state_of
 from ..routing.routes import route
-from .base import Batch, Outputs, seed_of
+from .batches import Batch, Outputs
+from .seeding import seeded
 from .topical import RowTopics
 
 
@@ -21,11 +22,28 @@ class Forward:
     """The model as objectives use it.
 
     Args:
-        model: with bundles attached.
-        signals: objective -> its signals.
-        table: objective -> bundle -> alpha in that objective's rows; bundles not named keep what they have.
-        autocast: makes the context for mixed precision.
-        topics: gates rows that have "topics" (B, K) and, for the mask "stochastic", "draws" (B, K) in their batch.
+        model: a causal LM with bundles, from `get_peft_model`.
+        signals: objective -> the signals of its losses.
+        table: objective -> bundle -> alpha in that objective's rows; other bundles keep their alphas.
+        autocast: makes the context of mixed precision. Default: none.
+        topics: topic routing of rows whose batch has "topics". Default: none.
+
+    Raises:
+        ValueError: the model has no output embeddings.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig
+        >>> shape = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                     vocab_size=50)
+        >>> bundles = {"b_lm": {"rank": 4, "sub_bases": ["a"], "signals": {"lm": 1.0}}}
+        >>> config = BundleConfig(sub_bases={"a": 16}, bundles=bundles, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(AutoModelForCausalLM.from_config(shape), config)
+        >>> forward = Forward(model, {"lm": ("lm",)}, {"lm": {"b_lm": 0.5}})
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 1]])}
+        >>> forward({"lm": batch})["lm"].logits.shape
+        torch.Size([1, 3, 50])
     """
 
     def __init__(
@@ -38,83 +56,88 @@ class Forward:
     ) -> None:
         self.model, self.signals, self.table, self.autocast = model, signals, table, autocast
         self.topics = topics
-        self.calls = 0
+        self.calls = 0  # forwards so far
         head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings; objectives need a causal LM.")
+            raise ValueError(
+                f"the model, a {type(model).__name__}, has no output embeddings; give a causal LM, from "
+                "AutoModelForCausalLM."
+            )
         self.output_embeddings = head
 
     @property
     def device(self) -> torch.device:
-        """Where batches belong."""
+        """The device for batches."""
         return self.output_embeddings.weight.device
 
     def __call__(self, batches: Mapping[str, Batch]) -> dict[str, Outputs]:
-        """One forward of the rows of all these objectives, routed, each row with its objective's alphas."""
-        ids, mask = (
-            _stacked([b["input_ids"] for b in batches.values()]),
-            _stacked([b["attention_mask"] for b in batches.values()]),
-        )
-        owners = [name for name, b in batches.items() for _ in range(len(b["input_ids"]))]
-        signals: Any = [self.signals[name] for name in owners]
+        """One forward of the rows of several objectives, each row with the alphas and the routing of its objective.
+
+        Args:
+            batches: objective -> its batch.
+
+        Returns:
+            objective -> the outputs of its rows.
+        """
+        ids = _stacked([batch["input_ids"] for batch in batches.values()])
+        mask = _stacked([batch["attention_mask"] for batch in batches.values()])
+        objective_of_row = [name for name, batch in batches.items() for _ in range(len(batch["input_ids"]))]
+        signals: Any = [self.signals[name] for name in objective_of_row]
         if len(batches) == 1:
-            signals = self.signals[owners[0]]
+            signals = self.signals[objective_of_row[0]]
         routing: AbstractContextManager[None] = nullcontext()
         if torch.is_grad_enabled():
             routing = route(self.model, signals, weights=self.row_weights(batches))
         with routing, alphas(self.model, self.row_alphas(batches)):
             outputs = self._run(ids, mask)
-        found, row = {}, 0
-        for name, b in batches.items():
-            rows, tokens = b["input_ids"].shape
+        outputs_of, row = {}, 0
+        for name, batch in batches.items():
+            rows, tokens = batch["input_ids"].shape
             part = slice(row, row + rows)
-            found[name] = Outputs(outputs.logits[part, :tokens], outputs.hidden[part, :tokens])
+            outputs_of[name] = Outputs(outputs.logits[part, :tokens], outputs.hidden[part, :tokens])
             row += rows
-        return found
+        return outputs_of
 
     def row_alphas(self, batches: Mapping[str, Batch]) -> dict[str, float | Tensor]:
-        """Bundle -> a number, or one a row where rows disagree: their objectives' tables, times their topics' gates."""
+        """Bundle -> its alpha: the number of the objective's table, times the gate of the row's topics.
+
+        A bundle gets one number where all rows agree, else one number a row, (B,).
+        """
         gates = {name: self._gates(batch) for name, batch in batches.items()}
         if len(batches) == 1 and not any(gates.values()):
             return dict(self.table[next(iter(batches))])
         changed = dict.fromkeys(bundle for name in batches for bundle in (*self.table[name], *gates[name]))
         default = default_alphas(self.model)
-        found: dict[str, float | Tensor] = {}
+        alpha_of: dict[str, float | Tensor] = {}
         for bundle in changed:
-            given = {name: self.table[name].get(bundle, default[bundle]) for name in batches}
-            values = {name: value for name, value in given.items() if value is not None}
-            if len(values) < len(given):
+            in_tables = {name: self.table[name].get(bundle, default[bundle]) for name in batches}
+            values = {name: value for name, value in in_tables.items() if value is not None}
+            if len(values) < len(in_tables):
                 raise ValueError(
-                    f"bundle {bundle!r} has alphas per layer or row; they do not go together with topics, nor with "
-                    "rows of another objective in which it is off (set shared_forward=False)."
+                    f"bundle {bundle!r} has alphas per layer or row. They cannot be combined with topics, nor with "
+                    "rows of another objective that sets its alpha; give it one number, or set shared_forward=False."
                 )
-            gated = [name for name in batches if bundle in gates[name]]
+            gated = any(bundle in gates[name] for name in batches)
             if not gated and len(set(values.values())) == 1:
-                found[bundle] = next(iter(values.values()))
+                alpha_of[bundle] = next(iter(values.values()))
                 continue
-            parts = [
-                values[name] * gates[name].get(bundle, torch.ones(len(batch["input_ids"]), dtype=torch.float64))
-                for name, batch in batches.items()
-            ]
-            found[bundle] = torch.cat(parts).float().to(self.device)
-        return found
+            parts = [values[name] * gates[name].get(bundle, _ones(batch)) for name, batch in batches.items()]
+            alpha_of[bundle] = torch.cat(parts).float().to(self.device)
+        return alpha_of
 
     def row_weights(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-        """Semantic bundle -> gradient weight of every row; 1 in rows without topics, {} without any."""
+        """Topic bundle -> gradient weight of every row, (B,); 1 in rows without topics. {} if no batch has topics."""
         weights = {
             name: self.topics.weights(batch["topics"], batch.get("draws"))
             for name, batch in batches.items()
             if self.topics is not None and "topics" in batch
         }
-        every = dict.fromkeys(bundle for found in weights.values() for bundle in found)
+        bundles = dict.fromkeys(bundle for of_bundle in weights.values() for bundle in of_bundle)
         return {
             bundle: torch.cat(
-                [
-                    weights.get(name, {}).get(bundle, torch.ones(len(batch["input_ids"]), dtype=torch.float64))
-                    for name, batch in batches.items()
-                ]
+                [weights.get(name, {}).get(bundle, _ones(batch)) for name, batch in batches.items()],
             )
-            for bundle in every
+            for bundle in bundles
         }
 
     def _gates(self, batch: Batch) -> dict[str, Tensor]:
@@ -134,32 +157,48 @@ class Forward:
 
     @torch.no_grad()
     def current(self, name: str, batch: Batch) -> Outputs:
-        """The current policy on the rows of one objective, without gradient and without dropout."""
+        """The model as it is now on rows of one objective, without gradient and without dropout."""
         with self.eval_mode(), alphas(self.model, self.row_alphas({name: batch})):
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Outputs:
-        """The model without its bundles: with all alphas 0 the base model comes back bit for bit."""
+        """The model with all bundles off, which is the base model bit for bit; no gradient, no dropout."""
         off = dict.fromkeys(state_of(self.model).bundle_names(), 0.0)
         with self.eval_mode(), alphas(self.model, off):
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
-    def generate(self, name: str, ids: Tensor, mask: Tensor, topics: Tensor | None = None, **options: Any) -> Tensor:
-        """Completions under one objective's alphas; ids and mask (B, P) are padded on the left, returns (B, P + T).
+    def generate(
+        self,
+        name: str,
+        ids: Tensor,
+        mask: Tensor,
+        topics: Tensor | None = None,
+        key: tuple[int | str, ...] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Completions under the alphas of one objective.
 
         Args:
-            topics: tau of the rows, (B, K), or None.
+            name: of the objective.
+            ids, mask: prompts and their attention mask, (B, P), padded on the left.
+            topics: topic vectors of the rows, (B, K), or None.
+            key: seeds the sampling. None samples from PyTorch's generator as it is.
+            options: further arguments of `model.generate`.
+
+        Returns:
+            (B, P + T): prompts and completions.
         """
         rows: Batch = {"input_ids": ids} if topics is None else {"input_ids": ids, "topics": topics}
-        with self.eval_mode(), alphas(self.model, self.row_alphas({name: rows})), self.autocast():
-            # Explicit: the trainer switches the cache off in the config.
+        table, sampling = self.row_alphas({name: rows}), nullcontext() if key is None else seeded(self.device, *key)
+        with self.eval_mode(), alphas(self.model, table), self.autocast(), sampling:
+            # use_cache is given because the trainer switches it off in the config.
             return self.model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)  # type: ignore
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """The model in eval mode inside, and as it was after."""
+        """The model in eval mode inside the block, and in its former mode after it."""
         training = self.model.training
         self.model.eval()
         try:
@@ -168,26 +207,23 @@ class Forward:
             self.model.train(training)
 
 
-@contextmanager
-def seeded(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Random numbers inside depend on `key` alone, and those after are as if nothing had been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(*key))
-        yield
-
-
 def default_alphas(model: nn.Module) -> dict[str, float | None]:
-    """Bundle -> the number its alpha is when no table says otherwise; None where it is not one number."""
+    """Bundle -> its alpha where no table names it; None where that is not one number."""
     state = state_of(model)
-    found: dict[str, float | None] = {}
+    defaults: dict[str, float | None] = {}
     for config in state.configs.values():
         for name, spec in (config.bundles or {}).items():
             value = state.set_alphas.get(name, spec.alpha)
-            found[name] = value if isinstance(value, float) else None
-    return found
+            defaults[name] = value if isinstance(value, float) else None
+    return defaults
+
+
+def _ones(batch: Batch) -> Tensor:
+    """A weight of 1 for every row."""
+    return torch.ones(len(batch["input_ids"]), dtype=torch.float64)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """(B_i, T_i) one under the other, with zeros on the right of the shorter ones."""
-    length = max(t.shape[1] for t in tensors)
-    return torch.cat([F.pad(t, (0, length - t.shape[1])) for t in tensors])
+    """Tensors (B_i, T_i) one under the other, zeros on the right of the shorter ones."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])

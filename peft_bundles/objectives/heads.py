@@ -1,19 +1,21 @@
-"""Heads of objectives: small maps that read the final state in the subspace of the bundles that own a signal."""
+"""Heads of objectives: small maps that read the final state in the subspace of the bundles that own a signal.
+
+Shapes: d the hidden size, r the columns of the subspace.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
 
 from ..core.layer import BundleLayer
-from .forward import seeded
+from .seeding import seeded
 from .tokens import wide
 
 
 def owners(model: nn.Module, signal: str) -> list[tuple[str, str]]:
-    """(adapter, bundle) with the largest weight for a signal, of the active adapters; empty where there are none."""
+    """(adapter, bundle) of the largest weight for a signal, among active adapters; [] for a model without bundles."""
     layer = _last_layer(model)
     active = [] if layer is None else [a for a in layer.bundle_adapters() if a in layer.active_adapters]
     columns = {a: layer.state.configs[a].column(signal) for a in active}  # type: ignore[union-attr]
@@ -22,11 +24,11 @@ def owners(model: nn.Module, signal: str) -> list[tuple[str, str]]:
 
 
 def subspace(model: nn.Module, signal: str) -> Tensor:
-    """Orthonormal columns (d, r): what the owners of a signal may read and write in the last layer.
+    """Orthonormal columns Q (d, r): what the owners of a signal may read and write in the last layer.
 
-    The columns of U in the supports of the owners, not the span of their weights: it stays where it is while they are
-    trained. Owners in several adapters: the span of the columns of all their U. The identity (d, d) for a model without
-    bundles, and for an owner of kind "full".
+    These are the columns of U in the owners' supports, not the span of the owners' weights, so that Q stays where it is
+    while the owners are trained. For owners in several adapters it is the span of the columns of all their U. For a
+    model without bundles, and for an owner of kind "full", it is the identity (d, d).
     """
     layer = _last_layer(model)
     supports: dict[str, list[Tensor]] = {}
@@ -46,15 +48,15 @@ def subspace(model: nn.Module, signal: str) -> Tensor:
     if len(columns) == 1:
         return columns[0].clone()
     left, values, _ = torch.linalg.svd(torch.cat([c.to(columns[0].device) for c in columns], 1).double(), False)
-    return left[:, values > 1e-4 * values[0]].float()  # adapters of one basis have columns in common
+    return left[:, values > 1e-4 * values[0]].float()  # adapters with the same basis have columns in common
 
 
-def goal_rank(model: nn.Module, signal: str) -> int:
-    """The largest rank of the owners of a signal; the width of the subspace for a model without bundles."""
-    layer, found = _last_layer(model), owners(model, signal)
-    if layer is None or not found:
+def largest_owner_rank(model: nn.Module, signal: str) -> int:
+    """The largest rank among the owners of a signal; for a model without bundles the width of the subspace."""
+    layer, keys = _last_layer(model), owners(model, signal)
+    if layer is None or not keys:
         return subspace(model, signal).shape[1]
-    return max(layer.packing(adapter).shapes[bundle].rank for adapter, bundle in found)
+    return max(layer.packing(adapter).shapes[bundle].rank for adapter, bundle in keys)
 
 
 def _last_layer(model: nn.Module) -> BundleLayer | None:
@@ -62,93 +64,31 @@ def _last_layer(model: nn.Module) -> BundleLayer | None:
 
 
 class SubspaceHead(nn.Module):
-    """A linear map of Q^T h / rms(Q^T h), Q the subspace of a signal's owners and h the final state.
+    """A linear map of Q^T h / rms(Q^T h), with Q the subspace of a signal's owners and h the final state.
 
-    What lies outside of Q is not seen, so the gradient on h lies in Q. Linear, because the bundles are there to make
-    what it reads linear, and little is labelled.
+    The head does not see what lies outside Q, so its gradient on h lies in Q. It is linear because the bundles are
+    there to make its input linearly readable, and because labels are few.
 
     Args:
         basis: Q, (d, r).
-        outputs: o.
-        name: seeds the weights, alike in every process.
-        bias: of the map.
+        outputs: number of outputs, o.
+        name: seeds the weights, so that they are the same in every process.
+        bias: whether the map has a bias.
     """
 
     basis: Tensor
 
     def __init__(self, basis: Tensor, outputs: int, name: str, *, bias: bool = True) -> None:
         super().__init__()
-        self.register_buffer("basis", basis.cpu(), persistent=False)  # the adapter's file has it
+        self.register_buffer("basis", basis.cpu(), persistent=False)  # the adapter's checkpoint has it
         with seeded(torch.device("cpu"), "head", name):
             self.map = nn.Linear(basis.shape[1], outputs, bias=bias)
 
     def coordinates(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., r), of root mean square 1."""
+        """Coordinates in Q of final states (..., d), scaled to root mean square 1: (..., r)."""
         basis = self.basis.to(wide(hidden).dtype)
         return F.rms_norm(wide(hidden) @ basis, (basis.shape[1],), eps=1e-6)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., o)."""
         return self.map(self.coordinates(hidden).to(self.map.weight.dtype))
-
-
-# ---- what several objectives do with their rows ----
-
-
-def pooled(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of a mask: values (B, T, r), mask (B, T) or (B, S, T) -> (B, r) or (B, S, r)."""
-    weights = mask.to(values.dtype)
-    total = weights @ values if mask.dim() == 3 else (weights.unsqueeze(1) @ values).squeeze(1)
-    return total / weights.sum(-1, keepdim=True).clamp_min(1)
-
-
-def at(hidden: Tensor, position: Tensor) -> Tensor:
-    """hidden (B, T, ...) at one position a row (B,) -> (B, ...)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), position]
-
-
-def labels(objective: str, values: list[object], column: str, both: bool = True) -> list[float]:
-    """0.0 or 1.0 from bools or numbers.
-
-    Raises:
-        ValueError: a label that is neither; with `both`, labels that are all the same.
-    """
-    for row, value in enumerate(values):
-        if value not in (0, 1):  # True and 1.0 are 1
-            raise ValueError(
-                f"objective {objective!r}: row {row} has {column}={value!r}; give true or false, 1 or 0 (a score needs "
-                "a threshold first)."
-            )
-    if both and len(set(values)) == 1:
-        raise ValueError(
-            f"objective {objective!r}: {column} is {values[0]!r} in all {len(values)} rows, so there is nothing to "
-            "tell apart; add rows of the other class (studies.data makes wrong answers)."
-        )
-    return [float(bool(value)) for value in values]
-
-
-def texts(objective: str, dataset: Dataset, *columns: str) -> None:
-    """Raise ValueError for a row whose text or conversation in one of the columns is empty."""
-    for column in columns:
-        for row, value in enumerate(dataset[column]):
-            parts = [m.get("content") for m in value] if isinstance(value, list) else [value]
-            if not all(isinstance(p, str) and p.strip() for p in parts) or not parts:
-                raise ValueError(f"objective {objective!r}: row {row} has an empty {column!r} ({value!r}); drop it.")
-
-
-def joined(objective: str, row: int, pieces: list[str], column: str, tokenizer: object) -> tuple[list[int], list[int]]:
-    """Ids of the pieces, a line each, and the number of its piece for every token.
-
-    Raises:
-        ValueError: fewer than two pieces, or one without text.
-    """
-    if len(pieces) < 2:
-        raise ValueError(f"objective {objective!r}: row {row} has {len(pieces)} {column}; give at least two.")
-    ids: list[int] = []
-    of: list[int] = []
-    for number, piece in enumerate(pieces):
-        if not isinstance(piece, str) or not piece.strip():
-            raise ValueError(f"objective {objective!r}: row {row}: {column}[{number}]={piece!r} is empty; drop it.")
-        new = tokenizer(text=piece.rstrip("\n") + "\n", add_special_tokens=number == 0)["input_ids"]  # type: ignore
-        ids, of = ids + new, of + [number] * len(new)
-    return ids, of

@@ -1,4 +1,4 @@
-"""Answers marked right or wrong, and a head that reads them: the rows that several meta signals share."""
+"""Answers marked right or wrong, and a head that reads them: the base of several meta signals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import ROW, Batch, Objective, Outputs
-from .data import require, text_rows
-from .heads import SubspaceHead, labels, subspace, texts
-from .tokens import masked_sum, token_logprobs
+from .base import Objective
+from .batches import ROW, Batch, Outputs
+from .data import binary_labels, require_columns, require_text, text_rows
+from .heads import SubspaceHead, subspace
+from .tokens import row_mean, token_logprobs
 
 
 class Judged(Objective):
-    """Rows `prompt`, `completion`, `correct` (true or false), standard or conversational; a head reads their states.
+    """Rows `prompt`, `completion`, `correct` (true or false), standard or conversational, and a head on their states.
 
-    The answers come from tasks with a checker: `studies.data.judgements` marks those of the model itself and adds
-    corrupted ones. A row that max_length would cut is left out: its mark would be of another text.
+    The answers should come from tasks with a checker. A row longer than max_length is left out: truncated, it would be
+    another answer than the one that was marked.
     """
 
     outputs = 1  # of the head
@@ -38,23 +39,26 @@ class Judged(Objective):
         return self.reader
 
     def read(self, hidden: Tensor) -> Tensor:
-        """What the head says of states (..., d): (..., outputs)."""
+        """The head's outputs for final states (..., d): (..., outputs)."""
         assert self.reader is not None, "setup() makes the head"
         return self.reader(hidden)
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
-        require(self.name, dataset, ("prompt", "completion", "correct"))
-        texts(self.name, dataset, "prompt", "completion")
-        marks = labels(self.name, dataset["correct"], "correct")
-        return [row | {"correct": mark} for row, mark in self.answers(dataset, "completion", marks)]
+        require_columns(self.name, dataset, ("prompt", "completion", "correct"))
+        require_text(self.name, dataset, "prompt", "completion")
+        labels = binary_labels(self.name, dataset["correct"], "correct")
+        return [row | {"correct": label} for row, label in self.answers(dataset, "completion", labels)]
 
-    def answers(self, dataset: Dataset, column: str, carried: list[Any]) -> list[tuple[dict[str, Any], Any]]:
-        """Ids and completion mask of prompt + a column, each with what is carried along; too long ones left out."""
+    def answers(self, dataset: Dataset, column: str, extra: list[Any]) -> list[tuple[dict[str, Any], Any]]:
+        """Ids and completion mask of every prompt with the answer in `column`, and the row's entry of `extra`.
+
+        Rows longer than max_length are left out.
+        """
         pairs = {"prompt": dataset["prompt"][:], "completion": dataset[column][:], ROW: list(range(len(dataset)))}
         rows = text_rows(Dataset.from_dict(pairs), self.tokenizer, None)
         limit = self.max_length or max(len(ids) for ids in rows["input_ids"])
         return [
-            ({"ids": row["input_ids"], "mask": row["completion_mask"], ROW: row[ROW]}, carried[row[ROW]])
+            ({"ids": row["input_ids"], "mask": row["completion_mask"], ROW: row[ROW]}, extra[row[ROW]])
             for row in rows
             if len(row["input_ids"]) <= limit
         ]
@@ -63,11 +67,12 @@ class Judged(Objective):
         return {**sequences(rows, self.tokenizer), "correct": torch.tensor([row["correct"] for row in rows])}
 
     def items(self, batch: Batch) -> Tensor:
+        """The rows."""
         return torch.tensor(float(len(batch["correct"])), device=batch["correct"].device)
 
 
 def sequences(rows: list[Mapping[str, Any]], tokenizer: Any) -> Batch:
-    """Rows of `ids` and `mask` side by side; `last` is the place of the last token of the mask."""
+    """Rows of `ids` and `mask` as a batch; `last` (B,) is the position of the last token of the mask."""
     ids, masks = ([torch.tensor(row[key]) for row in rows] for key in ("ids", "mask"))
     return {
         "input_ids": pad(ids, padding_value=tokenizer.pad_token_id),
@@ -79,10 +84,4 @@ def sequences(rows: list[Mapping[str, Any]], tokenizer: Any) -> Batch:
 
 def mean_logprobs(outputs: Outputs, batch: Batch) -> Tensor:
     """Mean log p of the tokens of each completion, (B,), in nats."""
-    mask = batch["completion_mask"][:, 1:]
-    return masked_sum(token_logprobs(outputs.logits, batch["input_ids"]), mask) / mask.sum(1)
-
-
-def accuracy(scores: Tensor, correct: Tensor) -> Tensor:
-    """Share of scores (B,) on the right side of 0."""
-    return ((scores > 0) == (correct > 0.5)).float().mean()
+    return row_mean(token_logprobs(outputs.logits, batch["input_ids"]), batch["completion_mask"][:, 1:])

@@ -1,4 +1,4 @@
-"""A hinge on how far training moves the readout of a bundle's subspace away from the base model's."""
+"""A hinge on how far training moves what can be read in the subspace of a bundle, compared with the base model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import BundleLayer
-from .base import Batch, Outputs
+from .batches import Batch, Outputs
 from .forward import Forward
-from .tokens import wide
+from .tokens import kl_divergence, wide
 
 
 @dataclass
 class KLClamp:
     """strength_S max(0, sum_k beta_k KL_k - tau), added to the loss of every signal S that has a strength.
 
-    KL_k = KL(softmax(W P_k h) || softmax(W P_k h_off)) in nats, the mean over tokens: h and h_off are the final states
-    (what the LM head W reads) with the bundles and without them, P_k the projector on the subspace that bundle k
-    writes to in the last layer.
+    KL_k = KL(softmax(W P_k h) || softmax(W P_k h_off)) in nats, the mean over tokens. Here h and h_off are the final
+    states with the bundles on and off, W is the LM head, and P_k projects on the subspace that bundle k writes to in
+    the last layer.
 
     Args:
-        model: with bundles.
-        strength: signal -> factor.
-        tau: what the sum may reach for free, in nats.
-        beta: bundle -> weight. None: 1 for the protected bundles.
-        tokens: tokens of a batch that are decoded, spread evenly; M vocabularies a token are not cheap.
+        model: a causal LM with bundles.
+        strength: signal -> factor, > 0.
+        tau: the sum of KL that costs nothing, in nats.
+        beta: bundle -> weight, > 0. None gives the protected bundles 1.
+        tokens: tokens of a batch that are measured, spread evenly. Each costs a readout of the vocabulary a bundle.
+        signals: objective -> the signals of its losses.
+
+    Raises:
+        ValueError: a number is out of range, or a signal or bundle does not exist.
     """
 
     model: nn.Module
@@ -46,12 +50,12 @@ class KLClamp:
         emitted = [s for names in self.signals.values() for s in names]
         if self.beta is None:
             self.beta = {n: 1.0 for n, s in specs.items() if s.protected}
-        for name, given, known in (("strength", self.strength, emitted), ("beta", self.beta, list(specs))):
-            if not given:
-                raise ValueError(f"kl_clamp: {name} is empty; name at least one of {known} (or protect a bundle).")
-            if unknown := sorted(set(given) - set(known)):
-                raise ValueError(f"kl_clamp: {name} names {unknown}; known are {known}.")
-            if wrong := {k: v for k, v in given.items() if not v > 0}:
+        for name, factors, names in (("strength", self.strength, emitted), ("beta", self.beta, list(specs))):
+            if not factors:
+                raise ValueError(f"kl_clamp: {name} is empty; name at least one of {names} (or protect a bundle).")
+            if unknown := sorted(set(factors) - set(names)):
+                raise ValueError(f"kl_clamp: {name} names {unknown}; known are {names}.")
+            if wrong := {k: v for k, v in factors.items() if not v > 0}:
                 raise ValueError(f"kl_clamp: {name}={wrong} must be positive.")
         if not self.tau >= 0 or self.tokens < 1:
             raise ValueError(f"kl_clamp: tau={self.tau!r} must be >= 0 and tokens={self.tokens!r} at least 1.")
@@ -60,37 +64,37 @@ class KLClamp:
     def from_config(
         cls, config: Mapping[str, Any], model: nn.Module, signals: Mapping[str, tuple[str, ...]]
     ) -> KLClamp:
-        """From `BundleTrainingConfig.kl_clamp`: strength, tau, beta, tokens."""
+        """From the fields strength, tau, beta and tokens in `BundleTrainingConfig.kl_clamp`."""
         if unknown := sorted(set(config) - {"strength", "tau", "beta", "tokens"}):
             raise ValueError(f"kl_clamp has unknown field(s) {unknown}; it takes strength, tau, beta, tokens.")
         if "strength" not in config:
-            raise ValueError("kl_clamp: strength is missing; give signal -> factor.")
+            raise ValueError(
+                "kl_clamp: strength is missing; give signal -> factor, such as strength={'preference': 1.0}."
+            )
         return cls(model=model, signals=signals, **config)
 
     def subspace(self, bundle: str) -> Tensor:
-        """Orthonormal basis (d, r) of what a bundle writes to in the last layer: its support, or a part by its W."""
+        """Orthonormal basis (d, r) of what a bundle writes to in the last layer: its support, or what its W reaches."""
         layer = self._layer
         adapter = next(a for a in layer.bundle_adapters() if bundle in layer.packing(a).names)
         weights = layer.bundle_weights(adapter)[layer.packing(adapter).names.index(bundle)]
         if weights.kind == "full":
             return torch.eye(layer.hidden_size, device=weights.up.device)
-        back = weights.weight if weights.weight_out is None else weights.weight_out
         basis = layer.bundle_basis[adapter][:, weights.support]
-        if back is None:
+        if weights.weight is None:
             return basis
         with torch.no_grad():  # the subspace is where KL is measured, not what is trained to make it small
-            return torch.linalg.qr(basis @ back.detach().to(basis.dtype).T)[0]
+            return torch.linalg.qr(basis @ weights.weight.detach().to(basis.dtype).T)[0]
 
     def __call__(
         self, forward: Forward, name: str, outputs: Outputs, batch: Batch, metrics: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Signal -> penalty for one objective's rows; notes each KL_k and the sum in `metrics`."""
+        """Signal -> penalty, a scalar, for the rows of one objective; adds each KL_k and the sum to `metrics`."""
         strengths = {s: self.strength[s] for s in self.signals[name] if s in self.strength}
         if not strengths:
             return {}
-        off = forward.reference(batch).hidden
-        kept = batch["attention_mask"].bool()
-        on, off = outputs.hidden[kept], off[kept]
+        mask = batch["attention_mask"].bool()
+        on, off = outputs.hidden[mask], forward.reference(batch).hidden[mask]
         if len(on) > self.tokens:
             chosen = torch.linspace(0, len(on) - 1, self.tokens, device=on.device).long()
             on, off = on[chosen], off[chosen]
@@ -104,8 +108,8 @@ class KLClamp:
         return {signal: strength * penalty for signal, strength in strengths.items()}
 
     def kl(self, on: Tensor, off: Tensor, bundle: str, forward: Forward) -> Tensor:
-        """KL_k, a scalar, of final states (N, d)."""
+        """KL_k, a scalar, from final states with bundles on and off, both (N, d)."""
         q, on, off = self.subspace(bundle), wide(on), wide(off)
         read = forward.output_embeddings.weight.to(on.dtype) @ q.to(on.dtype)  # (V, r)
         now, base = ((h @ q.to(h.dtype) @ read.T).log_softmax(-1) for h in (on, off))
-        return (now.exp() * (now - base)).sum(-1).mean()
+        return kl_divergence(now, base).mean()

@@ -1,4 +1,4 @@
-"""Next-token loss, with a weight for every token."""
+"""Next-token loss with a weight for every token."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from .base import ROW, Batch, Objective, Outputs, numbered
-from .data import require, text_rows
+from .base import Objective
+from .batches import ROW, Batch, Outputs, numbered
+from .data import require_columns, text_rows
 from .tokens import masked_mean, token_logprobs
 
 
 class LM(Objective):
-    """mean_t w_t (-log p(token t)), the mean over the sum of the weights w.
+    """sum_t w_t (-log p(token t)) / sum_t w_t, in nats a token.
 
-    Failure mode: facts that are said one way only are learnt as that sentence; ask for them in other words
-    (`studies.data`). Bundles of other signals that are on in its rows are leaned on: switched off later, the loss
-    is no longer what training said. `forward={"lm": "owners"}` of the trainer prevents it.
+    Failure mode: a fact that is said in one way only is learnt as that sentence; say it in several ways. Bundles of
+    other signals that are on in these rows become part of the answer: switch one off later, and the loss is no longer
+    the one that was trained. `forward={"lm": "owners"}` of the trainer prevents it.
 
     Args:
-        dataset: TRL's language modelling (`text` or `messages`) or prompt-completion rows, standard or conversational;
-            or tokenized rows with `input_ids` and, if tokens are to differ, `token_weights` (>= 0, one a token): for
-            instance more on answers and chains of thought.
-        signal: name of the signal, and of the objective; "lm", "logic", ...
+        dataset: rows in TRL's language-modelling format (`text` or `messages`) or prompt-completion format, standard or
+            conversational; or tokenized rows with `input_ids` and optionally `token_weights` (one number >= 0 a token,
+            for instance a larger one on answers).
+        signal: name of the signal and of the objective, such as "lm" or "logic".
         eval_dataset: held-out rows of the same format.
         max_length: tokens kept of a row. None keeps all.
-        prompt_weight: weight of the tokens of a prompt; 0 is completion-only.
-        completion_weight: weight of the tokens of a completion, and of those of text without a prompt.
-        text_field: the column with text.
+        prompt_weight: weight of the tokens of a prompt; 0 trains on completions only.
+        completion_weight: weight of the tokens of a completion, and of text without a prompt.
+        text_field: name of the column with text.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
+
+    Example:
+        >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+3=", "completion": "6"}]
+        >>> LM(rows, signal="logic").signals
+        ('logic',)
     """
 
     def __init__(
@@ -54,25 +63,26 @@ class LM(Objective):
         self.prompt_weight, self.completion_weight = prompt_weight, completion_weight
 
     def prepare(self, dataset: Dataset, split: str) -> Dataset:
-        found = require(self.name, dataset, ("input_ids",), ("prompt", "completion"), ("messages",), (self.text_field,))
+        formats = (("input_ids",), ("prompt", "completion"), ("messages",), (self.text_field,))
+        columns = require_columns(self.name, dataset, *formats)
         dataset = numbered(dataset)
-        if found == ("input_ids",):
-            weighted = dataset.map(self._cut, fn_kwargs={"given": "token_weights" in dataset.column_names})
+        if columns == ("input_ids",):
+            has_weights = "token_weights" in dataset.column_names
+            weighted = dataset.map(self._truncated, fn_kwargs={"has_weights": has_weights})
         else:
             rows = text_rows(dataset, self.tokenizer, self.max_length, self.text_field)
-            weighted = rows.map(
-                self._weigh, remove_columns=[c for c in rows.column_names if c not in ("input_ids", ROW)]
-            )
+            unused = [c for c in rows.column_names if c not in ("input_ids", ROW)]
+            weighted = rows.map(self._weighted, remove_columns=unused)
         return weighted.filter(lambda row: any(w > 0 for w in row["token_weights"][1:]))
 
-    def _weigh(self, row: Mapping[str, Any]) -> dict[str, list[float]]:
+    def _weighted(self, row: Mapping[str, Any]) -> dict[str, list[float]]:
         mask = row.get("completion_mask") or [1] * len(row["input_ids"])
         weights = [self.completion_weight if bit else self.prompt_weight for bit in mask]
         return {"token_weights": weights[: len(row["input_ids"])]}  # TRL truncates the ids and not their mask
 
-    def _cut(self, row: Mapping[str, Any], given: bool) -> dict[str, list[Any]]:
+    def _truncated(self, row: Mapping[str, Any], has_weights: bool) -> dict[str, list[Any]]:
         ids = row["input_ids"]
-        weights = row["token_weights"] if given else [self.completion_weight] * len(ids)
+        weights = row["token_weights"] if has_weights else [self.completion_weight] * len(ids)
         if len(weights) != len(ids) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
                 f"objective {self.name!r}: a row has {len(ids)} input_ids and token_weights {weights}; give one "
@@ -90,6 +100,7 @@ class LM(Objective):
         }
 
     def items(self, batch: Batch) -> Tensor:
+        """The sum of the weights."""
         return batch["weights"][:, 1:].sum()
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

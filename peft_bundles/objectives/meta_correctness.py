@@ -11,40 +11,49 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from .base import ROW, Batch, Outputs
-from .data import require
-from .heads import at, labels, texts
-from .judged import Judged, accuracy, sequences
-from .tokens import masked_sum, token_logprobs
+from .batches import ROW, Batch, Outputs
+from .data import binary_labels, require_columns, require_text
+from .judged import Judged, sequences
+from .tokens import accuracy, at, row_mean, token_logprobs
 
 
 SINGLE, PAIR = ("prompt", "completion", "correct"), ("prompt", "chosen", "rejected")
 
 
 class MetaCorrectness(Judged):
-    """BCE(s, correct), for pairs also -log sigmoid(s_right - s_wrong), and the loss of an explanation as text.
+    """BCE(s, correct), plus -log sigmoid(s_right - s_wrong) for pairs, plus the loss of an explanation as text.
 
-    s = a(h_end) + mean_t w(h_{t-1}) log p_t over the tokens t of the reasoning: a linear head in the owners' subspace
-    (`heads.py`) reads a from the state of the last token, and from the state before every token how much it counts that
-    the token was expected. A wrong step is improbable where it is made and need not leave a trace in the states that
-    follow (docs/signals.md). log p is the model's own now and no gradient passes through it: to judge must not make
-    what is judged likelier. The two sides of a pair are read apart and compared as by Bradley and Terry (1952), so what
-    is said cannot depend on which of them came first. An explanation follows the reasoning in the same row: causal
-    attention keeps it from the head, and its tokens add `explanation_weight` times their mean -log p.
+    s = a(h_end) + mean_t w(h_{t-1}) log p_t over the tokens t of the reasoning. A linear head in the owners' subspace
+    (`heads.py`) reads a from the state of the last token, and w, the weight of each token's log-probability, from the
+    state before that token. A wrong step is improbable where it is made, and need not leave a trace in the states that
+    follow. log p is that of the current model and gets no gradient: judging an answer must not make it likelier. The
+    two sides of a pair are read separately and compared as by Bradley and Terry (1952), so their order cannot matter.
+    An explanation follows the reasoning in the same sequence. Causal attention hides it from the head; its tokens add
+    `explanation_weight` times their mean -log p.
 
     Failure mode: right and wrong reasonings that differ in length, style or source are told apart by that. Take both
-    from the same source, and look at `accuracy` on answers of a source that was not trained on. What is right and
-    unusual looks wrong, and a confident mistake right: compare with which side is the likelier. An explanation made by
-    a template teaches the template.
+    from the same source, and look at `accuracy` on answers of a source that was not trained on. An unusual right answer
+    looks wrong, and a confident mistake looks right: compare with choosing the likelier side. Explanations made from a
+    template teach the template.
 
     Args:
-        dataset: `prompt`, `completion`, `correct` and, if there are some, `explanation`; or pairs `prompt`, `chosen`
-            (right), `rejected` (wrong), and `chosen_explanation`, `rejected_explanation`. Explanations are text; an
-            empty one is none.
-        signal: name of the signal, and of the objective.
-        surprise: whether s has its second part.
-        explanation_weight: of the explanation's loss.
-        eval_dataset, max_length: as of `Confusion`.
+        dataset: rows `prompt`, `completion`, `correct` (true or false) and optionally `explanation`; or pairs `prompt`,
+            `chosen` (right), `rejected` (wrong) and optionally `chosen_explanation`, `rejected_explanation`.
+            Explanations are text; an empty one is none.
+        signal: name of the signal and of the objective.
+        surprise: whether s has its second part, the log-probabilities.
+        explanation_weight: weight of the explanation's loss, >= 0.
+        eval_dataset: held-out rows of the same format.
+        max_length: rows whose reasoning has more tokens are left out; an explanation is cut off there. None keeps all.
+
+    Raises:
+        ValueError: `explanation_weight` is negative or not finite.
+
+    Example:
+        >>> rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+        ...         {"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
+        >>> MetaCorrectness(rows).signals
+        ('meta_correctness',)
     """
 
     def __init__(
@@ -63,37 +72,38 @@ class MetaCorrectness(Judged):
         self.outputs, self.explanation_weight = 1 + surprise, explanation_weight
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
-        found = require(self.name, dataset, PAIR, SINGLE)
-        texts(self.name, dataset, *(column for column in found if column != "correct"))
-        if found == SINGLE:
-            marks = labels(self.name, dataset["correct"], "correct")
-            explained = self._explanations(dataset, "explanation")
-            rows = self.answers(dataset, "completion", list(zip(marks, explained)))
+        columns = require_columns(self.name, dataset, PAIR, SINGLE)
+        require_text(self.name, dataset, *(column for column in columns if column != "correct"))
+        if columns == SINGLE:
+            labels = binary_labels(self.name, dataset["correct"], "correct")
+            explanations = self._explanations(dataset, "explanation")
+            rows = self.answers(dataset, "completion", list(zip(labels, explanations)))
             return [
-                {"sides": [self._explained(row, why)], "correct": [mark], ROW: row[ROW]} for row, (mark, why) in rows
+                {"sides": [self._explained(row, text)], "correct": [label], ROW: row[ROW]}
+                for row, (label, text) in rows
             ]
-        for number, (a, b) in enumerate(zip(dataset["chosen"], dataset["rejected"])):
-            if a == b:
+        for number, (chosen, rejected) in enumerate(zip(dataset["chosen"], dataset["rejected"])):
+            if chosen == rejected:
                 raise ValueError(f"objective {self.name!r}: row {number}: chosen and rejected are the same; drop it.")
         sides = []
         for column in ("chosen", "rejected"):
-            carried = list(enumerate(self._explanations(dataset, f"{column}_explanation")))
-            rows = self.answers(dataset, column, carried)
-            sides.append({number: self._explained(row, why) for row, (number, why) in rows})
+            explanations = self._explanations(dataset, f"{column}_explanation")
+            rows = self.answers(dataset, column, explanations)
+            sides.append({row[ROW]: self._explained(row, text) for row, text in rows})
         kept = [number for number in sides[0] if number in sides[1]]
         return [{"sides": [side[n] for side in sides], "correct": [1.0, 0.0], ROW: n} for n in kept]
 
     def _explanations(self, dataset: Dataset, column: str) -> list[str]:
         if column not in dataset.column_names:
             return [""] * len(dataset)
-        found = [value or "" for value in dataset[column]]
-        for row, value in enumerate(found):
+        explanations = [value or "" for value in dataset[column]]
+        for row, value in enumerate(explanations):
             if not isinstance(value, str):
                 raise ValueError(f"objective {self.name!r}: row {row} has {column}={value!r}; give it as text.")
-        return found
+        return explanations
 
     def _explained(self, row: dict[str, Any], explanation: str) -> dict[str, Any]:
-        """The row with the tokens of its explanation, as far as max_length lets them, in `told`."""
+        """The row with the tokens of its explanation up to max_length; `explains` is 1 at these tokens."""
         extra: list[int] = []
         if explanation.strip():
             extra = self.tokenizer(text=explanation, add_special_tokens=False)["input_ids"]
@@ -103,35 +113,36 @@ class MetaCorrectness(Judged):
         return {
             "ids": [*row["ids"], *extra],
             "mask": [*row["mask"], *[0] * len(extra)],
-            "told": [*[0] * len(row["ids"]), *[1] * len(extra)],
+            "explains": [*[0] * len(row["ids"]), *[1] * len(extra)],
         }
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
-        """The sequences of a batch are all first sides, then all second ones."""
+        """The first sides of all rows, then the second sides of all rows."""
         sides = [row["sides"][i] for i in range(len(rows[0]["sides"])) for row in rows]
         batch = sequences(sides, self.tokenizer)
-        told = torch.zeros_like(batch["input_ids"])
+        explains = torch.zeros_like(batch["input_ids"])
         for i, side in enumerate(sides):
-            told[i, : len(side["told"])] = torch.tensor(side["told"])
+            explains[i, : len(side["explains"])] = torch.tensor(side["explains"])
         correct = [row["correct"][i] for i in range(len(rows[0]["correct"])) for row in rows]
-        return {**batch, "told": told, "correct": torch.tensor(correct), "sides": len(rows[0]["sides"])}
+        return {**batch, "explains": explains, "correct": torch.tensor(correct), "sides": len(rows[0]["sides"])}
 
     def items(self, batch: Batch) -> Tensor:
+        """The rows; a pair is one row."""
         return super().items(batch) / batch["sides"]
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        logprobs, mask = token_logprobs(outputs.logits, batch["input_ids"]), batch["told"][:, 1:]
+        logprobs, mask = token_logprobs(outputs.logits, batch["input_ids"]), batch["explains"][:, 1:]
         loss, metrics = self.compare(outputs.hidden, logprobs, batch)
         if self.explanation_weight and mask.any():
-            told = -(masked_sum(logprobs, mask) / mask.sum(1).clamp_min(1)).mean()
-            loss = loss + self.explanation_weight * told.to(loss.dtype)
-            metrics["explanation_loss"] = told.detach()
+            explanation = -row_mean(logprobs, mask).mean()
+            loss = loss + self.explanation_weight * explanation.to(loss.dtype)
+            metrics["explanation_loss"] = explanation.detach()
         else:
             metrics["explanation_loss"] = torch.zeros_like(loss)
         return {self.signals[0]: loss}, metrics
 
     def compare(self, hidden: Tensor, logprobs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the judgement and metrics from final states (B, T, d) and log p of tokens t >= 1 (B, T - 1)."""
+        """Loss of the judgement, and metrics, from final states (B, T, d) and log p of tokens t >= 1 (B, T - 1)."""
         scores = self.scores(hidden, logprobs, batch)
         loss = F.binary_cross_entropy_with_logits(scores, batch["correct"].to(scores.dtype))
         metrics = {"accuracy": accuracy(scores.detach(), batch["correct"])}
@@ -142,9 +153,9 @@ class MetaCorrectness(Judged):
         return loss, metrics
 
     def scores(self, hidden: Tensor, logprobs: Tensor, batch: Batch) -> Tensor:
-        """s of every sequence (B,), from what `compare` takes."""
+        """s of every sequence, (B,); arguments as for `compare`."""
         end = self.read(at(hidden, batch["last"]))[:, 0]
         if self.outputs == 1:
             return end
         mask, weights = batch["completion_mask"][:, 1:], self.read(hidden[:, :-1])[..., 1]
-        return end + masked_sum(weights * logprobs.detach().to(weights.dtype), mask) / mask.sum(1)
+        return end + row_mean(weights * logprobs.detach().to(weights.dtype), mask)

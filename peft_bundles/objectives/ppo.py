@@ -1,164 +1,454 @@
-"""PPO as functions of tensors: advantages, losses, estimators of KL, and the coefficient of KL.
-
-Shapes are (B, T), B completions of up to T tokens, padded on the right; `mask` is 1 on their tokens. `logprobs` are
-log p of the sampled tokens under the current policy, `old_logprobs` under the one that sampled them, `ref_logprobs`
-under the reference, all in nats.
-"""
+"""PPO, GRPO and RLOO: rollouts that the model generates, their rewards and advantages, and the losses on them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
+from trl.data_utils import is_conversational
 
-from .tokens import masked_mean
+from .base import Objective
+from .batches import ROW, TAU, Batch, Outputs, Share
+from .data import prompt_ids, require_columns
+from .forward import Forward
+from .heads import SubspaceHead, subspace
+from .ppo_losses import (
+    KL_ESTIMATORS,
+    KLController,
+    clip_fraction,
+    explained_variance,
+    gae,
+    group_advantages,
+    kl_estimate,
+    policy_loss,
+    value_loss,
+    whiten,
+)
+from .rewards import name_of, score
+from .rollout_heads import Curiosity, advantage_error
+from .rollouts import NEXT_STATES, TOPICS, generate, select
+from .seeding import draw, seed_of
+from .tokens import masked_mean, masked_sum, token_entropy, token_logprobs, wide
 
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+ADVANTAGES = ("gae", "grpo", "rloo")
 
 
-# ---- advantages ----
+class PPO(Objective):
+    """Proximal policy optimisation (Schulman et al. 2017), or with group-relative advantages GRPO and RLOO.
 
+    Signals: "policy"; "value" with "gae"; "entropy", "kl" (where it is a loss), "advantage" and "curiosity" where their
+    coefficients are not 0. A row of a batch is a completion. A rollout holds `rows * accumulation * minibatches`
+    completions of this process and serves `epochs * minibatches` steps. The log-probabilities of the old policy and of
+    the reference, and the values, are computed once, when the rollout is made. The reference is the model with its
+    bundles off.
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantages: A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t.
-
-    Schulman et al. 2015 (arXiv 1506.02438), eq. 16. A completion ends with its last token: V is 0 after it.
+    Failure mode: where no sample is ever rewarded there is nothing to reinforce, and the reward does not move (look at
+    `reward_std`; an example in the prompt may help). If the reward can be had without solving the task, the policy
+    finds out how; read completions. k3 explodes where the policy makes a sampled token very unlikely; clipping bounds
+    the gradient, not the logged number. For advantage and curiosity see `rollout_heads.py`.
 
     Args:
-        rewards: (B, T), the reward of a completion on its last token, plus whatever each token got.
-        values: (B, T), V of the state before each token.
-
-    Returns:
-        advantages and returns A + V, both (B, T), 0 outside of the mask.
-    """
-    values, rewards = values * mask, rewards * mask
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    delta = rewards + gamma * following - values
-    advantages, later = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        later = (delta[:, t] + gamma * lam * later) * mask[:, t]
-        advantages[:, t] = later
-    return advantages, advantages + values
-
-
-def group_advantages(rewards: Tensor, group: int, kind: str) -> Tensor:
-    """Advantages of completions against the others of their prompt: no critic.
-
-    "grpo": (r - mean) / (std + 1e-4) (Shao et al. 2024, arXiv 2402.03300, section 4.1.2; the 1e-4 is TRL's).
-    "rloo": r - mean of the other completions (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8).
-
-    Args:
-        rewards: (B,), the completions of one prompt side by side.
-        group: completions a prompt, a divisor of B.
-
-    Returns:
-        (B,)
+        dataset: rows with a `prompt`, text or conversation; other columns are passed to the reward functions.
+        reward_funcs: one or several functions as in TRL, `f(prompts=, completions=, completion_ids=, **columns)`, that
+            return one number a completion.
+        reward_weights: one weight a function. None gives each 1.
+        eval_dataset: held-out rows of the same format.
+        name: name of the objective.
+        advantages: "gae" (with a value head), "grpo" or "rloo".
+        num_generations: completions a prompt; at least 2 for "grpo" and "rloo".
+        max_prompt_length: tokens kept of a prompt, its last ones.
+        max_completion_length: tokens of a completion at most.
+        temperature: temperature of sampling; log-probabilities are taken at it too.
+        generation: further arguments of `model.generate`.
+        gamma: discount of a token, for "gae".
+        lam: lambda of "gae".
+        whiten: bring the advantages of "gae" to mean 0 and deviation 1.
+        clip: range of the probability ratio, 1 +- clip.
+        value_clip: range around the old value. None does not clip.
+        value_coef: factor of the value loss.
+        entropy_coef: factor of the entropy, which is raised.
+        kl_coef: factor of the KL to the reference.
+        kl_in: "loss" (the signal "kl") or "reward" (taken off the reward of each token).
+        kl_estimator: "k1", "k2" or "k3", see `kl_estimate` of `ppo_losses.py`; "k1" only with kl_in="reward".
+        kl_target: wanted KL of a completion, in nats, to which `kl_coef` adapts. None keeps `kl_coef`.
+        kl_horizon: number of completions over which it adapts.
+        epochs: passes over a rollout.
+        minibatches: steps in a pass.
+        advantage_coef: factor of the error of a head that predicts the advantage of each token.
+        curiosity_coef: factor of the error of a head that predicts the next state.
+        curiosity_reward: intrinsic reward of a token per unit of that error.
+        missing_eos_penalty: taken off the reward of a completion without an end token. None takes nothing off.
 
     Raises:
-        ValueError: a group of one, rewards that do not divide into groups, an unknown kind.
-    """
-    if kind not in ("grpo", "rloo"):
-        raise ValueError(f"kind={kind!r} is unknown; choose 'grpo' or 'rloo'.")
-    if group < 2 or len(rewards) % group:
-        raise ValueError(f"group={group} must be at least 2 and divide the {len(rewards)} completions.")
-    table = rewards.view(-1, group)
-    if kind == "grpo":
-        table = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
-    else:
-        table = (table - table.mean(1, keepdim=True)) * group / (group - 1)
-    return table.flatten()
+        ValueError: an argument is out of range; the message names it and says what to write.
 
-
-def whiten(values: Tensor, mask: Tensor, *, reduce: bool = True) -> Tensor:
-    """(values - mean) / std over the mask (and with `reduce` over all ranks, if there are several); 0 outside."""
-    kept = torch.where(mask > 0, values, 0.0)
-    sums = torch.stack([mask.sum().to(values.dtype), kept.sum()])
-    if several := reduce and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    count, mean = sums[0].clamp_min(1), sums[1] / sums[0].clamp_min(1)
-    squares = torch.where(mask > 0, (values - mean).square(), 0.0).sum()
-    if several:
-        dist.all_reduce(squares)
-    # eps as in TRL and baselines; it is the variance that it is added to
-    return torch.where(mask > 0, (values - mean) * (squares / (count - 1).clamp_min(1) + 1e-8).rsqrt(), 0.0)
-
-
-# ---- losses: means over the tokens of the mask ----
-
-
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
-    """-mean min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logprobs - old_logprobs).
-
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
-    """
-    ratio = torch.exp(torch.where(mask > 0, logprobs - old_logprobs, 0.0))
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -masked_mean(surrogate, mask)
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.2) -> Tensor:
-    """0.5 mean max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the value at rollout time.
-
-    As in OpenAI baselines' ppo2 and TRL; None does not clip.
-    """
-    error = (values - returns).square()
-    if clip is not None:
-        clipped = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (clipped - returns).square())
-    return 0.5 * masked_mean(error, mask)
-
-
-def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
-    """Share of tokens whose ratio is outside of 1 +- clip."""
-    return masked_mean((torch.exp(logprobs - old_logprobs) - 1).abs().gt(clip).to(logprobs.dtype), mask)
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 one that knows the mean."""
-    kept, error = returns[mask > 0], (returns - values)[mask > 0]
-    return 1 - error.var(unbiased=False) / kept.var(unbiased=False).clamp_min(1e-12)
-
-
-# ---- KL to the reference ----
-
-
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Tensor:
-    """Estimate of KL(policy || reference) from each sampled token, same shape; http://joschu.net/blog/kl-approx.html.
-
-    With r = ref_logprobs - logprobs: "k1" is -r (unbiased, high variance, may be negative), "k2" is r^2 / 2 (biased,
-    low variance), "k3" is exp(r) - 1 - r (unbiased, low variance, never negative).
-
-    As a loss, "k1" is useless: the expectation of its gradient, E[grad log p], is 0 whatever the KL.
-    """
-    r = ref_logprobs - logprobs
-    if kind == "k1":
-        return -r
-    if kind == "k2":
-        return r.square() / 2
-    if kind == "k3":
-        return torch.expm1(r) - r
-    raise ValueError(f"kl estimator {kind!r} is unknown; choose one of {', '.join(KL_ESTIMATORS)}.")
-
-
-@dataclass
-class KLController:
-    """The coefficient of KL: fixed, or led to `target` (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
-
-    Args:
-        coefficient: its first value.
-        target: KL a completion, in nats, that is aimed at; None keeps the coefficient.
-        horizon: completions over which the coefficient follows.
+    Example:
+        >>> def short(completions, **columns):
+        ...     return [-float(len(text)) for text in completions]
+        >>> rows = [{"prompt": "2+2="}, {"prompt": "3+3="}]
+        >>> PPO(rows, short).signals
+        ('policy', 'value', 'kl')
+        >>> PPO(rows, short, advantages="rloo", num_generations=4, kl_in="reward").signals
+        ('policy',)
     """
 
-    coefficient: float
-    target: float | None = None
-    horizon: int = 10_000
+    def __init__(
+        self,
+        dataset: Any,
+        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
+        *,
+        reward_weights: Sequence[float] | None = None,
+        eval_dataset: Any = None,
+        name: str = "ppo",
+        advantages: str = "gae",
+        num_generations: int = 1,
+        max_prompt_length: int = 512,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        generation: Mapping[str, Any] | None = None,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        whiten: bool = True,
+        clip: float = 0.2,
+        value_clip: float | None = 0.2,
+        value_coef: float = 0.1,
+        entropy_coef: float = 0.0,
+        kl_coef: float = 0.05,
+        kl_in: str = "loss",
+        kl_estimator: str = "k3",
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        epochs: int = 4,
+        minibatches: int = 1,
+        advantage_coef: float = 0.0,
+        curiosity_coef: float = 0.0,
+        curiosity_reward: float = 0.0,
+        missing_eos_penalty: float | None = None,
+    ) -> None:
+        functions: Any = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.functions: list[Callable[..., Any]] = list(functions)
+        self.weights = [1.0] * len(self.functions) if reward_weights is None else list(reward_weights)
+        prefix = f"objective {name!r}"
+        for field, value, choices in (
+            ("advantages", advantages, ADVANTAGES),
+            ("kl_in", kl_in, ("loss", "reward")),
+            ("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{prefix}: {field}={value!r} is unknown; choose one of {', '.join(choices)}.")
+        if wrong := [f for f in self.functions if not callable(f)]:
+            raise ValueError(
+                f"{prefix}: reward_funcs has {wrong[0]!r}; give functions that return a reward a completion."
+            )
+        if not self.functions or len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"{prefix}: {len(self.functions)} reward_funcs and {len(self.weights)} reward_weights; give at least "
+                "one function, and as many weights as functions."
+            )
+        if kl_in == "loss" and kl_coef and kl_estimator == "k1":
+            raise ValueError(
+                f"{prefix}: kl_estimator='k1' has no gradient as a loss; set it to 'k2' or 'k3', or set kl_in='reward'."
+            )
+        if advantages != "gae" and num_generations < 2:
+            raise ValueError(
+                f"{prefix}: advantages={advantages!r} compares the completions of a prompt and num_generations is "
+                f"{num_generations}; num_generations must be >= 2."
+            )
+        for field, number in (
+            ("num_generations", num_generations),
+            ("max_completion_length", max_completion_length),
+            ("epochs", epochs),
+            ("minibatches", minibatches),
+            ("max_prompt_length", max_prompt_length),
+        ):
+            if number < 1:
+                raise ValueError(f"{prefix}: {field}={number!r} must be at least 1.")
+        for field, factor in (
+            ("advantage_coef", advantage_coef),
+            ("curiosity_coef", curiosity_coef),
+            ("curiosity_reward", curiosity_reward),
+        ):
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"{prefix}: {field}={factor!r} must be a number >= 0.")
+        if curiosity_reward and not curiosity_coef:
+            raise ValueError(
+                f"{prefix}: curiosity_reward={curiosity_reward!r} rewards the error of a head that is not trained; set "
+                "curiosity_coef, e.g. 1.0."
+            )
+        if not temperature > 0:
+            raise ValueError(f"{prefix}: temperature={temperature!r} must be positive.")
+        signals = ["policy"]
+        signals += ["value"] if advantages == "gae" else []
+        signals += ["entropy"] if entropy_coef else []
+        signals += ["kl"] if kl_coef and kl_in == "loss" else []
+        signals += ["advantage"] if advantage_coef else []
+        signals += ["curiosity"] if curiosity_coef else []
+        super().__init__(name, signals, dataset, eval_dataset)
+        self.penalties = tuple(s for s in ("entropy", "kl") if s in signals)
+        self.advantages, self.num_generations, self.generation = advantages, num_generations, dict(generation or {})
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
+        self.temperature, self.gamma, self.lam, self.whiten = temperature, gamma, lam, whiten
+        self.clip, self.value_clip, self.value_coef, self.entropy_coef = clip, value_clip, value_coef, entropy_coef
+        self.kl = KLController(kl_coef, kl_target, kl_horizon)
+        self.kl_in, self.kl_estimator = kl_in, kl_estimator
+        self.epochs, self.minibatches, self.missing_eos_penalty = epochs, minibatches, missing_eos_penalty
+        self.advantage_coef, self.curiosity_coef = advantage_coef, curiosity_coef
+        self.curiosity_reward = curiosity_reward
+        self.value_head: nn.Linear | None = None
+        self.advantage_head: SubspaceHead | None = None
+        self.curiosity: Curiosity | None = None
+        self._rollout: dict[str, Tensor] | None = None
+        self._index = -1
 
-    def update(self, kl: float, completions: int) -> None:
-        """coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon."""
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coefficient *= 1 + error * completions / self.horizon
+    # ---- set-up ----
+
+    def setup(self, tokenizer: Any, model: nn.Module) -> None:
+        prefix = f"objective {self.name!r}"
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{prefix}: the tokenizer has no end token, so no completion would end; set tokenizer.eos_token."
+            )
+        super().setup(tokenizer, model)
+        config: Any = model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(row["prompt_ids"]) for row in self.rows)
+        if limit is not None and longest + self.max_completion_length > limit:
+            raise ValueError(
+                f"{prefix}: a prompt of {longest} tokens and max_completion_length={self.max_completion_length} exceed "
+                f"the {limit} positions of the model; lower max_prompt_length or max_completion_length."
+            )
+        if self.advantages == "gae":
+            width = model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
+            self.value_head = nn.Linear(width, 1)
+            nn.init.zeros_(self.value_head.weight)  # values start at 0, not at noise
+            nn.init.zeros_(self.value_head.bias)
+        if "advantage" in self.signals:
+            self.advantage_head = SubspaceHead(subspace(model, "advantage"), 1, self.name)
+        if "curiosity" in self.signals:
+            weight = model.get_output_embeddings().weight  # type: ignore[operator]
+            self.curiosity = Curiosity(subspace(model, "curiosity"), weight, self.name)
+
+    def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
+        require_columns(self.name, dataset, ("prompt",))
+        rows = []
+        for number, row in enumerate(dataset):
+            ids = prompt_ids(row["prompt"], self.tokenizer)[-self.max_prompt_length :]
+            if not ids:
+                raise ValueError(f"objective {self.name!r}: the prompt of row {number} has no token; drop that row.")
+            rows.append({**row, "prompt_ids": ids, ROW: number})
+        return rows
+
+    def head(self) -> nn.Module | None:
+        if self.advantage_head is None and self.curiosity is None:
+            return self.value_head
+        heads = {"value": self.value_head, "advantage": self.advantage_head, "curiosity": self.curiosity}
+        return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
+
+    def steps(self, share: Share) -> int:
+        completions = len(self.rows) * self.num_generations
+        return -(-completions // (share.step_rows * self.minibatches)) * self.minibatches * self.epochs
+
+    # ---- rollouts ----
+
+    def batches(self, forward: Forward, step: int, share: Share) -> list[Batch]:
+        count = share.rows * share.accumulation * self.minibatches  # completions of this process in a rollout
+        if count % self.num_generations:
+            raise ValueError(
+                f"objective {self.name!r}: num_generations={self.num_generations} does not divide the {count} "
+                "completions of a rollout (rows * accumulation * minibatches); change one of these numbers."
+            )
+        index, inner = divmod(step, self.epochs * self.minibatches)
+        if index != self._index:
+            prompts = count // self.num_generations
+            start = (index * share.world + share.rank) * prompts
+            numbers = draw(len(self.rows), start, prompts, share.seed, self.name)
+            key = (share.seed, "rollout", self.name, index, share.rank)
+            self._rollout = self.rollout(forward, [self.rows[i] for i in numbers], key, share.rows, reduce=True)
+            self._index = index
+            self.kl.update(float(self._rollout["metric.kl_per_completion"]), count * share.world)
+        assert self._rollout is not None
+        epoch, minibatch = divmod(inner, self.minibatches)
+        generator = torch.Generator().manual_seed(seed_of(share.seed, self.name, index, epoch, share.rank))
+        order = torch.randperm(count, generator=generator)[minibatch * (count // self.minibatches) :]
+        draws = self.topics.draws(count * share.world, self.name, step) if TOPICS in self._rollout else None  # type: ignore
+        batches = []
+        for m in range(share.accumulation):
+            chosen = order[m * share.rows : (m + 1) * share.rows]
+            batches.append(select(self._rollout, chosen.to(forward.device)))
+            if draws is not None:
+                batches[-1]["draws"] = draws[share.rank * count + chosen]
+        return batches
+
+    def eval_batches(self, forward: Forward, share: Share) -> Iterator[Batch]:
+        for start, rows, weight in self.held_out(share, max(share.rows // self.num_generations, 1)):
+            rollout = self.rollout(forward, rows, (share.seed, "eval", start, share.rank), share.rows, reduce=False)
+            every = torch.arange(len(rollout["input_ids"]), device=forward.device)
+            yield {**select(rollout, every), "weight": weight}
+
+    @torch.no_grad()
+    def rollout(
+        self, forward: Forward, rows: list[dict[str, Any]], key: tuple[int | str, ...], chunk: int, *, reduce: bool
+    ) -> dict[str, Tensor]:
+        """Completions of the rows' prompts, with the tensors that the losses need and scalars `metric.<name>` to log.
+
+        Args:
+            forward: the model.
+            rows: prepared rows, one a prompt.
+            key: seeds the sampling.
+            chunk: rows of one forward.
+            reduce: take means over all processes, not over this one.
+        """
+        rows = [row for row in rows for _ in range(self.num_generations)]
+        options = {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": 0,  # the default of 50 would sample from another policy than that of the losses
+            "top_p": 1.0,
+            **self.generation,
+        }
+        rollout, completion_ids = generate(forward, self.name, rows, self.tokenizer, options, key)
+        by_row = list(rollout)
+        table = self._score(rows, completion_ids)
+        ended = torch.tensor([ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids])
+        if not ended.any():
+            warnings.warn(
+                f"objective {self.name!r}: none of the {len(ended)} completions of a rollout has an end token within "
+                f"max_completion_length={self.max_completion_length}; they are scored as they are, cut off. Raise "
+                "it, or set missing_eos_penalty.",
+                stacklevel=2,
+            )
+        rewards = (table.nan_to_num(0.0) * torch.tensor(self.weights)).sum(1)
+        if self.missing_eos_penalty is not None:
+            rewards = rewards - self.missing_eos_penalty * ~ended
+        rewards = rewards.to(forward.device)
+
+        parts: dict[str, list[Tensor]] = {"old_logprobs": [], "ref_logprobs": [], "old_values": []}
+        parts |= {NEXT_STATES: [], "intrinsic": []} if self.curiosity is not None else {}
+        for start in range(0, len(rows), chunk):
+            part = {k: rollout[k][start : start + chunk] for k in by_row}
+            current = forward.current(self.name, part)
+            parts["old_logprobs"].append(token_logprobs(current.logits, part["input_ids"], self.temperature))
+            parts["old_values"].append(self._values(current))
+            reference = forward.reference(part)
+            parts["ref_logprobs"].append(token_logprobs(reference.logits, part["input_ids"], self.temperature))
+            if self.curiosity is not None:
+                parts[NEXT_STATES].append(self.curiosity.target(reference.hidden))
+                parts["intrinsic"].append(self.curiosity(current.hidden, part["input_ids"], parts[NEXT_STATES][-1]))
+        rollout |= {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+        mask = rollout["completion_mask"][:, 1:].float()
+        kl = kl_estimate(rollout["old_logprobs"], rollout["ref_logprobs"], self.kl_estimator)
+        kl = torch.where(mask > 0, kl, 0.0)
+        token_rewards = -self.kl.coefficient * kl if self.kl_in == "reward" else torch.zeros_like(kl)
+        intrinsic = mask * rollout.pop("intrinsic", torch.zeros_like(mask))
+        token_rewards = token_rewards + self.curiosity_reward * intrinsic
+        rollout |= self._advantages(rewards, token_rewards, rollout["old_values"], mask, reduce)
+        k3 = kl_estimate(rollout["old_logprobs"], rollout["ref_logprobs"], "k3")
+        metrics = {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(unbiased=False),
+            "kl_per_completion": masked_sum(k3, mask).mean(),
+            "completion_length": mask.sum(1).mean(),
+            "ended": ended.float().mean().to(mask.device),
+            **{f"reward/{name_of(f)}": table[:, i].nanmean().to(mask.device) for i, f in enumerate(self.functions)},
+        }
+        if self.curiosity is not None:
+            metrics["intrinsic_reward"] = self.curiosity_reward * intrinsic.sum(1).mean()
+        if self.value_head is not None:
+            metrics["explained_variance"] = explained_variance(rollout["old_values"], rollout["returns"], mask)
+        if reduce and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            flat = torch.stack(list(metrics.values()))
+            dist.all_reduce(flat)
+            metrics = dict(zip(metrics, flat / dist.get_world_size()))
+        return rollout | {f"metric.{name}": value for name, value in metrics.items()}
+
+    def _score(self, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
+        """The reward of every completion by every function, (n, F)."""
+        texts: list[Any] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": rows[0]["prompt"]}):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {
+            k: [row[k] for row in rows] for k in rows[0] if k not in ("prompt", "prompt_ids", "completion", ROW, TAU)
+        }
+        return score(self.name, self.functions, [row["prompt"] for row in rows], texts, completion_ids, columns)
+
+    def _advantages(
+        self, rewards: Tensor, token_rewards: Tensor, values: Tensor, mask: Tensor, reduce: bool
+    ) -> dict[str, Tensor]:
+        """`advantages` and `returns`, (n, T - 1), from rewards of completions (n,) and of tokens (n, T - 1)."""
+        if self.advantages != "gae":
+            rewards = rewards + token_rewards.sum(1)
+            advantages = group_advantages(rewards, self.num_generations, self.advantages)
+            return {"advantages": mask * advantages.unsqueeze(1), "returns": torch.zeros_like(mask)}
+        last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)
+        token_rewards = token_rewards + rewards[:, None] * last
+        advantages, returns = gae(token_rewards, values, mask, self.gamma, self.lam)
+        if self.whiten:
+            advantages = whiten(advantages, mask, reduce=reduce)
+        return {"advantages": advantages, "returns": returns}
+
+    def _values(self, outputs: Outputs) -> Tensor:
+        """V of the state before each token t >= 1, (B, T - 1)."""
+        hidden = wide(outputs.hidden[:, :-1])
+        return hidden.new_zeros(hidden.shape[:2]) if self.value_head is None else self.value_head(hidden).squeeze(-1)
+
+    # ---- losses ----
+
+    def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
+        raise NotImplementedError("PPO makes its batches in batches() and eval_batches(), from rollouts.")
+
+    def items(self, batch: Batch) -> Tensor:
+        """The tokens of the completions."""
+        return batch["completion_mask"][:, 1:].sum().float()
+
+    def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        mask, ids = batch["completion_mask"][:, 1:].float(), batch["input_ids"]
+        logprobs, old = token_logprobs(outputs.logits, ids, self.temperature), batch["old_logprobs"]
+        metrics = {name.removeprefix("metric."): value for name, value in batch.items() if name.startswith("metric.")}
+        losses = {"policy": policy_loss(logprobs, old, batch["advantages"], mask, self.clip)}
+        if "value" in self.signals:
+            values = self._values(outputs)
+            losses["value"] = self.value_coef * value_loss(
+                values, batch["old_values"], batch["returns"], mask, self.value_clip
+            )
+        with torch.set_grad_enabled("entropy" in self.signals and torch.is_grad_enabled()):
+            entropy = masked_mean(token_entropy(outputs.logits, self.temperature), mask)
+        if "entropy" in self.signals:
+            losses["entropy"] = -self.entropy_coef * entropy
+        if "kl" in self.signals:
+            kl = kl_estimate(logprobs, batch["ref_logprobs"], self.kl_estimator)
+            losses["kl"] = self.kl.coefficient * masked_mean(kl, mask)
+        if self.advantage_head is not None:
+            error, predicted = advantage_error(self.advantage_head, outputs.hidden, batch["advantages"])
+            losses["advantage"] = self.advantage_coef * masked_mean(error, mask)
+            metrics["advantage_explained"] = explained_variance(predicted, batch["advantages"], mask)
+        if self.curiosity is not None:
+            error = self.curiosity(outputs.hidden, ids, batch[NEXT_STATES])
+            losses["curiosity"] = self.curiosity_coef * masked_mean(error, mask)
+        logprobs = logprobs.detach()
+        metrics |= {
+            "entropy": entropy.detach(),
+            "kl": masked_mean(kl_estimate(logprobs, batch["ref_logprobs"], "k3"), mask),
+            "kl_to_old": masked_mean(kl_estimate(logprobs, old, "k3"), mask),
+            "clip_fraction": clip_fraction(logprobs, old, mask, self.clip),
+            "kl_coefficient": torch.tensor(self.kl.coefficient, device=mask.device),
+        }
+        return losses, metrics
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        rollout = {f"rollout.{k}": v for k, v in (self._rollout or {}).items()}
+        return {**rollout, "index": self._index, "kl_coefficient": self.kl.coefficient}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._index, self.kl.coefficient = state["index"], state["kl_coefficient"]
+        self._rollout = {k.removeprefix("rollout."): v for k, v in state.items() if k.startswith("rollout.")} or None

@@ -1,4 +1,4 @@
-"""Preferences: DPO, IPO, ORPO and KTO, with the adapter-off model as the reference."""
+"""Preferences: DPO, IPO, ORPO and KTO. The reference is the model with its bundles off."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
-from .base import ROW, Batch, Objective, Outputs, numbered
-from .data import preference_rows, require, text_rows
+from .base import Objective
+from .batches import ROW, Batch, Outputs, numbered
+from .data import preference_rows, require_columns, text_rows
 from .forward import Forward
 from .preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
 from .tokens import masked_sum, token_logprobs
@@ -25,20 +26,36 @@ PAIRED, UNPAIRED = ("chosen", "rejected"), ("prompt", "completion", "label")
 class Preference(Objective):
     """Losses on pairs (chosen, rejected), or with "kto" on single completions with a label.
 
-    The sequences of a batch are all chosen, then all rejected; a row of the batch plan is a pair (or a completion).
+    A row is a pair (with "kto" possibly a single completion). A batch holds the chosen sequences of all rows, then the
+    rejected ones.
 
-    Failure mode: only the margin is asked for, so both sides may become less likely (`dpop` weighs against it); pairs
-    that differ in length or style teach length or style. At the rate of the other signals it moves far: the recipe
-    gives it its own, since all on it cost text 0.4 nats (docs/decisions.md).
+    Failure mode: only the margin is trained, so both sides may become less likely (`dpop` counteracts it); pairs that
+    differ in length or style teach length or style. At the learning rate of the other signals it moves the model far
+    and costs text loss: give its bundles a lower rate (`lr_multipliers` of the trainer).
 
     Args:
-        dataset: TRL's preference format, prompt given or implied, standard or conversational; for "kto" also its
-            unpaired format (prompt, completion, label).
+        dataset: rows in TRL's preference format, with the prompt given or implied, standard or conversational; for
+            "kto" also its unpaired format (`prompt`, `completion`, `label`).
         loss: "sigmoid" (DPO), "ipo", "orpo" (no reference) or "kto"; formulas in `preference_losses.py`.
-        beta: strength of the reference (orpo: of the odds ratio).
-        dpop: weight of DPO-Positive's term, "sigmoid" only.
-        desirable_weight, undesirable_weight: "kto" only.
-        signal, eval_dataset, max_length: as in `LM`.
+        beta: strength of the reference, > 0; for "orpo" the strength of the odds ratio.
+        dpop: weight of DPO-Positive's term, for "sigmoid" only.
+        desirable_weight: weight of wanted completions, for "kto" only.
+        undesirable_weight: weight of unwanted completions, for "kto" only.
+        signal: name of the signal and of the objective.
+        eval_dataset: held-out rows of the same format.
+        max_length: tokens kept of a sequence. None keeps all.
+
+    Raises:
+        ValueError: the loss is unknown, `beta` is not positive, or `dpop` is given with another loss than "sigmoid".
+
+    Example:
+        >>> rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+        ...         {"prompt": "3+3=", "chosen": "6", "rejected": "7"}]
+        >>> Preference(rows, loss="ipo").signals
+        ('preference',)
+        >>> Preference(rows, loss="dpo")
+        Traceback (most recent call last):
+        ValueError: objective 'preference': loss='dpo' is unknown; choose one of sigmoid, ipo, orpo, kto.
     """
 
     def __init__(
@@ -60,24 +77,29 @@ class Preference(Objective):
         if not beta > 0:
             raise ValueError(f"objective {signal!r}: beta={beta!r} must be positive.")
         if dpop and loss != "sigmoid":
-            raise ValueError(f"objective {signal!r}: dpop={dpop!r} belongs to loss='sigmoid', not {loss!r}.")
+            raise ValueError(
+                f"objective {signal!r}: dpop={dpop!r} belongs to loss='sigmoid', not to {loss!r}; leave it at 0."
+            )
         self.loss, self.beta, self.dpop, self.max_length = loss, beta, dpop, max_length
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def prepare(self, dataset: Dataset, split: str) -> Dataset:
         formats = (PAIRED, UNPAIRED) if self.loss == "kto" else (PAIRED,)
-        if require(self.name, dataset, *formats) == PAIRED:
+        if require_columns(self.name, dataset, *formats) == PAIRED:
             rows = preference_rows(numbered(dataset), self.tokenizer, self.max_length)
             return rows.filter(lambda row: bool(row["chosen_ids"]) and bool(row["rejected_ids"]))
         labels = [bool(label) for label in dataset["label"]]
         rows = numbered(dataset.select_columns(["prompt", "completion"]))
         rows = text_rows(rows, self.tokenizer, self.max_length)
-        split_up = lambda row: {  # noqa: E731
-            "prompt_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if not bit],
-            "completion_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if bit],
-            "label": labels[row[ROW]],
-        }
-        rows = rows.map(split_up, remove_columns=[c for c in rows.column_names if c != ROW])
+
+        def separated(row: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                "prompt_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if not bit],
+                "completion_ids": [i for i, bit in zip(row["input_ids"], row["completion_mask"]) if bit],
+                "label": labels[row[ROW]],
+            }
+
+        rows = rows.map(separated, remove_columns=[c for c in rows.column_names if c != ROW])
         return rows.filter(lambda row: bool(row["completion_ids"]))
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
@@ -89,10 +111,10 @@ class Preference(Objective):
             desirable = torch.tensor([row["label"] for row in rows])
         if self.loss != "kto":
             return dict(batch)
-        # z0 is measured on completions of other prompts: those of the next row.
+        # z0 is measured on prompts with the completion of another prompt: that of the next row.
         pairs = [(row["prompt_ids"], row.get("chosen_ids") or row.get("completion_ids")) for row in rows]
-        turned = [(prompt, pairs[(i + 1) % len(pairs)][1]) for i, (prompt, _) in enumerate(pairs)]
-        return {**batch, "desirable": desirable, "mismatched": self._sequences(turned)}
+        mismatched = [(prompt, pairs[(i + 1) % len(pairs)][1]) for i, (prompt, _) in enumerate(pairs)]
+        return {**batch, "desirable": desirable, "mismatched": self._sequences(mismatched)}
 
     def _sequences(self, pairs: list[tuple[Any, Any]]) -> Batch:
         ids = [torch.tensor([*prompt, *completion])[: self.max_length] for prompt, completion in pairs]
@@ -107,23 +129,24 @@ class Preference(Objective):
         moved = super().on(forward, batch)
         return {**moved, "mismatched": super().on(forward, batch["mismatched"])} if "mismatched" in batch else moved
 
-    def topical(self, batch: Batch, tau: Tensor, draws: Tensor | None) -> Batch:
-        found = super().topical(batch, tau, draws)
-        if "mismatched" in batch:  # of the same prompts
-            found["mismatched"] = {**batch["mismatched"], "topics": tau}
-        return found
+    def add_topics(self, batch: Batch, tau: Tensor, draws: Tensor | None) -> Batch:
+        batch = super().add_topics(batch, tau, draws)
+        if "mismatched" in batch:  # its prompts are those of the same rows
+            batch["mismatched"] = {**batch["mismatched"], "topics": tau}
+        return batch
 
     def complete(self, forward: Forward, batch: Batch) -> Batch:
         if self.loss == "orpo":
             return batch
-        found = {**batch, "ref_logprobs": sequence_logprobs(forward.reference(batch), batch)}
+        batch = {**batch, "ref_logprobs": sequence_logprobs(forward.reference(batch), batch)}
         if self.loss == "kto":
-            other = found.pop("mismatched")
-            now = sequence_logprobs(forward.current(self.name, other), other)
-            found["kl"] = kto_reference_point(now, sequence_logprobs(forward.reference(other), other))
-        return found
+            other = batch.pop("mismatched")
+            logprobs = sequence_logprobs(forward.current(self.name, other), other)
+            batch["kl"] = kto_reference_point(logprobs, sequence_logprobs(forward.reference(other), other))
+        return batch
 
     def items(self, batch: Batch) -> Tensor:
+        """The pairs; with "kto" the completions."""
         rows = len(batch["input_ids"]) // (1 if self.loss == "kto" else 2)
         return torch.tensor(float(rows), device=batch["input_ids"].device)
 
@@ -132,9 +155,8 @@ class Preference(Objective):
         tokens = batch["completion_mask"][:, 1:].sum(1)
         reference = batch.get("ref_logprobs", torch.zeros_like(logprobs))
         if self.loss == "kto":
-            wanted = batch["desirable"]
             weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-            loss = kto_loss(logprobs, reference, wanted, batch["kl"], beta=self.beta, **weights).mean()
+            loss = kto_loss(logprobs, reference, batch["desirable"], batch["kl"], beta=self.beta, **weights).mean()
             return {self.signals[0]: loss}, {"kl_reference_point": batch["kl"]}
         reward = self.beta * (logprobs - reference).detach()
         if self.loss in ("ipo", "orpo"):
@@ -146,12 +168,12 @@ class Preference(Objective):
             loss = ipo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta)
         else:
             loss = dpo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta, dpop=self.dpop)
-        up, down = reward.chunk(2)
+        chosen_reward, rejected_reward = reward.chunk(2)
         metrics = {
-            "rewards/chosen": up.mean(),
-            "rewards/rejected": down.mean(),
-            "rewards/margin": (up - down).mean(),
-            "rewards/accuracy": (up > down).to(up.dtype).mean(),
+            "rewards/chosen": chosen_reward.mean(),
+            "rewards/rejected": rejected_reward.mean(),
+            "rewards/margin": (chosen_reward - rejected_reward).mean(),
+            "rewards/accuracy": (chosen_reward > rejected_reward).to(reward.dtype).mean(),
             "logprobs/chosen": chosen.detach().mean(),
             "logprobs/rejected": rejected.detach().mean(),
         }
@@ -159,6 +181,6 @@ class Preference(Objective):
 
 
 def sequence_logprobs(outputs: Outputs, batch: Batch) -> Tensor:
-    """log p of each completion (B,), the sum over its tokens."""
+    """log p of each completion, (B,), in nats: the sum over its tokens."""
     logprobs = token_logprobs(outputs.logits, batch["input_ids"])
     return masked_sum(logprobs, batch["completion_mask"][:, 1:])

@@ -18,42 +18,51 @@ def score(
     completion_ids: list[list[int]],
     columns: Mapping[str, list[Any]],
 ) -> Tensor:
-    """What each function gives each completion, (B, F) float32; NaN where a function returned None (does not apply).
+    """The reward of every completion by every function, (B, F) float32; NaN where a function returned None.
+
+    Args:
+        objective: name of the objective, for errors.
+        functions: F reward functions. One may return None for a completion that it does not apply to.
+        prompts: B texts or conversations.
+        completions: B texts or conversations.
+        completion_ids: token ids of the completions.
+        columns: further columns of the dataset, one value a completion.
 
     Raises:
-        RuntimeError: a function raised.
-        ValueError: another number of rewards than completions; NaN or infinity; a completion that none applies to.
+        RuntimeError: a function raised an error.
+        ValueError: a function returned another number of rewards than completions, or NaN or infinity; or no function
+            applies to a completion.
     """
     table = torch.zeros(len(prompts), len(functions))
     for f, function in enumerate(functions):
-        me = f"objective {objective!r}: reward function {name_of(function)!r}"
+        which = f"objective {objective!r}: reward function {name_of(function)!r}"
         try:
             rewards = list(function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
         except Exception as error:
             raise RuntimeError(
-                f"{me} raised {type(error).__name__}: {error}. It was called with {len(prompts)} completions, the "
+                f"{which} raised {type(error).__name__}: {error}. It was called with {len(prompts)} completions, the "
                 f"first {completions[0]!r}; it must take **kwargs and cope with any text."
             ) from error
         if len(rewards) != len(prompts):
             raise ValueError(
-                f"{me} returned {len(rewards)} rewards for {len(prompts)} completions; return one a completion."
+                f"{which} returned {len(rewards)} rewards for {len(prompts)} completions; return one a completion."
             )
         for row, reward in enumerate(rewards):
             if reward is not None and not math.isfinite(reward):
                 raise ValueError(
-                    f"{me} gave row {row} the reward {reward!r} (prompt {prompts[row]!r}, completion "
+                    f"{which} gave row {row} the reward {reward!r} (prompt {prompts[row]!r}, completion "
                     f"{completions[row]!r}); return a finite number, or None where it does not apply."
                 )
             table[row, f] = math.nan if reward is None else float(reward)
-    if (silent := table.isnan().all(1)).any():
-        row = int(silent.nonzero()[0])
+    if (unrewarded := table.isnan().all(1)).any():
+        row = int(unrewarded.nonzero()[0])
         raise ValueError(
-            f"objective {objective!r}: no reward function applies to row {row} (prompt {prompts[row]!r}); all returned "
-            "None."
+            f"objective {objective!r}: no reward function applies to row {row} (prompt {prompts[row]!r}): all returned "
+            "None; return a number from at least one."
         )
     return table
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The function's name in logs and errors."""
+    """The name of a reward function in logs and errors."""
     return getattr(function, "__name__", type(function).__name__)

@@ -1,4 +1,4 @@
-"""Temporal: a goal vector that follows a text segment by segment and knows what comes next."""
+"""Temporal: a goal vector that follows a text segment by segment and predicts the next segment."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .base import ROW, Batch, Objective, Outputs
-from .data import require
-from .forward import seeded
-from .heads import SubspaceHead, goal_rank, joined, pooled, subspace
+from .base import Objective
+from .batches import ROW, Batch, Outputs
+from .data import joined_ids, require_columns
+from .heads import SubspaceHead, largest_owner_rank, subspace
+from .seeding import seeded
+from .tokens import pooled
 
 
 class GoalTracker(nn.Module):
-    """G_s = GRU(z_s, G_{s-1}) from a learned G_{-1}, and the segment it expects next, P G_s; z_s (r), G (r_temp)."""
+    """Goals G_s = GRU(z_s, G_{s-1}) from a learned G_{-1}, and the predicted next segment P G_s.
+
+    Args:
+        basis: columns of the subspace (d, r), in which the segments z_s (r) are coordinates.
+        rank: r_temp, the length of G_s.
+        name: seeds the weights.
+    """
 
     def __init__(self, basis: Tensor, rank: int, name: str) -> None:
         super().__init__()
-        self.reader = SubspaceHead(basis, rank, name)  # its map is z -> what the cell reads
+        self.reader = SubspaceHead(basis, rank, name)  # its map takes z to the input of the cell
         with seeded(torch.device("cpu"), "goal", name):
             self.cell, self.expect = nn.GRUCell(rank, rank), nn.Linear(rank, basis.shape[1], bias=False)
         self.start = nn.Parameter(torch.zeros(rank))
 
     def forward(self, segments: Tensor) -> Tensor:
-        """Segments (B, S, r) -> goals (B, S, r_temp), each from the segments up to its own."""
+        """Segments (B, S, r) -> goals (B, S, r_temp); a goal depends on the segments up to its own."""
         goal, goals = self.start.expand(len(segments), -1), []
         for z in self.reader.map(segments).unbind(1):
             goal = self.cell(z, goal)
@@ -40,24 +48,33 @@ class GoalTracker(nn.Module):
 class Temporal(Objective):
     """InfoNCE(P G_s, z_{s+1}) + consistency * mean_s (1 - cos(G_s, G_{s+1})), means over the transitions s -> s + 1.
 
-    z_s is the mean, over the tokens of segment s, of the coordinates in the owners' subspace (`heads.py`); G_s, of rank
-    r_temp, is updated once a segment (`GoalTracker`). The candidates of the first term are all segments of the
-    micro-batch, those of the same row among them, so order counts (van den Oord et al. 2018, arXiv 1807.03748). The
-    second keeps the plan from one window to the next.
+    z_s is the mean, over the tokens of segment s, of the coordinates in the owners' subspace (`heads.py`). G_s, of
+    length r_temp, is updated once a segment (`GoalTracker`). The first term compares with all segments of the
+    micro-batch, also those of the same row, so that order counts (van den Oord et al. 2018, arXiv 1807.03748). The
+    second keeps the plan from one segment to the next.
 
-    Failure mode: with a large `consistency` G no longer moves and says the same of every segment; then `drift` goes to
-    0 and `accuracy` to the share of rows. Texts that share little are told apart by their words alone, which is no
-    plan: `accuracy` must beat that of a row's own mean, which the benchmark prints beside it.
+    Failure mode: with a large `consistency` G stops moving and is the same for every segment; then `drift` goes to 0
+    and `accuracy` falls. Texts that share few words are told apart by their words alone, which is no plan: compare
+    `accuracy` with what the mean of a row's own segments would predict.
 
     Args:
-        dataset: `segments` (two or more texts: the steps of a plan, the paragraphs of a text), or `text` with `window`.
-        window: tokens of a segment of `text`; a rest that does not fill one is dropped.
-        signal: name of the signal, and of the objective.
-        rank: r_temp; None takes the rank of the owner.
-        temperature: of the first term.
-        consistency: weight of the second.
+        dataset: rows `segments` (two or more texts: the steps of a plan, the paragraphs of a text), or rows `text` with
+            `window`.
+        window: tokens in a segment of `text`; tokens left at the end are dropped. Rows with `segments` do not use it.
+        signal: name of the signal and of the objective.
+        rank: r_temp. None takes the largest rank of the signal's owners.
+        temperature: temperature of the first term, > 0.
+        consistency: weight of the second term, >= 0.
         eval_dataset: held-out rows of the same format.
-        max_length: tokens kept of a row, whole segments only. None keeps all.
+        max_length: tokens kept of a row, in whole segments. None keeps all.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> rows = [{"segments": ["Boil water.", "Add tea.", "Drink."]}, {"segments": ["Sow.", "Reap."]}]
+        >>> Temporal(rows).signals
+        ('temporal',)
     """
 
     def __init__(
@@ -78,7 +95,8 @@ class Temporal(Objective):
                 raise ValueError(f"objective {signal!r}: {field}={value!r} must be at least 1.")
         if not temperature > 0 or not 0 <= consistency < math.inf:
             raise ValueError(
-                f"objective {signal!r}: temperature={temperature!r} must be > 0 and consistency={consistency!r} >= 0."
+                f"objective {signal!r}: temperature={temperature!r} must be > 0, and consistency={consistency!r} a "
+                "number >= 0."
             )
         self.window, self.rank, self.temperature, self.consistency = window, rank, temperature, consistency
         self.max_length = max_length
@@ -87,26 +105,26 @@ class Temporal(Objective):
     def setup(self, tokenizer: Any, model: nn.Module) -> None:
         super().setup(tokenizer, model)
         signal = self.signals[0]
-        self.tracker = GoalTracker(subspace(model, signal), self.rank or goal_rank(model, signal), self.name)
+        self.tracker = GoalTracker(subspace(model, signal), self.rank or largest_owner_rank(model, signal), self.name)
 
     def head(self) -> nn.Module | None:
         return self.tracker
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
-        found = require(self.name, dataset, ("segments",), ("text",))
-        if found == ("text",) and self.window is None:
-            raise ValueError(f"objective {self.name!r}: rows of text need window=, the tokens of a segment.")
+        columns = require_columns(self.name, dataset, ("segments",), ("text",))
+        if columns == ("text",) and self.window is None:
+            raise ValueError(f"objective {self.name!r}: rows of text need window=, the tokens in a segment; set it.")
         rows = []
         for number, row in enumerate(dataset):
             if "segments" in row:
-                ids, of = joined(self.name, number, row["segments"], "segments", self.tokenizer)
+                ids, segment_of = joined_ids(self.name, number, row["segments"], "segments", self.tokenizer)
             else:
-                ids, of = self._windows(number, row["text"])
+                ids, segment_of = self._windows(number, row["text"])
             if self.max_length is not None and len(ids) > self.max_length:
-                whole = [i for i in range(self.max_length) if of[i] != of[self.max_length]]
-                ids, of = ids[: len(whole)], of[: len(whole)]
-            if of and of[-1] > 0:
-                rows.append({"ids": ids, "segment": of, ROW: number})
+                whole = sum(segment != segment_of[self.max_length] for segment in segment_of[: self.max_length])
+                ids, segment_of = ids[:whole], segment_of[:whole]
+            if segment_of and segment_of[-1] > 0:
+                rows.append({"ids": ids, "segment": segment_of, ROW: number})
         return rows
 
     def _windows(self, number: int, text: str) -> tuple[list[int], list[int]]:
@@ -115,13 +133,13 @@ class Temporal(Objective):
         count = len(ids) // self.window
         if count < 2:
             raise ValueError(
-                f"objective {self.name!r}: row {number} has {len(ids)} tokens, less than two windows of {self.window}; "
-                "lower window, or drop the row."
+                f"objective {self.name!r}: row {number} has {len(ids)} tokens, fewer than two windows of "
+                f"{self.window}; lower window, or drop the row."
             )
         return ids[: count * self.window], [i // self.window for i in range(count * self.window)]
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
-        """`segments` (B, S, T) is 1 where a token is in a segment."""
+        """`segments` (B, S, T) is 1 where token t is in segment s."""
         ids = [torch.tensor(row["ids"]) for row in rows]
         number = pad([torch.tensor(row["segment"]) for row in rows], padding_value=-1)
         count = int(number.max()) + 1
@@ -132,11 +150,11 @@ class Temporal(Objective):
         }
 
     def items(self, batch: Batch) -> Tensor:
-        """Transitions from a segment to the next."""
+        """The transitions from a segment to the next."""
         return batch["segments"].any(-1)[:, 1:].sum().float()
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """z of every segment (B, S, r), of final states (B, T, d)."""
+        """z of every segment, (B, S, r), from final states (B, T, d)."""
         assert self.tracker is not None, "setup() makes the head"
         return pooled(self.tracker.reader.coordinates(hidden), batch["segments"])
 
@@ -144,14 +162,14 @@ class Temporal(Objective):
         return self.compare(self.read(outputs.hidden, batch), batch["segments"].any(-1))
 
     def compare(self, segments: Tensor, exists: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss and metrics from segments (B, S, r) and which of them exist (B, S)."""
+        """Loss and metrics from segments (B, S, r) and a mask (B, S) of those that exist."""
         assert self.tracker is not None, "setup() makes the head"
         segments = segments.to(self.tracker.start.dtype)
         goals, moves = self.tracker(segments), exists[:, 1:]
         expected = F.normalize(self.tracker.expect(goals[:, :-1][moves]), dim=-1)  # (N, r)
         scores = expected @ F.normalize(segments[exists], dim=-1).T / self.temperature
-        places = exists.flatten().cumsum(0).view_as(exists) - 1  # of a segment among those that exist
-        target = places[:, 1:][moves]
+        index = exists.flatten().cumsum(0).view_as(exists) - 1  # of a segment among those that exist
+        target = index[:, 1:][moves]
         drift = 1 - F.cosine_similarity(goals[:, :-1][moves], goals[:, 1:][moves], dim=-1).mean()
         metrics = {
             "accuracy": (scores.argmax(1) == target).float().mean(),

@@ -1,4 +1,4 @@
-"""Functions of token tensors that every objective needs."""
+"""Sums, means and log-probabilities over the tokens of a batch. Shapes: B rows, T tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     """log p(ids[:, t] | ids[:, :t]) for t >= 1.
 
     Args:
-        logits: (B, T, V); row t predicts token t + 1. Taken to float32 if they are narrower.
+        logits: (B, T, V); position t predicts token t + 1. Computed in float32 at least.
         ids: (B, T).
-        temperature: what logits are divided by, as when the tokens were sampled.
+        temperature: divides the logits, as in sampling.
 
     Returns:
         (B, T - 1), in nats.
@@ -22,15 +22,20 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the distribution of token t >= 1, (B, T - 1), in nats; logits (B, T, V)."""
-    logs = (wide(logits[:, :-1]) / temperature).log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1)
+    """Entropy of the distribution of each token t >= 1, (B, T - 1), in nats; logits (B, T, V)."""
+    logprobs = (wide(logits[:, :-1]) / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) in nats, (...), of log-probabilities (..., V)."""
+    return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` (same shape) is not 0, a scalar; 0 where the mask is empty."""
+    """Mean of `values` weighted with `mask` (same shape, >= 0), a scalar; 0 where the mask is empty."""
     mask = mask.to(values.dtype)
-    # where, and not a product: what is masked out may be NaN
+    # torch.where and not a product alone: a value outside the mask may be NaN
     return torch.where(mask > 0, values * mask, 0.0).sum() / mask.sum().clamp_min(1e-12)
 
 
@@ -39,6 +44,28 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, values, 0.0).sum(-1)
 
 
+def row_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each row of `values` (B, T) where `mask` (B, T) is 1, (B,); 0 for a row whose mask is empty."""
+    return masked_sum(values, mask) / mask.sum(1).clamp_min(1)
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean state over the tokens of a mask: states (B, T, r), mask (B, T) or (B, S, T) -> (B, r) or (B, S, r)."""
+    weights = mask.to(states.dtype)
+    total = weights @ states if mask.dim() == 3 else (weights.unsqueeze(1) @ states).squeeze(1)
+    return total / weights.sum(-1, keepdim=True).clamp_min(1)
+
+
+def at(states: Tensor, position: Tensor) -> Tensor:
+    """States (B, T, ...) at one position of each row, (B,) -> (B, ...)."""
+    return states[torch.arange(len(states), device=states.device), position]
+
+
+def accuracy(scores: Tensor, correct: Tensor) -> Tensor:
+    """Share of scores whose sign is right: above 0 where `correct` is 1, else not; both (B,)."""
+    return ((scores > 0) == (correct > 0.5)).float().mean()
+
+
 def wide(tensor: Tensor) -> Tensor:
-    """At least float32: a bf16 logsumexp over a vocabulary has two digits."""
+    """The tensor in float32 at least: a logsumexp over a vocabulary in bf16 keeps two digits."""
     return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor

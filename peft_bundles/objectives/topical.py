@@ -1,65 +1,70 @@
-"""Topics of rows in training: from a dataset's column to gates on semantic bundles (routers/topics.py)."""
+"""Topics of training rows: from a dataset's column `topics` to gates on topic bundles (`routers/topics.py`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ..config import BundleConfig
 from ..routers.topics import TopicRouting
+from .seeding import seed_of
 
 
-COLUMN = "topics"  # of a dataset
+COLUMN = "topics"  # the dataset's column with the topics of each row
 
 
 class RowTopics:
-    """A run's topic routing on one config's bundles.
+    """The topic routing of a training run, applied to the bundles of one adapter.
+
+    Shapes: B rows, K topics.
 
     Args:
         routing: the topics and the mask.
-        config: of the adapter.
+        config: config of the adapter; its bundles with role "semantic" have the topics.
     """
 
     def __init__(self, routing: TopicRouting, config: BundleConfig) -> None:
         self.routing, self.config = routing, config
 
     def vectors(self, objective: str, values: Sequence[Any]) -> list[list[float]]:
-        """tau of every row (K numbers each) of a dataset's column.
+        """The topic vectors tau (K numbers a row) of a dataset's column.
 
         Args:
-            objective: for errors.
-            values: a row each: K numbers, topic -> weight, or names of topics (weight 1); empty for none.
+            objective: name of the objective, for errors.
+            values: one value a row: K numbers, a dict topic -> weight, or a list of topics (weight 1 each).
 
         Raises:
-            ValueError: a row that is none of these, an unknown topic, a number outside [0, 1], a topic nobody owns.
+            ValueError: a value is none of these, names an unknown topic, holds a number outside [0, 1], or names a
+                topic that no bundle owns.
         """
-        found = []
+        vectors = []
         for row, value in enumerate(values):
             try:
-                found.append(self._vector(value))
+                vectors.append(self._vector(value))
             except ValueError as error:
                 raise ValueError(f"objective {objective!r}: row {row}: {error}") from None
         try:
-            self.routing.owners(self.config, torch.tensor(found, dtype=torch.float64))
+            self.routing.owners(self.config, torch.tensor(vectors, dtype=torch.float64))
         except ValueError as error:
             raise ValueError(f"objective {objective!r}: {error}") from None
-        return found
+        return vectors
 
     def _vector(self, value: Any) -> list[float]:
         names = list(self.routing.topics)
         if isinstance(value, Mapping):
-            # A table's struct has all keys of all rows, None where a row lacks one.
+            # In a table every row has the keys of all rows, with None for those it lacks.
             weights = {name: weight for name, weight in value.items() if weight is not None}
         elif isinstance(value, Sequence) and all(isinstance(v, str) for v in value) and not isinstance(value, str):
             weights = dict.fromkeys(value, 1.0)
         elif isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != len(names):
-                raise ValueError(f"topics={value!r} has {len(value)} numbers, but the topics are {names}.")
+                raise ValueError(
+                    f"topics={value!r} has {len(value)} numbers, but the topics are {names}; give one number a topic."
+                )
             weights = dict(zip(names, value))
         else:
             raise ValueError(
@@ -73,25 +78,25 @@ class RowTopics:
         return [float(weights.get(name, 0.0)) for name in names]
 
     def draws(self, rows: int, *key: int | str) -> Tensor | None:
-        """Numbers in [0, 1), (rows, K), for the mask "stochastic", a function of seed and key; None for the others."""
+        """Numbers in [0, 1), (rows, K), that depend on seed and key alone; None unless the mask is "stochastic"."""
         if self.routing.mask != "stochastic":
             return None
-        generator = torch.Generator().manual_seed(crc32(repr(("topics", self.routing.seed, *key)).encode()))
+        generator = torch.Generator().manual_seed(seed_of("topics", self.routing.seed, *key))
         return torch.rand(rows, len(self.routing.topics), generator=generator, dtype=torch.float64)
 
     def gates(self, tau: Tensor) -> dict[str, Tensor]:
-        """Semantic bundle -> factor on its alpha, (B,); {} without `gate_forward`."""
+        """Topic bundle -> factor on its alpha in every row, (B,), from tau (B, K); {} without `gate_forward`."""
         return self.routing.gates(self.config, tau)
 
     def weights(self, tau: Tensor, draws: Tensor | None) -> dict[str, Tensor]:
-        """Semantic bundle -> gradient weight, (B,)."""
+        """Topic bundle -> gradient weight of every row, (B,), from tau and `draws`, both (B, K)."""
         return self.routing.weights(self.config, tau, draws=draws)
 
     def scaled(self) -> list[str]:
-        """The semantic bundles."""
+        """The topic bundles, whose learning rates the mask "rate" scales."""
         return list(self.routing.owners(self.config, torch.zeros(1, len(self.routing.topics))))
 
     def held(self, tau: Tensor) -> dict[str, Tensor]:
-        """Semantic bundle -> [sum of tau, number] over the rows that have its topic, (2,); for the mask "rate"."""
+        """Topic bundle -> (2,): the sum of tau over the rows that have its topic, and the number of these rows."""
         owners = self.routing.owners(self.config, tau)
         return {b: torch.stack([tau[:, k].sum(), (tau[:, k] > 0).sum()]) for b, k in owners.items()}

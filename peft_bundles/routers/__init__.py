@@ -1,1 +1,1 @@
-"""Where alphas and routing weights come from when nobody gives them by hand."""
+"""Routers: alphas and routing weights computed from the rows, where the caller does not give them."""

@@ -1,7 +1,7 @@
-"""Topic vectors tau (N, K) of texts, soft and multi-label, from three sources behind one call, `fit_topics`.
+"""Topic vectors tau (N, K) of N texts and K topics, from one of three sources; see `fit_topics`.
 
-"lexicon" counts words, "embedding" is a logistic regression for each topic on an off-the-shelf sentence encoder,
-"clusters" needs no label to find groups of texts and names them by their words. Needs scikit-learn.
+"lexicon" counts words. "embedding" fits a logistic regression a topic on the vectors of a sentence encoder. "clusters"
+finds groups of texts without labels. The last two need scikit-learn.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
 from torch import Tensor
 
 
 SOURCES = ("lexicon", "embedding", "clusters")
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # on the Hub, Apache-2.0
 
-Labels: TypeAlias = Sequence[str | Sequence[str] | None]  # a text's topic, its topics, or none
-Embed: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> (N, d), rows of length 1
+Labels: TypeAlias = Sequence[str | Sequence[str] | None]  # for every text its topic, its topics, or None
+Embed: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # N texts -> (N, d), rows of length 1
 
-# Written by hand before any accuracy was measured.
+# Topic -> words. Written by hand before any accuracy was measured.
 LEXICON: dict[str, str] = {
     "animals": (
         "animal animals mammal mammals bird birds fish fishes insect insects reptile snake lizard frog dog cat "
@@ -85,54 +79,86 @@ def fit_topics(
     clusters: int = 24,
     seed: int = 0,
 ) -> Callable[[Sequence[str]], Tensor]:
-    """A function from texts to their topic vectors tau, (N, K) float32 in [0, 1], columns as in `topics`.
+    """Fit a classifier of topics.
 
     Args:
-        source: "lexicon" (reads no texts), "embedding" (needs texts with labels) or "clusters" (finds groups in all the
-            texts, and reads labels only to say which topic a group is about; a group without a label is about none).
-        topics: names of the columns.
-        texts, labels: to learn from; a label is a topic, several, or None: a text of no topic.
-        embed: sentence encoder; None: `sentence_encoder()` for "embedding", words (TF-IDF, reduced) for "clusters".
-        lexicon: topic -> words, instead of `LEXICON`.
-        clusters: how many groups.
-        seed: of what is drawn.
+        source: "lexicon" counts words and needs no texts; "embedding" learns from texts and labels; "clusters" groups
+            the texts and reads the labels only to see which topics a group has.
+        topics: names of the K topics, the columns of tau.
+        texts: texts to learn from.
+        labels: for every text a topic, a list of topics, or None for no topic.
+        embed: sentence encoder, N texts -> (N, d) at length 1. None takes `sentence_encoder()` for "embedding" and
+            words (TF-IDF, reduced) for "clusters".
+        lexicon: topic -> words, separated by spaces. None takes `LEXICON`.
+        clusters: number of groups.
+        seed: seed of everything random.
+
+    Returns:
+        A function from N texts to their topic vectors tau, (N, K) float32 in [0, 1]; several topics may be large.
 
     Raises:
-        ValueError: an unknown source; a topic without words; labels that are not in `topics`, do not fit the texts, or
-            leave a topic without any text.
+        ValueError: the source is unknown, a topic has no words or no text, a label is not a topic, or texts and labels
+            differ in number.
+        ImportError: "embedding" or "clusters" without scikit-learn.
+
+    Example:
+        >>> classify = fit_topics("lexicon", ["law", "animals"])
+        >>> classify(["The court heard the lawyer.", "A bird and a fish."]).round(decimals=2)
+        tensor([[0.7500, 0.0000],
+                [0.0000, 0.7500]])
     """
     topics = list(topics)
     if source not in SOURCES:
         raise ValueError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
     if source == "lexicon":
         return Lexicon(topics, LEXICON if lexicon is None else lexicon)
+    require_sklearn(source)
     table = label_table(topics, texts, labels)
     if source == "embedding":
         return Embedding(topics, texts, table, embed or sentence_encoder(), seed)
     return Clusters(topics, texts, table, embed, clusters, seed)
 
 
+def require_sklearn(source: str) -> None:
+    """Raise ImportError with the command that installs scikit-learn, if it is missing."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            f"source={source!r} needs scikit-learn: pip install 'peft-bundles[analysis]' (source='lexicon' does not)."
+        ) from None
+
+
 def label_table(topics: Sequence[str], texts: Sequence[str], labels: Labels) -> np.ndarray:
-    """Labels as (N, K) of 0 and 1; raises ValueError as `fit_topics` says."""
+    """Labels as a table (N, K) of 0 and 1.
+
+    Raises:
+        ValueError: texts and labels differ in number, a label is not a topic, or a topic has no text.
+    """
     if len(labels) != len(texts) or not texts:
-        raise ValueError(f"{len(texts)} texts have {len(labels)} labels; give one each (None: no topic), at least one.")
+        raise ValueError(f"{len(texts)} texts have {len(labels)} labels; give one a text (None for no topic).")
     table = np.zeros((len(texts), len(topics)))
     for row, label in zip(table, labels):
         for topic in () if label is None else (label,) if isinstance(label, str) else label:
             if topic not in topics:
-                raise ValueError(f"label {topic!r} is no topic; those are {list(topics)}. None says: no topic.")
+                raise ValueError(f"label {topic!r} is no topic; use {list(topics)}, or None for no topic.")
             row[list(topics).index(topic)] = 1
     if empty := [topic for topic, count in zip(topics, table.sum(0)) if not count]:
-        raise ValueError(f"no text is labelled {empty}; label some, or leave the topic out.")
+        raise ValueError(f"no text is labelled {empty}; label at least one text a topic, or leave the topic out.")
     return table
 
 
 class Lexicon:
-    """tau_k = (1 - 2^-h_k) h_k / max_j h_j for h_k words of topic k: 0 without any, near 1 with many of one topic."""
+    """tau_k = (1 - 2^-h_k) h_k / max_j h_j, with h_k the words of topic k in a text.
+
+    tau_k is 0 without such words and near 1 with many of one topic.
+
+    Failure mode: common words have several senses, so it sees topics where there are none.
+    """
 
     def __init__(self, topics: list[str], lexicon: Mapping[str, str]) -> None:
         if missing := [topic for topic in topics if not lexicon.get(topic, "").split()]:
-            raise ValueError(f"lexicon has no words for {missing}; add some, e.g. {{{missing[0]!r}: 'word word'}}.")
+            raise ValueError(f"lexicon has no words for {missing}; add some, such as {{{missing[0]!r}: 'word word'}}.")
         self.topics, self.words = topics, [set(lexicon[topic].split()) for topic in topics]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -145,11 +171,18 @@ class Lexicon:
 
 
 class Embedding:
-    """One logistic regression a topic on sentence embeddings: K independent probabilities: several may hold."""
+    """One logistic regression a topic on sentence embeddings: K independent probabilities.
+
+    Failure mode: trained on texts of one topic, it rarely gives two topics more than 0.5.
+    """
 
     def __init__(self, topics: list[str], texts: Sequence[str], table: np.ndarray, embed: Embed, seed: int) -> None:
-        if never := [topic for topic, share in zip(topics, table.mean(0)) if share == 1]:
-            raise ValueError(f"every text is labelled {never}: nothing to tell it from; add texts without that topic.")
+        if everywhere := [topic for topic, share in zip(topics, table.mean(0)) if share == 1]:
+            raise ValueError(
+                f"every text is labelled {everywhere}, so there is nothing to tell it from; add other texts."
+            )
+        from sklearn.linear_model import LogisticRegression
+
         self.topics, self.embed = topics, embed
         states = embed(texts)
         self.heads = [LogisticRegression(C=10, max_iter=1000, random_state=seed).fit(states, y) for y in table.T]
@@ -161,7 +194,9 @@ class Embedding:
 
 
 class Clusters:
-    """K-means; tau is the mean of the topics of the groups that a text is near, mostly one: two topics are rarely seen.
+    """K-means groups of texts; tau is the mean of the topics of the groups that a text is near.
+
+    Failure mode: a text is mostly near one group, so it rarely gets two topics; groups follow style as much as topic.
 
     Attributes:
         names: of the groups, their three most typical words.
@@ -172,45 +207,59 @@ class Clusters:
         self, topics: list[str], texts: Sequence[str], table: np.ndarray, embed: Embed | None, count: int, seed: int
     ) -> None:
         if not 2 <= count <= len(texts):
-            raise ValueError(f"clusters={count!r} must be from 2 to the number of texts, {len(texts)}.")
+            raise ValueError(f"clusters={count!r} must be from 2 to {len(texts)}, the number of texts.")
+        from sklearn.cluster import KMeans
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import Normalizer
+
         words = TfidfVectorizer(stop_words="english", sublinear_tf=True, min_df=2, token_pattern=r"[A-Za-z_]{3,}")
-        weighed = words.fit_transform(texts)
+        counts = words.fit_transform(texts)
         if embed is None:
-            size = min(100, weighed.shape[1] - 1, len(texts) - 1)
-            reduce = make_pipeline(TruncatedSVD(size, random_state=seed), Normalizer()).fit(weighed)
+            size = min(100, counts.shape[1] - 1, len(texts) - 1)
+            reduce = make_pipeline(TruncatedSVD(size, random_state=seed), Normalizer()).fit(counts)
             embed = cast(Embed, lambda new: reduce.transform(words.transform(new)))
         self.topics, self.embed = topics, embed
         states = embed(texts)
-        self.means = KMeans(count, n_init=4, random_state=seed).fit(states)
-        found = self.means.labels_
-        if (groups := len(np.unique(found))) < count:
+        self.means: Any = KMeans(count, n_init=4, random_state=seed).fit(states)
+        group_of = self.means.labels_
+        if (groups := len(np.unique(group_of))) < count:
             raise ValueError(
                 f"clusters={count}, but the texts make only {groups} (the same text again?); ask for fewer."
             )
         vocabulary = words.get_feature_names_out()
-        typical = [np.asarray(weighed[found == c].mean(0)).ravel().argsort()[::-1][:3] for c in range(count)]
+        typical = [np.asarray(counts[group_of == c].mean(0)).ravel().argsort()[::-1][:3] for c in range(count)]
         self.names = ["-".join(vocabulary[i] for i in best) for best in typical]
-        self.shares = np.stack([table[found == c].mean(0) for c in range(count)])
-        # The spread within groups is the scale on which a distance is near.
-        self.scale = max(float(np.square(self.means.transform(states).min(1)).mean()), 1e-12)  # 0: a group a text
+        self.shares = np.stack([table[group_of == c].mean(0) for c in range(count)])
+        # Distances are measured in units of the spread within groups.
+        self.scale = max(
+            float(np.square(self.means.transform(states).min(1)).mean()), 1e-12
+        )  # the spread is 0 if every text is a group
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor(self.nearness(texts) @ self.shares, dtype=torch.float32).clamp(0, 1)
 
     def nearness(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, groups), rows sum to 1: softmax of - distance^2 over a tenth of the spread within groups."""
+        """softmax(-distance^2 / (spread within groups / 10)) of every text over the groups, (N, groups)."""
         distance = np.square(self.means.transform(self.embed(texts)))
         logits = -(distance - distance.min(1, keepdims=True)) / (0.1 * self.scale)
         return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
 def sentence_encoder(folder: str | Path = ENCODER, batch: int = 32, max_length: int = 128) -> Embed:
-    """all-MiniLM-L6-v2 as a function: the mean of its last states over tokens, at length 1, (N, 384).
+    """A sentence encoder as a function from N texts to vectors (N, d) of length 1: the mean last state over tokens.
 
     Args:
-        folder: of the model (safetensors and tokenizer), or its id on the Hub.
-        batch: texts of a forward.
+        folder: folder of a model (safetensors and tokenizer) or its id on the Hub. Default: all-MiniLM-L6-v2, d = 384.
+        batch: texts in one forward.
         max_length: tokens kept of a text.
+
+    Returns:
+        A function that `fit_topics` takes as `embed`.
+
+    Raises:
+        OSError: there is no such folder, and the Hub has no such model or cannot be reached.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -219,13 +268,13 @@ def sentence_encoder(folder: str | Path = ENCODER, batch: int = 32, max_length: 
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> np.ndarray:
-        found = []
+        vectors = []
         for start in range(0, len(texts), batch):
             part = list(texts[start : start + batch])
-            given = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-            states, mask = model(**given).last_hidden_state, given["attention_mask"][..., None]
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
             mean = (states * mask).sum(1) / mask.sum(1)
-            found.append(torch.nn.functional.normalize(mean, dim=1))
-        return torch.cat(found).numpy()
+            vectors.append(torch.nn.functional.normalize(mean, dim=1))
+        return torch.cat(vectors).numpy()
 
     return embed

@@ -1,7 +1,7 @@
-"""From a topic vector tau to the gates of semantic bundles: alpha_sem_k and the gradient weight of b_sem_k = f(tau_k).
+"""Topic routing: from topic vectors of rows to alphas and gradient weights of topic bundles.
 
-tau is (B, K), one number in [0, 1] a row and topic, several topics may hold at once. Bundles that are about no topic
-(mem, abstraction and all others) are not named, so they stay on and learn from every row.
+A topic vector tau (B, K) holds one number in [0, 1] for each of B rows and K topics; a row may have several topics. A
+topic bundle is one with role "semantic" and a topic. All other bundles stay on and learn from every row.
 """
 
 from __future__ import annotations
@@ -20,20 +20,32 @@ MASKS = ("soft", "hard", "stochastic", "rate")
 
 @dataclass
 class TopicRouting:
-    """How topics gate the semantic bundles.
+    """How the topics of a row gate the topic bundles.
 
     Args:
         topics: names of the columns of tau.
-        mask: what the gradient of b_sem_k from a row is weighed with: "soft", tau_k; "hard", 1 where tau_k >=
-            `threshold`; "stochastic", 1 with probability tau_k, drawn anew for every row and step; "rate", 1 where
-            tau_k > 0, and the bundle's learning rate is scaled by the mean of tau_k over those rows (`rates`).
-            Under Adam a constant weight on all gradients of a bundle is no weight at all; a rate is.
-        gate_forward: alpha_sem_k of a row is that same mask, tau_k for "stochastic" and "rate"; False: 1 in every row.
-        threshold: of "hard".
-        seed: of the draws.
+        mask: the weight of a row in the gradient of the bundle of topic k: "soft", tau_k; "hard", 1 where tau_k >=
+            `threshold`, else 0; "stochastic", 1 with probability tau_k, drawn anew for every row and step; "rate", 1
+            where tau_k > 0, and the bundle's learning rate is scaled by the mean of tau_k over these rows (`rates`).
+            Adam hides a constant factor on all gradients of a bundle; it does not hide a learning rate.
+        gate_forward: whether the alphas of topic bundles are gated too: with the mask for "soft" and "hard", with tau_k
+            for "stochastic" and "rate". False leaves the alphas as they are.
+        threshold: threshold of "hard", in (0, 1].
+        seed: seed of the draws of "stochastic".
 
     Raises:
-        ValueError: a value outside what is said above.
+        ValueError: the mask is unknown, topics are missing or named twice, or the threshold is out of range.
+
+    Example:
+        >>> from peft_bundles import BundleConfig
+        >>> law = {"rank": 4, "sub_bases": ["a"], "role": "semantic", "topic": "law", "signals": {"lm": 1.0}}
+        >>> config = BundleConfig(sub_bases={"a": 16}, bundles={"b_sem_law": law})
+        >>> routing = TopicRouting(["law"], mask="hard")
+        >>> tau = torch.tensor([[0.9], [0.2]])  # two rows
+        >>> routing.alphas(config, tau)
+        {'b_sem_law': tensor([1., 0.])}
+        >>> routing.weights(config, tau)["b_sem_law"].tolist()
+        [1.0, 0.0]
     """
 
     topics: Sequence[str] = field(default_factory=list)
@@ -46,44 +58,58 @@ class TopicRouting:
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r} is unknown; choose one of {', '.join(MASKS)}.")
         if not self.topics or len(set(self.topics)) != len(self.topics):
-            raise ValueError(f"topics={list(self.topics)} must name the columns of tau, each once.")
+            raise ValueError(
+                f"topics={list(self.topics)} must name the columns of tau, each once; give a list of names."
+            )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r} must be in (0, 1].")
 
     def check(self, tau: Tensor) -> Tensor:
-        """tau as float64 (B, K); raises ValueError for another shape or numbers outside [0, 1]."""
+        """tau as float64 (B, K).
+
+        Raises:
+            ValueError: tau has another shape, or a number outside [0, 1].
+        """
         tau = torch.as_tensor(tau, dtype=torch.float64)
         if tau.dim() != 2 or tau.shape[1] != len(self.topics) or not len(tau):
-            raise ValueError(f"tau has shape {tuple(tau.shape)}; give (B, {len(self.topics)}), a column a topic.")
+            raise ValueError(f"tau has shape {tuple(tau.shape)}; give (B, {len(self.topics)}), one column a topic.")
         if not bool(((tau >= 0) & (tau <= 1)).all()):
             raise ValueError(
-                f"tau holds values from {tau.min():g} to {tau.max():g}; a topic's weight must be in [0, 1]."
+                f"tau holds values from {tau.min():g} to {tau.max():g}; the weight of a topic must be in [0, 1]."
             )
         return tau
 
     def owners(self, config: BundleConfig, tau: Tensor) -> dict[str, int]:
-        """Semantic bundle -> its column of tau.
+        """Topic bundle -> its column of tau.
 
         Raises:
-            ValueError: a topic that some row has and no bundle is about; a semantic bundle of a topic not in `topics`.
+            ValueError: a row has a topic that no bundle owns, or a bundle has a topic that is not in `topics`.
         """
-        found = {}
+        column_of = {}
         for name, spec in (config.bundles or {}).items():
             if spec.role == "semantic" and spec.topic is not None:
                 if spec.topic not in self.topics:
-                    raise ValueError(f"bundle {name!r} is about {spec.topic!r}, but the topics are {self.topics}.")
-                found[name] = list(self.topics).index(spec.topic)
+                    raise ValueError(
+                        f"bundle {name!r} is about {spec.topic!r}, but the topics are {self.topics}; add this topic."
+                    )
+                column_of[name] = list(self.topics).index(spec.topic)
         present = [t for t, any_row in zip(self.topics, (tau > 0).any(0).tolist()) if any_row]
-        owned = {self.topics[column] for column in found.values()}
+        owned = {self.topics[column] for column in column_of.values()}
         if unowned := [t for t in present if t not in owned]:
             raise ValueError(
                 f"rows have the topic(s) {unowned}, which no bundle owns; the bundles are about {sorted(owned)}. Add a "
                 "bundle (role='semantic', topic=...), or leave the topic out of tau."
             )
-        return found
+        return column_of
 
     def masked(self, tau: Tensor, step: int, draws: Tensor | None = None) -> Tensor:
-        """The mask itself, (B, K); the draws of "stochastic" are a function of (seed, step), or those given, (B, K)."""
+        """The mask, (B, K), of tau (B, K).
+
+        Args:
+            tau: checked topic vectors.
+            step: with the seed it determines the draws of "stochastic".
+            draws: numbers in [0, 1) to use instead, (B, K).
+        """
         if self.mask == "soft":
             return tau
         if self.mask == "hard":
@@ -98,16 +124,25 @@ class TopicRouting:
     def weights(
         self, config: BundleConfig, tau: Tensor, step: int = 0, draws: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Semantic bundle -> gradient weight of every row (B,), for `route(..., weights=)`; draws as of `masked`.
+        """Topic bundle -> gradient weight of every row, (B,), float64, for `model.route(..., weights=)`.
 
-        A row without topic (all zeros) trains no semantic bundle, only those that are always on.
+        A row without topic (all zeros) trains no topic bundle, only the others.
+
+        Args:
+            config: config of the adapter.
+            tau: topic vectors, (B, K).
+            step: number of the step; with the seed it determines the draws of "stochastic".
+            draws: numbers in [0, 1) to use instead, (B, K).
+
+        Raises:
+            ValueError: as `check` and `owners`.
         """
         tau = self.check(tau)
         mask = self.masked(tau, step, draws)
         return {name: mask[:, column] for name, column in self.owners(config, tau).items()}
 
     def gates(self, config: BundleConfig, tau: Tensor) -> dict[str, Tensor]:
-        """Semantic bundle -> factor on its alpha in every row (B,), float64; {} without `gate_forward`."""
+        """Topic bundle -> factor on its alpha in every row, (B,), float64; {} without `gate_forward`."""
         tau = self.check(tau)
         owners = self.owners(config, tau)
         if not self.gate_forward:
@@ -116,23 +151,31 @@ class TopicRouting:
         return {name: mask[:, column] for name, column in owners.items()}
 
     def alphas(self, config: BundleConfig, tau: Tensor) -> dict[str, Tensor]:
-        """Semantic bundle -> alpha of every row (B,), times the bundle's own; {} without `gate_forward`.
+        """Topic bundle -> alpha in every row, (B,): its gate times its alpha in the config.
 
-        A bundle that is off in a row learns nothing from it, whatever its weight.
+        {} without `gate_forward`. A bundle that is off in a row learns nothing from that row, whatever its weight.
+
+        Args:
+            config: config of the adapter.
+            tau: topic vectors, (B, K).
+
+        Raises:
+            ValueError: as `check` and `owners`.
         """
         bundles = config.bundles or {}
         return {name: (gate * bundles[name].alpha).float() for name, gate in self.gates(config, tau).items()}
 
     def rates(self, config: BundleConfig, tau: Tensor) -> dict[str, float]:
-        """Semantic bundle -> factor on its learning rate in this step: with "rate" the mean of tau_k where it is > 0.
+        """Topic bundle -> factor on its learning rate in this step, the mean of tau_k over the rows where it is > 0.
 
-        {} for the other masks.
+        {} for other masks than "rate". `BundleTrainer` applies the factors; a loop that steps an optimizer multiplies
+        the rate of the bundle's parameter group.
         """
         tau = self.check(tau)
         if self.mask != "rate":
             return {}
-        found = {}
+        factors = {}
         for name, column in self.owners(config, tau).items():
-            held = tau[:, column][tau[:, column] > 0]
-            found[name] = float(held.mean()) if len(held) else 0.0
-        return found
+            present = tau[:, column][tau[:, column] > 0]
+            factors[name] = float(present.mean()) if len(present) else 0.0
+        return factors

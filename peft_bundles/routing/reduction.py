@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,15 +88,35 @@ def reduce_gradients(parameters: list[nn.Parameter]) -> None:
 def clip_bundle_grads(model: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of every bundle to `max_norm` by itself; returns each bundle's norm before clipping.
 
-    One global norm would let one signal's large gradient shrink another's (design.md section 3, guarantee 6). Keys are
-    bundle names, "adapter.bundle" with several adapters; bundles without gradient are left out.
+    One global norm would let one signal's large gradient shrink another's. Keys are bundle names, "adapter.bundle" with
+    several adapters; bundles without gradient are left out.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm!r} must be positive.")
-    table = bundle_parameters(model)
-    several = len({adapter for adapter, _ in table}) > 1
-    norms = {}
-    for (adapter, name), parameters in table.items():
-        if any(p.grad is not None for p in parameters):
-            norms[f"{adapter}.{name}" if several else name] = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norms
+    names = bundle_labels(model)
+    parts = {names[key]: parameters for key, parameters in bundle_parameters(model).items()}
+    return clip_parts(parts, dict.fromkeys(parts, max_norm))
+
+
+def clip_parts(parts: Mapping[str, Sequence[nn.Parameter]], max_norms: Mapping[str, float]) -> dict[str, Tensor]:
+    """Clip the gradient of every part of a model to a norm of its own.
+
+    Args:
+        parts: name -> parameters.
+        max_norms: name -> largest norm; `math.inf` measures without clipping.
+
+    Returns:
+        Name -> norm before clipping, of the parts that have a gradient.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(parameters, max_norms[name])
+        for name, parameters in parts.items()
+        if any(p.grad is not None for p in parameters)
+    }
+
+
+def bundle_labels(model: nn.Module) -> dict[tuple[str, str], str]:
+    """(adapter, bundle) -> its name in logs: the bundle's, "adapter.bundle" with several adapters."""
+    keys = list(bundle_parameters(model))
+    several = len({adapter for adapter, _ in keys}) > 1
+    return {(a, b): f"{a}.{b}" if several else b for a, b in keys}

@@ -1,4 +1,4 @@
-"""Model cards of bundle folders, written through huggingface_hub's ModelCard from the template beside this file."""
+"""Model cards of bundle folders, written with huggingface_hub's `ModelCard` from card_template.md."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
-from ..core.basis import bundle_shapes, support_overlap
-from ..core.checkpoints import SAFETENSORS_WEIGHTS_NAME, read_config
+from ..core.basis import bundle_shapes, support_overlap, weight_shapes
+from ..core.checkpoints import read_config
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -33,32 +32,50 @@ def write_card(
     data: str | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write README.md of a bundle folder: base model, signals, ranks, overlaps, results, how to load, limits.
+    """Write the model card (README.md) of a bundle folder: base model, signals, ranks, overlaps, results, limits.
 
     Args:
-        folder: what `save_bundle` wrote, or any saved bundle adapter.
-        results: one dict a row: "task", "metric" and "value", or "values" with one number a seed; if known also
-            "seeds" (list), "base" (the base model's value), "dataset" (a name; the task if there is none).
-        figure: a picture, such as the alpha sweep; it is copied into the folder.
-        data: what it was trained on, in words. None: what the training summary says.
-        repo_id: where it will be loaded from; None is the folder's name.
+        folder: a folder of `save_bundle`, or any saved bundle adapter.
+        results: one dict per row of the table. "task", "metric" and "value" (or "values", one number per seed) are
+            needed. "seeds" (a list), "base" (the value of the base model) and "dataset" (default: the task) are
+            optional.
+        figure: a picture, such as an alpha sweep. It is copied into the folder.
+        data: the training data, in words. None: as in the training summary.
+        repo_id: the repository it will be loaded from. None: the name of the folder.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: the folder holds no bundle, a row of results without its fields, or a figure that is no picture.
+        ValueError: the folder holds no bundle, a row of results lacks a field, or the figure is no picture.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, save_bundle, write_card
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate"))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saved = save_bundle(model, "b_rl_policy", folder.name)
+        >>> results = [{"task": "sums", "metric": "accuracy", "values": [0.5, 0.7], "seeds": [0, 1], "base": 0.1}]
+        >>> card = write_card(saved, results=results, data="invented sums")
+        >>> [line for line in card.read_text().splitlines() if line.startswith("| sums")]
+        ['| sums | accuracy | 0.6 ± 0.14 | 0, 1 | 0.1 |']
+        >>> folder.cleanup()
     """
     folder = Path(folder)
     config = read_config(folder)
     assert config.bundles is not None and config.base_shape is not None
     rows = [_row(i, row) for i, row in enumerate(results or [])]
     if figure is not None and (not Path(figure).is_file() or Path(figure).suffix.lower() not in PICTURES):
-        raise ValueError(f"figure={str(figure)!r} must be a picture ({', '.join(PICTURES)}).")
+        raise ValueError(f"figure={str(figure)!r} is no picture; give an existing file ({', '.join(PICTURES)}).")
     names, provenance = list(config.bundles), config.provenance or {}
-    shapes, sizes = bundle_shapes(config, config.base_shape[0]), _sizes(folder, names)
+    shapes, layers = bundle_shapes(config, config.base_shape[0]), len(config.basis_fingerprint or {})
+    sizes = {key: math.prod(shape) for key, shape in weight_shapes(config, config.base_shape[0]).items()}
     base_id = hub_id(config.base_model_name_or_path)
-    # A folder on the author's disk is no model of the Hub, and its path is nobody's business.
+    # A local folder is named without its path, which is private.
     base = base_id or os.path.basename((config.base_model_name_or_path or "").rstrip("/\\")) or "an unnamed base model"
     card_data = ModelCardData(
         library_name="peft",
@@ -90,7 +107,7 @@ def write_card(
         revision=provenance.get("base_revision"),
         hidden_size=config.base_shape[0],
         layers=config.base_shape[1],
-        adapted=len(config.basis_fingerprint or {}),
+        adapted=layers,
         digest=provenance.get("basis", {}).get("digest", "its own")[:16],
         basis_init=config.basis_init,
         calibration=(
@@ -103,7 +120,7 @@ def write_card(
                 "rank": shape.rank,
                 "hidden": shape.hidden,
                 "support": len(shape.support),
-                "parameters": sizes.get(name, 0),
+                "parameters": layers * sum(size for key, size in sizes.items() if key.endswith(f".{name}")),
                 "alpha": f"{config.bundles[name].alpha:g}",
                 "signals": ", ".join(f"{s} ({w:g})" for s, w in config.bundles[name].signals.items() if w) or "-",
             }
@@ -130,18 +147,20 @@ def write_card(
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name of a base model where it is one of the Hub's, and no folder."""
+    """The name of a base model if it is a Hub id and no local folder."""
     return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
 
 
 def _row(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of results as the table has it: mean and deviation over seeds."""
-    me = f"results[{number}]"
+    """A row of the results table, with mean and standard deviation over seeds."""
     if not isinstance(row, Mapping) or not {"task", "metric"} <= row.keys() or not {"value", "values"} & row.keys():
-        raise ValueError(f"{me}={row!r} must be a dict with 'task', 'metric' and 'value' (or 'values', one a seed).")
+        raise ValueError(
+            f"results[{number}]={row!r} lacks a field; give a dict with 'task', 'metric' and 'value' (or 'values', one "
+            "number per seed)."
+        )
     values = list(row["values"]) if "values" in row else [row["value"]]
     if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        raise ValueError(f"{me}: values {values!r} must be finite numbers.")
+        raise ValueError(f"results[{number}] has the values {values!r}; give finite numbers.")
     mean, task = statistics.fmean(values), str(row["task"])
     seeds = row.get("seeds")
     return {
@@ -156,18 +175,5 @@ def _row(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(summary: Mapping[str, Any]) -> str:
+    """A training summary on one line."""
     return ", ".join(f"{key} {value}" for key, value in summary.items() if key != "data")
-
-
-def _sizes(folder: Path, names: list[str]) -> dict[str, int]:
-    """Parameters of each bundle, from the header of the weights' file; empty where there is none."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return {}
-    sizes = dict.fromkeys(names, 0)
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            bundle = key.rpartition(".")[2]
-            if bundle in sizes:
-                sizes[bundle] += math.prod(file.get_slice(key).get_shape())
-    return sizes

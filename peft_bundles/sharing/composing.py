@@ -1,9 +1,11 @@
-"""Bundles of several sources in one model, and the set of them changed while the model runs.
+"""Put bundles of several sources into one model, and add, replace or remove bundles while the model runs.
 
-Bundles that were trained in one basis become one adapter and share U, mu and sigma; bundles of another basis become an
-adapter of their own. A change of the set builds the adapters that are new beside the old ones, makes the new set
-active in one step, and lets go of the old when the last call that runs with it has ended: a forward, and a whole
-`generate`, runs with the set it started with. The base model is not touched.
+Bundles that were trained in the same basis become one adapter and share U, mu and sigma. Bundles of another basis
+become another adapter.
+
+To change the set, the new adapters are built beside the old ones and made active in one step. The old ones are deleted
+when the last call that uses them has ended. So every forward, and every whole `generate`, runs with the set it started
+with. The base model does not change.
 """
 
 from __future__ import annotations
@@ -21,37 +23,53 @@ from torch import nn
 
 from ..core.base import check_base
 from ..core.checkpoints import Checkpoint, basis_of
-from ..core.layer import BundleLayer
 from ..core.state import BundleState
+from ..core.walking import active_adapters, adapter_layers, bundle_layers, resolve_adapter
 from ..model import BundleModel
 from .hub import read_source
-from .parts import adapter_with, from_model, group_key, join, select, without
+from .parts import from_model, group_key, join, select, without
 
 
 def compose(
     base_model: nn.Module, sources: Sequence[str | Path], rename: bool = False, token: str | None = None
 ) -> PeftModel:
-    """One model with the bundles of several folders and repositories, for inference.
+    """Load bundles of several folders and Hub repositories into one model, for inference.
 
     Args:
-        base_model: the model they were trained on, without adapters of PEFT's own; bundles are added to it in place.
-        sources: `folder`, `repo`, `repo:bundle`, `repo@revision:bundle` (hub.py); one without `:bundle` brings all its
-            bundles.
-        rename: give a bundle whose name is taken another one (`b_x`, `b_x_2`) instead of refusing.
-        token: of the Hub; None is the stored one.
+        base_model: the model that the bundles were trained on, without PEFT adapters. It is changed in place.
+        sources: a list. Each entry is `folder`, `folder:bundle`, `repo`, `repo:bundle`, `repo@revision` or
+            `repo@revision:bundle`. Without `:bundle`, all bundles of the source are loaded.
+        rename: if two bundles have the same name, call the second `name_2` instead of raising.
+        token: Hub token. None: the stored one.
 
     Returns:
-        The PeftModel. `composition(model)` says what it consists of and costs. With bundles of several bases it also
-        warns.
+        A `PeftModel` in eval mode, with all bundles active. `composition(model)` lists them. Bundles of more than one
+        basis cost extra; then that list is also given as a warning.
 
     Raises:
-        ValueError: no source; a source that is no bundle, damaged or half-written; bundles of another base model or
-            another revision of it (the message says what differs); two bundles of one name without `rename`.
+        ValueError: no source; a source that is no bundle, is damaged or half-written; a bundle of another base model
+            or another revision of it (the message says what differs); two bundles of one name without `rename`.
+
+    Example:
+        >>> import copy, tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, compose, save_bundle
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> trained = get_peft_model(copy.deepcopy(base), BundleConfig(preset="ssl_rl_separate"))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> one = save_bundle(trained, "b_rl_policy", f"{folder.name}/one")
+        >>> two = save_bundle(trained, "b_ssl_main", f"{folder.name}/two")
+        >>> model = compose(base, [one, two])
+        >>> model.active_adapters  # one basis, so one adapter
+        ['composed_0']
+        >>> folder.cleanup()
     """
     if isinstance(sources, (str, Path)) or not sources:
-        raise ValueError(f"sources={sources!r} must be a list of folders and repositories, at least one.")
+        raise ValueError(f"sources={sources!r} is no list of folders and repositories; give at least one, as [source].")
     if isinstance(base_model, PeftModel):
-        raise ValueError("the model has adapters already; add a bundle with load_bundle(model, source).")
+        raise ValueError("base_model has adapters already; add a bundle with load_bundle(model, source).")
     parts: list[Checkpoint] = []
     for source in sources:
         checkpoint, _ = read_source(source, token)
@@ -64,9 +82,9 @@ def compose(
     joined = [join(members) for members in groups.values()]
     config = joined[0].config
     config.inference_mode = True
-    vars(config)["_given"] = joined[0].layers
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    model: Any = kind(base_model, config, "composed_0")
+    model: Any = kind(base_model, config, "composed_0", low_cpu_mem_usage=True)
+    model.base_model.fill("composed_0", joined[0].layers)
     _state(model).use.built = 1
     names = ["composed_0", *(_attach(model, group) for group in joined[1:])]
     model.base_model.set_adapter(names, inference_mode=True)
@@ -76,12 +94,13 @@ def compose(
 
 
 def _free(name: str, taken: Sequence[Checkpoint], source: str, rename: bool) -> str:
+    """The name, or with `rename` the first of name_2, name_3, ... that is free."""
     used = {part.names[0]: part.source for part in taken}
     if name not in used:
         return name
     if not rename:
         raise ValueError(
-            f"{source} and {used[name]} both have a bundle {name!r}; pass rename=True (--rename) to name the "
+            f"{source} and {used[name]} both have a bundle {name!r}; pass rename=True (--rename) to call the "
             f"second {name}_2."
         )
     number = 2
@@ -93,33 +112,54 @@ def _free(name: str, taken: Sequence[Checkpoint], source: str, rename: bool) -> 
 def load_bundle(
     model: PeftModel, source: str | Path, name: str | None = None, *, replace: bool = False, token: str | None = None
 ) -> str:
-    """Add a bundle to a running model, or put it in the place of another; returns its name.
+    """Add a bundle to a running model, or replace one.
 
-    Other threads may be generating: their calls end with the bundles they started with. All checks are done before
-    the model is touched.
+    Other threads may be generating meanwhile: their calls end with the bundles they started with. All checks are done
+    before the model is changed.
 
     Args:
-        model: a PeftModel with bundles.
-        source: of one bundle (hub.py).
-        name: what it is called in this model; None is its own name.
-        replace: take the place of the bundle of that name, which must be there.
-        token: of the Hub.
+        model: a `PeftModel` with bundles.
+        source: of a single bundle, written as in `compose`.
+        name: name of the bundle in this model. None: the name it was saved with.
+        replace: replace the bundle of that name, which must exist.
+        token: Hub token. None: the stored one.
+
+    Returns:
+        The name of the bundle in this model.
 
     Raises:
-        ValueError: see `compose`; a source of several bundles; a name that is taken, or with `replace` is not.
+        ValueError: as in `compose`; a source of several bundles; a name that exists already, or with `replace` does
+            not exist.
+
+    Example:
+        >>> import copy, tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, compose, load_bundle, remove_bundle, save_bundle
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> trained = get_peft_model(copy.deepcopy(base), BundleConfig(preset="ssl_rl_separate"))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> model = compose(base, [save_bundle(trained, "b_ssl_main", f"{folder.name}/one")])
+        >>> load_bundle(model, save_bundle(trained, "b_rl_policy", f"{folder.name}/two"))
+        'b_rl_policy'
+        >>> remove_bundle(model, "b_ssl_main")
+        >>> folder.cleanup()
     """
     state = _state(model)
     checkpoint, _ = read_source(source, token)
     if len(checkpoint.names) != 1:
-        raise ValueError(f"{source} holds the bundles {checkpoint.names}; name one, '{source}:{checkpoint.names[0]}'.")
+        raise ValueError(
+            f"{source} holds the bundles {checkpoint.names}; name one, e.g. '{source}:{checkpoint.names[0]}'."
+        )
     check_base(checkpoint.config, model.get_base_model(), str(source))
     part = select(checkpoint, checkpoint.names[0], name)
     name = part.names[0]
     with state.use.swapping:
-        there = [b for a in model.active_adapters if a in state.configs for b in state.configs[a].bundles or ()]
-        if (name in there) != replace:
+        names = [bundle for adapter in active_adapters(model) for bundle in state.configs[adapter].bundles or ()]
+        if (name in names) != replace:
             raise ValueError(
-                f"there is no bundle {name!r} to replace; there are {there}."
+                f"there is no bundle {name!r} to replace; name one of {names}, or leave replace out."
                 if replace
                 else f"there is a bundle {name!r} already; pass replace=True, or another name."
             )
@@ -128,10 +168,16 @@ def load_bundle(
 
 
 def remove_bundle(model: PeftModel, name: str) -> None:
-    """Take a bundle out of a running model; see `load_bundle`.
+    """Remove a bundle from a running model. Calls in other threads end with the bundles they started with.
+
+    Args:
+        model: a `PeftModel` with bundles.
+        name: of the bundle.
 
     Raises:
-        ValueError: no such bundle, or it is the last one (then set its alpha to 0, or `model.unload()`).
+        ValueError: no such bundle, or it is the last one (set its alpha to 0, or call `model.unload()`).
+
+    Example: see `load_bundle`.
     """
     with _state(model).use.swapping:
         _exchange(model, name, None)
@@ -141,26 +187,26 @@ def _state(model: PeftModel) -> BundleState:
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, BundleModel):
         raise ValueError(
-            f"{type(model).__name__} is no PeftModel with bundles; make one with compose(base_model, sources) or "
+            f"{type(model).__name__} is no PeftModel with bundles; build one with compose(base_model, sources) or "
             "get_peft_model(base_model, BundleConfig(...))."
         )
     return tuner._state
 
 
 def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> None:
-    """Make the next set of adapters beside the one in use, and switch."""
+    """Build the next set of adapters beside the one in use, then switch."""
     tuner, state = cast(BundleModel, model.base_model), _state(model)
     active = list(tuner.active_adapters)
-    parts = {a: from_model(model, a) for a in active if a in state.configs}
-    groups: dict[str, list[Checkpoint]] = {}  # adapter -> what takes its place
+    parts = {adapter: from_model(model, adapter) for adapter in active_adapters(model)}
+    groups: dict[str, list[Checkpoint]] = {}  # adapter -> the parts that replace it
     if gone is not None:
-        owner = adapter_with(model, gone)
+        owner = resolve_adapter(model, bundle=gone)
         groups[owner] = [without(parts[owner], gone)] if len(parts[owner].names) > 1 else []
     if new is not None:
         host = next((a for a in parts if group_key(parts[a]) == group_key(new)), None)
         groups.setdefault(host or "", [] if host is None else [parts[host]]).append(new)
     if not any(groups.values()) and len(active) == len(groups):
-        raise ValueError(f"{gone!r} is the last bundle; set its alpha to 0, or take all off with model.unload().")
+        raise ValueError(f"{gone!r} is the last bundle; set its alpha to 0, or remove all with model.unload().")
     joined = [join(members) for members in groups.values() if members]
     built = [_attach(model, group) for group in joined]
     following = [a for a in active if a not in groups] + built
@@ -168,7 +214,7 @@ def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> Non
         for what in layer.adapter_layer_names:
             getattr(layer, what).requires_grad_(False)
     with state.use.lock:
-        # What PEFT's set_adapter does, without its walk over the model: a call that starts now waits for this.
+        # As PEFT's set_adapter, without its walk over the model: calls that start now wait for this lock.
         for layer in tuner._layers:
             layer._active_adapter = following
         tuner.active_adapter = following
@@ -178,25 +224,31 @@ def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> Non
 
 
 def _attach(model: PeftModel, group: Checkpoint) -> str:
-    """Add an adapter that no call sees yet; it takes the tensors as they are. Returns its name."""
+    """Add an adapter that is not active yet and uses the given tensors, not copies. Returns its name."""
     use = _state(model).use
     name = next(name for n in itertools.count(use.built) if (name := f"composed_{n}") not in model.peft_config)
     use.built = int(name.rpartition("_")[2]) + 1
     group.config.inference_mode = True
-    if {m.index for m in model.modules() if isinstance(m, BundleLayer)} >= group.layers.keys():
+    if {layer.index for layer in bundle_layers(model)} >= group.layers.keys():
         cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
     else:
-        vars(group.config)["_given"] = group.layers
-        model.add_adapter(name, group.config)
+        model.add_adapter(name, group.config, low_cpu_mem_usage=True)
+        cast(BundleModel, model.base_model).fill(name, group.layers)
     return name
 
 
-# ---- what a composition consists of ----
+# ---- describing a composed model ----
 
 
 @dataclass
 class Composition:
-    """The groups of a composed model: dicts of adapter, basis (digest), bundles, columns, hidden, basis_bytes."""
+    """The adapters of a composed model; bundles of one adapter share a basis.
+
+    Attributes:
+        groups: one dict per adapter. "adapter": its name. "basis": digest of its basis. "bundles": their names.
+            "columns": columns of U. "hidden": hidden units of all bundles in a layer. "basis_bytes": memory of U over
+            all layers.
+    """
 
     groups: list[dict[str, Any]]
 
@@ -209,9 +261,9 @@ class Composition:
         if len(self.groups) > 1:
             extra = sum(g["basis_bytes"] for g in self.groups[1:]) / 2**20
             lines.append(
-                f"The bundles were trained in {len(self.groups)} bases. Each further one costs two more matrix "
-                f"products a layer and its own basis in memory ({extra:.1f} MiB). Overlap between groups is not "
-                "controlled: their bundles may write to the same directions. Measure it with "
+                f"The bundles were trained in {len(self.groups)} bases. Each basis after the first costs two more "
+                f"matrix products per layer, and its own memory ({extra:.1f} MiB in all). Overlap between bundles of "
+                "different bases is not controlled: they may write to the same directions. Measure it with "
                 "peft_bundles.orthogonality(model) and peft_bundles.conflicts(model, texts, tokenizer)."
             )
         return "\n".join(lines)
@@ -220,11 +272,34 @@ class Composition:
 
 
 def composition(model: PeftModel) -> Composition:
-    """Which bundles of a model share a basis, and what each basis costs in memory."""
-    state, groups = _state(model), []
-    for adapter in model.active_adapters:
-        layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
-        if adapter not in state.configs or not layers:
+    """List which bundles of a model share a basis, and the memory of each basis.
+
+    Args:
+        model: a `PeftModel` with bundles. Its active adapters are listed.
+
+    Returns:
+        A `Composition`; printed, it is one line per adapter.
+
+    Raises:
+        ValueError: the model is no `PeftModel` with bundles.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, composition
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_lm": {"rank": 4, "sub_bases": ["a"]}}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"a": 8}, bundles=bundles))
+        >>> (group,) = composition(model).groups
+        >>> group["bundles"], group["columns"], group["basis_bytes"]  # 2 layers of 32 x 8 numbers of 4 bytes
+        (['b_lm'], 8, 2048)
+    """
+    _state(model)  # raises for other models
+    groups = []
+    for adapter in active_adapters(model):
+        layers = adapter_layers(model, adapter)
+        if not layers:  # an adapter without bundles
             continue
         packing, bases = layers[0].packing(adapter), [layer.bundle_basis[adapter] for layer in layers]
         groups.append(

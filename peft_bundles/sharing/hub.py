@@ -1,8 +1,8 @@
-"""Bundles as checkpoints that people share: folders, and repositories of the Hub through huggingface_hub's own client.
+"""Save, push and pull bundles: as folders, and as repositories of the Hub with huggingface_hub's client.
 
 A source is written `folder`, `folder:bundle`, `repo`, `repo:bundle`, `repo@revision` or `repo@revision:bundle`. A
-repository holds one adapter at its root: one bundle (`push_bundle`), or a whole adapter (`model.push_to_hub`), of which
-`repo:bundle` takes one.
+repository holds one adapter at its root: a single bundle (from `push_bundle`), or a whole adapter (from
+`model.push_to_hub`). `repo:bundle` is one bundle of a whole adapter.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..core.checkpoints import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Checkpoint, read, read_config, write
+from ..core.walking import resolve_adapter
 from .cards import CARD, PICTURES, write_card
-from .parts import adapter_with, from_model, select, with_base
+from .parts import from_model, select, with_base
 
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<bundle>[A-Za-z_]\w*))?")
@@ -32,7 +33,7 @@ _REPO = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(
 
 @dataclass(frozen=True)
 class Source:
-    """Where a bundle is: in a folder, or in a repository at a revision; `bundle` None is all that is there."""
+    """A parsed source: a folder, or a repository at a revision. `bundle` None means all bundles."""
 
     folder: str | None = None
     repo: str | None = None
@@ -42,7 +43,7 @@ class Source:
 
 
 def parse_source(source: str | Path) -> Source:
-    """Take a source apart; a folder that exists wins over a repository of the same name.
+    """Parse a source. A folder that exists is preferred to a repository of the same name.
 
     Raises:
         ValueError: neither a folder that exists nor the name of a repository.
@@ -52,23 +53,23 @@ def parse_source(source: str | Path) -> Source:
     for folder, bundle in ((text, None), (head, tail)) if colon else ((text, None),):
         if folder and os.path.isdir(os.path.expanduser(folder)):
             return Source(folder=os.path.expanduser(folder), bundle=bundle, text=text)
-    found = _REPO.fullmatch(text)
-    if found is None or ".." in text or text.startswith((".", "-")):
+    match = _REPO.fullmatch(text)
+    if match is None or ".." in text or text.startswith((".", "-")):
         raise ValueError(
-            f"source {text!r} is no folder that exists and no repository; write folder, repo, repo:bundle or "
-            "repo@revision:bundle."
+            f"source {text!r} is no folder that exists and no repository; write folder, folder:bundle, repo, "
+            "repo:bundle or repo@revision:bundle."
         )
-    validate_repo_id(found["repo"])
-    return Source(repo=found["repo"], revision=found["revision"], bundle=found["bundle"], text=text)
+    validate_repo_id(match["repo"])
+    return Source(repo=match["repo"], revision=match["revision"], bundle=match["bundle"], text=text)
 
 
 def api_for(token: str | None) -> HfApi:
-    """huggingface_hub's client."""
+    """huggingface_hub's client, which names this library to the Hub."""
     return HfApi(token=token, library_name="peft_bundles")
 
 
 def _download(source: Source, token: str | None, force: bool = False) -> str:
-    """The folder of a source; of a repository only the files that a bundle has, all of one commit."""
+    """The local folder of a source. Of a repository, only the files of an adapter are downloaded, all of one commit."""
     if source.folder is not None:
         return source.folder
     assert source.repo is not None
@@ -76,25 +77,25 @@ def _download(source: Source, token: str | None, force: bool = False) -> str:
     folder = api.snapshot_download(
         source.repo, revision=source.revision, allow_patterns=[CONFIG_NAME], force_download=force
     )
-    read_config(folder, source.text)  # another kind of adapter is refused before its weights are fetched
+    read_config(folder, source.text)  # refuses another type of adapter before its weights are downloaded
     commit = Path(folder).name
-    wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, *(f"*{suffix}" for suffix in PICTURES)]
-    folder = api.snapshot_download(source.repo, revision=commit, allow_patterns=wanted, force_download=force)
+    patterns = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, *(f"*{suffix}" for suffix in PICTURES)]
+    folder = api.snapshot_download(source.repo, revision=commit, allow_patterns=patterns, force_download=force)
     if not os.path.isfile(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
         files = api.list_repo_files(source.repo, revision=commit)
-        pickled = f"only {WEIGHTS_NAME}, a pickle, which is never loaded" if WEIGHTS_NAME in files else f"only {files}"
-        raise ValueError(f"{source.text} has no {SAFETENSORS_WEIGHTS_NAME}, {pickled}.")
+        only = f"{WEIGHTS_NAME}, a pickle, which is never loaded" if WEIGHTS_NAME in files else f"{files}"
+        raise ValueError(f"{source.text} has no {SAFETENSORS_WEIGHTS_NAME}, only {only}; save it as safetensors.")
     return folder
 
 
 def read_source(source: str | Path, token: str | None = None) -> tuple[Checkpoint, str]:
-    """The adapter that a source names (of `:bundle` that bundle alone), every check done, and the folder it came from.
+    """The checked checkpoint of a source, and the folder it came from. `source:bundle` gives that bundle only.
 
-    A download whose content is wrong (a cache that was damaged, a proxy) is fetched once more before it is refused.
+    If the content of a download is wrong (a damaged cache, a proxy), it is downloaded once more before it is refused.
 
     Raises:
-        ValueError: not a bundle, damaged, half-written, or without the bundle that was named.
-        huggingface_hub.errors.HfHubHTTPError: the Hub's answer: no such repository or revision, or no right to it.
+        ValueError: no bundle, a damaged or half-written one, or no bundle of the given name.
+        huggingface_hub.errors.HfHubHTTPError: the Hub's answer: no such repository or revision, or no access to it.
     """
     parsed = parse_source(source)
     folder = _download(parsed, token)
@@ -109,30 +110,51 @@ def read_source(source: str | Path, token: str | None = None) -> tuple[Checkpoin
 
 
 def pull_bundle(source: str | Path, folder: str | Path | None = None, token: str | None = None) -> Path:
-    """Download a bundle (or a whole adapter), check it, and return the folder it is in.
+    """Download a bundle, or a whole adapter, and check it.
 
     Args:
-        source: see the module.
-        folder: where to write it; None leaves it in the Hub's cache.
-        token: of the Hub, for private repositories; None is the stored one.
+        source: written as in `compose`. A local folder is checked (and copied) the same way.
+        folder: folder to write it to. None: it stays in the Hub's cache.
+        token: Hub token, for private repositories. None: the stored one.
 
-    Raises: see `read_source`; ValueError also where one bundle of several is to be written and no folder is given.
+    Returns:
+        The folder it is in.
+
+    Raises:
+        ValueError: no bundle, a damaged or half-written one, or no bundle of the given name; or one bundle of several
+            is asked for without `folder`.
+        huggingface_hub.errors.HfHubHTTPError: the Hub's answer: no such repository or revision, or no access to it.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, pull_bundle
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> get_peft_model(base, BundleConfig(preset="ssl_rl_separate")).save_pretrained(f"{folder.name}/all")
+        >>> pulled = pull_bundle(f"{folder.name}/all:b_rl_policy", f"{folder.name}/one")  # or "repo:b_rl_policy"
+        >>> sorted(path.name for path in pulled.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+        >>> folder.cleanup()
     """
-    checkpoint, found = read_source(source, token)
-    whole = read_config(found).bundles or {}
+    checkpoint, origin = read_source(source, token)
+    bundles = read_config(origin).bundles or {}
     if folder is None:
-        if len(whole) > len(checkpoint.names):
-            raise ValueError(f"{source} is one of {len(whole)} bundles of a file; give folder= to write it to.")
-        return Path(found)
+        if len(bundles) > len(checkpoint.names):
+            raise ValueError(f"{source} is one bundle of {len(bundles)} in one file; give a folder= to write it to.")
+        return Path(origin)
     write(checkpoint, folder)
-    if len(whole) > len(checkpoint.names):
+    if len(bundles) > len(checkpoint.names):
         write_card(folder)
     else:
-        _copy_card(found, folder)
+        _copy_card(origin, folder)
     return Path(folder)
 
 
 def _copy_card(source: str | Path, folder: str | Path) -> None:
+    """Copy README.md and the pictures of a folder."""
     for name in os.listdir(source):
         if name == CARD or name.lower().endswith(PICTURES):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
@@ -146,29 +168,47 @@ def save_bundle(
     *,
     adapter: str | None = None,
 ) -> Path:
-    """Save one bundle as a PEFT adapter folder of its own.
+    """Save one bundle as a PEFT adapter folder.
 
-    It has the columns of U that the bundle may use, with mu and sigma, and in `adapter_config.json` the digest of the
-    whole basis, the fingerprint of the base model's weights, sizes, signals and the summary.
-    `PeftModel.from_pretrained` loads it. A card is written where there is none.
+    The folder has the weights of the bundle, the columns of U that it may use, mu and sigma. `adapter_config.json` also
+    has the digest of the whole basis, the fingerprint of the base model, sizes, signals and the summary. Both
+    `PeftModel.from_pretrained` and `compose` load it. If there is no README.md, a model card is written.
 
     Args:
-        model: with the bundle in an active adapter.
-        bundle: its name.
-        folder: where to; files of an earlier save are replaced, others left alone.
-        summary: of the training, e.g. {"steps": 300, "data": "gsm8k"}; must fit into JSON. None keeps an earlier one.
-        adapter: which adapter, where several active ones have a bundle of that name.
+        model: a model with the bundle in an active adapter.
+        bundle: name of the bundle.
+        folder: folder to write to. An earlier save is replaced; other files stay.
+        summary: of the training, e.g. {"steps": 300, "data": "gsm8k"}; a dict that fits into JSON. None: keep the
+            summary that the bundle was loaded with.
+        adapter: the adapter, if several active ones have a bundle of that name.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: no such bundle, an adapter that trains more than bundles, or a summary that is no JSON object.
+        ValueError: no such bundle, an adapter that trains other modules too, or a summary that does not fit into JSON.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, save_bundle
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate"))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saved = save_bundle(model, "b_rl_policy", folder.name, {"steps": 0, "data": "none"})
+        >>> sorted(path.name for path in saved.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+        >>> folder.cleanup()
     """
-    name = adapter_with(model, bundle, adapter)
-    cut = select(with_base(from_model(model, name), model), bundle)
+    owner = resolve_adapter(model, adapter, bundle=bundle)
+    cut = select(with_base(from_model(model, owner), model), bundle)
     if summary is not None:
         try:
             checked = json.loads(json.dumps(dict(summary), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"summary={summary!r} must be a dict that fits into JSON ({error}).") from error
+            raise ValueError(f"summary={summary!r} does not fit into JSON ({error}); give a dict that does.") from error
         assert cut.config.provenance is not None
         cut.config.provenance["summaries"] = {bundle: checked}
     write(cut, folder)
@@ -192,27 +232,40 @@ def push_bundle(
     data: str | None = None,
     card: str | Path | None = None,
 ) -> str:
-    """Push one bundle with its card to a repository of its own, in one commit; returns the repository's URL.
+    """Push one bundle with its model card to a Hub repository, in one commit.
 
     Args:
-        model, bundle, summary, adapter: see `save_bundle`.
-        repo_id: made if it does not exist.
-        private: of a repository that is made now.
-        token: of the Hub; None is the stored one.
-        revision: branch to push to, made if it does not exist.
-        results, figure, data: see `cards.write_card`.
-        card: a folder whose README.md and pictures are pushed instead of a card that is written now.
+        model: a model with the bundle in an active adapter.
+        bundle: name of the bundle.
+        repo_id: "owner/name". The repository is created if it does not exist.
+        summary: as in `save_bundle`.
+        adapter: as in `save_bundle`.
+        private: make a new repository private.
+        token: Hub token. None: the stored one.
+        revision: branch to push to. It is created if it does not exist.
+        results: as in `write_card`.
+        figure: as in `write_card`.
+        data: as in `write_card`.
+        card: a folder with a README.md and pictures. They are pushed, and no card is written.
+
+    Returns:
+        The URL of the repository.
 
     Raises:
-        ValueError: see `save_bundle`; a `card` without README.md, or with results, a figure or data beside it; or the
-            repository holds something else already.
-        RuntimeError: somebody else pushed meanwhile; nothing was changed.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        ValueError: as in `save_bundle`; a `card` folder without README.md, or given together with results, figure or
+            data; a repository that holds other bundles.
+        RuntimeError: somebody else pushed at the same time; nothing was changed.
+        huggingface_hub.errors.HfHubHTTPError: the Hub's refusal.
+
+    Example (needs a Hub token):
+        push_bundle(model, "b_rl_policy", "me/my-policy", summary={"steps": 300}, data="gsm8k")
     """
     validate_repo_id(repo_id)
-    if card is not None and not ((Path(card) / CARD).is_file() and results is None and figure is None and data is None):
+    if card is not None and not (Path(card) / CARD).is_file():
+        raise ValueError(f"card={str(card)!r} has no {CARD}; give a folder with one, or leave card out.")
+    if card is not None and (results, figure, data) != (None, None, None):
         raise ValueError(
-            f"card={str(card)!r} must be a folder with a {CARD}, and leaves no use for results, figure, data."
+            f"card={str(card)!r} was given with results, figure or data, which write a card; give one or the other."
         )
     with tempfile.TemporaryDirectory() as staging:
         save_bundle(model, bundle, staging, summary, adapter=adapter)
@@ -232,21 +285,26 @@ def upload(
     token: str | None,
     revision: str | None,
 ) -> str:
-    """Commit a folder to a repository, made if need be, whose adapter is `holds` or none; returns the URL."""
+    """Commit a folder to a repository and return its URL. The repository is created if it does not exist.
+
+    Args:
+        holds: the bundle in the folder. A repository with other bundles is refused. None: the folder holds no bundle.
+
+    Raises:
+        ValueError: the repository holds other bundles.
+        RuntimeError: somebody else pushed at the same time.
+    """
     api = api_for(token)
     url = api.create_repo(repo_id, private=private or None, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = api.repo_info(repo_id, revision=revision).sha
     if holds is not None and api.file_exists(repo_id, CONFIG_NAME, revision=head):
-        there = read_config(api.snapshot_download(repo_id, revision=head, allow_patterns=[CONFIG_NAME]), repo_id)
-        if list(there.bundles or ()) != [holds]:
-            raise ValueError(
-                f"{repo_id} holds {list(there.bundles or ())}; push {holds!r} to a repository of its own, or to "
-                "another revision."
-            )
+        config = read_config(api.snapshot_download(repo_id, revision=head, allow_patterns=[CONFIG_NAME]), repo_id)
+        if (names := list(config.bundles or ())) != [holds]:
+            raise ValueError(f"{repo_id} holds {names}; push {holds!r} to another repository or another revision.")
     try:
-        # With the commit it builds on: files of two writers never end up in one revision.
+        # parent_commit: the Hub refuses the commit if another one came first, so files of two writers never mix.
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -256,6 +314,8 @@ def upload(
         )
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 412:
-            raise RuntimeError(f"somebody else pushed to {repo_id} meanwhile; look at it and push again.") from error
+            raise RuntimeError(
+                f"somebody else pushed to {repo_id} at the same time; look at it, then push again."
+            ) from error
         raise
     return str(url)

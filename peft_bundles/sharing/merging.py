@@ -1,15 +1,16 @@
-"""One bundle made of several: weighted sums, TIES, DARE and task arithmetic, on the files, without a model.
+"""Merge several bundles into one: weighted sums, TIES, DARE and task arithmetic. Works on files, without a model.
 
-A bundle is up gelu(down x). `up` is zero when training starts, so it is its own task vector; `down` is not. Hidden
-units of two bundles correspond only if they started from the same weights (one seed, one config). So
+A bundle is f(x) = up gelu(down x). `up` starts at zero, so it is its own task vector; `down` does not start at zero.
+Hidden unit i of one bundle corresponds to hidden unit i of another only if both started from the same weights (same
+seed, same config). Hence two families of methods:
 
-- "cat" puts the hidden units side by side: exactly sum_k w_k f_k(x), whatever the bundles started from. The result is
-  as large as all of them together.
-- "linear", "ties" (Yadav et al. 2023), "dare_linear" and "dare_ties" (Yu et al. 2023), by PEFT's own functions, merge
-  `up` number by number and take the mean of `down`, weighted by |w|; the result is as large as one. Bundles whose units
-  do not correspond are refused.
+- "cat" puts the hidden units side by side. The result is exactly sum_k w_k f_k(x) for any bundles, and as large as all
+  of them together.
+- "linear", "ties" (Yadav et al. 2023), "dare_linear" and "dare_ties" (Yu et al. 2023) use PEFT's functions. They merge
+  `up` element by element and average `down`, weighted by |w|. The result is as large as one bundle. Bundles whose
+  hidden units do not correspond are refused.
 
-Negating a bundle (weight -1) takes out what it brought: task arithmetic (Ilharco et al. 2022).
+Weight -1 negates a bundle: task arithmetic (Ilharco et al. 2022).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .parts import group_key, select
 
 
 METHODS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
-ALIKE = 0.5  # mean cosine of the hidden units' input weights above which two bundles are taken to have one start
+ALIKE = 0.5  # hidden units correspond if the mean cosine of their input weights is at least this
 
 
 def merge_bundles(
@@ -45,29 +46,45 @@ def merge_bundles(
     seed: int = 0,
     token: str | None = None,
 ) -> Path:
-    """Merge bundles of one basis and one support into a bundle folder of its own.
+    """Merge bundles of the same basis and support into a new bundle folder.
 
     Args:
-        sources: one bundle each (hub.py); one alone may be scaled or negated.
-        weights: one number a bundle, of any sign; of the bundles at alpha 1, and so is the result.
-        folder: where to write the merged bundle.
-        method: "cat", "linear", "ties", "dare_linear" or "dare_ties" (see the module).
-        density: share of the numbers that TIES and DARE keep, in (0, 1].
-        name: of the result; None is "merged".
-        seed: of DARE's choice.
-        token: of the Hub.
+        sources: of one bundle each, written as in `compose`. A single source is scaled or negated.
+        weights: one finite number per bundle, of any sign. They scale the bundles at alpha 1; the result has alpha 1.
+        folder: folder to write the merged bundle to.
+        method: "cat" (exact; as large as all bundles together), "linear", "ties", "dare_linear" or "dare_ties" (as
+            large as one bundle; hidden units must correspond).
+        density: share of the numbers that TIES and DARE keep, in (0, 1], default 0.5.
+        name: name of the merged bundle. None: "merged".
+        seed: for DARE's random choice.
+        token: Hub token. None: the stored one.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an unknown method, another number of weights than bundles, several bundles in a source, bundles of
-            another basis, support or kind, or (all methods but "cat") hidden units that do not correspond.
+        ValueError: an unknown method; not one weight per source; several bundles in a source; bundles of different
+            bases, supports or kinds; hidden units that do not correspond (every method but "cat").
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, merge_bundles, save_bundle
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate"))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saved = save_bundle(model, "b_rl_policy", f"{folder.name}/policy")
+        >>> merged = merge_bundles([saved, saved], [0.5, -0.5], f"{folder.name}/merged", name="b_nothing")
+        >>> (merged / "adapter_model.safetensors").exists()
+        True
+        >>> folder.cleanup()
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
     if not sources or len(weights) != len(sources) or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"weights={list(weights)} must be one finite number for each of the {len(sources)} sources.")
+        raise ValueError(f"weights={list(weights)}; give one finite number for each of the {len(sources)} sources.")
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density={density!r} must be in (0, 1].")
     parts = []
@@ -75,7 +92,7 @@ def merge_bundles(
         checkpoint, _ = read_source(source, token)
         if len(checkpoint.names) != 1:
             raise ValueError(
-                f"{source} holds the bundles {checkpoint.names}; name one, '{source}:{checkpoint.names[0]}'."
+                f"{source} holds the bundles {checkpoint.names}; name one, e.g. '{source}:{checkpoint.names[0]}'."
             )
         parts.append(select(checkpoint, checkpoint.names[0], name or "merged"))
     write(merge(parts, weights, method, density, seed), folder)
@@ -83,35 +100,39 @@ def merge_bundles(
 
 
 def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, density: float, seed: int) -> Checkpoint:
-    """`merge_bundles` on checkpoints of one bundle each, all of one name."""
+    """`merge_bundles` on checkpoints that hold one bundle each, all of the same name."""
     first, name = parts[0], parts[0].names[0]
     shape = bundle_shapes(first.config, first.hidden_size)[name]
     for other in parts[1:]:
-        theirs = bundle_shapes(other.config, other.hidden_size)[name]
+        other_shape = bundle_shapes(other.config, other.hidden_size)[name]
         if group_key(other) != group_key(first):
             raise ValueError(
-                f"{other.source} and {first.source} were trained in different bases, or with another projection or "
-                "scaling; they cannot merge."
+                f"{other.source} and {first.source} have different bases, projections or scalings, so they cannot be "
+                "merged; load them side by side with compose(base_model, sources)."
             )
         if list(other.config.sub_bases or ()) != list(first.config.sub_bases or ()) or not torch.equal(
-            theirs.support, shape.support
+            other_shape.support, shape.support
         ):
             raise ValueError(
-                f"{other.source} and {first.source} have different supports: {list(other.config.sub_bases or ())} and "
-                f"{list(first.config.sub_bases or ())}; only bundles of one support merge, put these side by side with "
+                f"{other.source} and {first.source} have different supports, {list(other.config.sub_bases or ())} and "
+                f"{list(first.config.sub_bases or ())}, so they cannot be merged; load them side by side with "
                 "compose(base_model, sources)."
             )
-        if theirs.kind != shape.kind or (method != "cat" and theirs.hidden != shape.hidden):
+        if other_shape.kind != shape.kind or (method != "cat" and other_shape.hidden != shape.hidden):
             raise ValueError(
-                f"{other.source} is of kind {theirs.kind!r} with {theirs.hidden} hidden units, {first.source} of kind "
-                f"{shape.kind!r} with {shape.hidden}; they cannot merge by {method!r}."
+                f"{other.source} is of kind {other_shape.kind!r} with {other_shape.hidden} hidden units, "
+                f"{first.source} of kind {shape.kind!r} with {shape.hidden}, so {method!r} cannot merge them; use "
+                + ('"cat".' if other_shape.kind == shape.kind else "bundles of one kind.")
             )
-    if shape.kind == "identity" or (first.config.projection != "none" and len(parts) > 1):
-        raise ValueError("bundles with a projector of their own (projection='tied' or 'free') cannot merge.")
+    if first.config.projection != "none" and len(parts) > 1:
+        raise ValueError(
+            f"{first.source} has projection={first.config.projection!r}, a trained projector per bundle, so it cannot "
+            "be merged; load the bundles side by side with compose(base_model, sources)."
+        )
     if method != "cat":
         _check_units(parts, name)
     if shape.kind == "diag" and method == "cat":
-        method = "linear"  # no hidden units to put side by side, and linear in its weights: the sum is exact
+        method = "linear"  # a diag bundle is linear in its weights, so the weighted sum is exact
     layers, hidden = {}, 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -143,6 +164,7 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
 def _merged(
     ups: list[Tensor], downs: list[Tensor], weights: Sequence[float], method: str, density: float
 ) -> tuple[Tensor, Tensor | None]:
+    """`up` and `down` of the merged bundle in one layer."""
     if method == "cat":
         return torch.cat([w * up for w, up in zip(weights, ups)], -1), torch.cat(downs) if downs else None
     each = torch.tensor(list(weights), dtype=ups[0].dtype)
@@ -153,7 +175,7 @@ def _merged(
 
 
 def _check_units(parts: Sequence[Checkpoint], name: str) -> None:
-    """Whether hidden unit i of one bundle is hidden unit i of the other: the cosine of what they read."""
+    """Refuse bundles whose hidden units do not correspond, by the mean cosine of their input weights."""
     for other in parts[1:]:
         cosines = [
             torch.cosine_similarity(layer[f"bundle_down.{name}"], other.layers[number][f"bundle_down.{name}"]).mean()
@@ -162,6 +184,6 @@ def _check_units(parts: Sequence[Checkpoint], name: str) -> None:
         ]
         if cosines and (mean := float(torch.stack(cosines).mean())) < ALIKE:
             raise ValueError(
-                f"the hidden units of {other.source} and {parts[0].source} do not correspond (mean cosine {mean:.2f}): "
-                'they started from different weights, and merging number by number would give noise. Use method="cat".'
+                f"the hidden units of {other.source} and {parts[0].source} do not correspond (mean cosine {mean:.2f}), "
+                'because they started from different weights; use method="cat".'
             )

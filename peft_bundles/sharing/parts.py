@@ -1,7 +1,8 @@
-"""Adapters cut into bundles, and bundles joined into adapters.
+"""Cut an adapter into single bundles, and join bundles to an adapter.
 
-A bundle by itself keeps only the columns of U that it may use, so its file is not the size of the whole basis. The
-digest of the whole basis travels with it: bundles with one digest fit into one adapter and share U in memory.
+The checkpoint of a single bundle has only the columns of U that the bundle may use, so its file is smaller than the
+whole basis. It also has the digest of the whole basis: bundles with the same digest fit into one adapter and share U
+in memory.
 """
 
 from __future__ import annotations
@@ -13,43 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import COMMON, SubBasis
+from ..config import COMMON, BundleSpec, SubBasis
 from ..core.base import CHILD, PEFT_PREFIX, base_fingerprint
-from ..core.basis import basis_rank, bundle_shapes, fingerprint, sub_basis_columns
+from ..core.basis import BundleShape, basis_rank, bundle_shapes, fingerprint, sub_basis_columns
 from ..core.checkpoints import SHARED, Checkpoint, basis_of, changed
 from ..core.layer import BundleLayer
-from ..core.walking import state_of
 
 
 # ---- from a model ----
 
 
-def adapter_with(model: nn.Module, bundle: str, adapter: str | None = None) -> str:
-    """The adapter that holds a bundle: the one named, or the only active one that has it.
-
-    Raises:
-        ValueError: no bundles in the model, no such bundle, or several adapters with it.
-    """
-    state = state_of(model)
-    layer = next(m for m in model.modules() if isinstance(m, BundleLayer))
-    names = [adapter] if adapter is not None else [a for a in layer.active_adapters if a in state.configs]
-    if unknown := [a for a in names if a not in state.configs]:
-        raise ValueError(f"there is no bundle adapter {unknown[0]!r}; there are {sorted(state.configs)}.")
-    found = [a for a in names if bundle in (state.configs[a].bundles or {})]
-    if not found:
-        raise ValueError(
-            f"there is no bundle {bundle!r}; there are {[b for a in names for b in state.configs[a].bundles or ()]}."
-        )
-    if len(found) > 1:
-        raise ValueError(f"bundle {bundle!r} is in the adapters {found}; name one with adapter=.")
-    return found[0]
-
-
 def from_model(model: nn.Module, adapter: str) -> Checkpoint:
-    """An adapter of a model; the tensors are the model's own, nothing is copied.
+    """The checkpoint of an adapter in a model. Its tensors are the model's own, not copies.
 
     Raises:
-        ValueError: the adapter trains more than bundles, so that they alone would not be what was trained.
+        ValueError: the adapter has no bundles, or trains other modules too (a bundle alone would not be what was
+            trained).
     """
     layers, heads, config = {}, {}, None
     for name, module in model.named_modules():
@@ -65,14 +45,14 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
         raise ValueError(f"adapter {adapter!r} has no bundles in this model.")
     if config.modules_to_save:
         raise ValueError(
-            f"adapter {adapter!r} also trains {config.modules_to_save} (modules_to_save); a bundle by itself would not "
-            "be what was trained. Save the whole adapter with save_pretrained."
+            f"adapter {adapter!r} also trains {config.modules_to_save} (modules_to_save), so a single bundle is only a "
+            "part of what was trained; save the whole adapter with save_pretrained."
         )
     return Checkpoint(config, layers, heads, f"adapter {adapter!r}")
 
 
 def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
-    """The same, its provenance naming the basis and the base model that it has now."""
+    """The checkpoint with its basis and its present base model noted in the provenance."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     provenance = {
         **(checkpoint.config.provenance or {}),
@@ -87,14 +67,18 @@ def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
 
 
 def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Checkpoint:
-    """One bundle by itself, with the columns of U that it may use; `name` renames it.
+    """The checkpoint of a single bundle, with only the columns of U that it may use.
+
+    Args:
+        bundle: its name in this checkpoint.
+        name: its new name. None keeps the old one.
 
     Raises:
         ValueError: no such bundle.
     """
     config, d = checkpoint.config, checkpoint.hidden_size
     if bundle not in checkpoint.names:
-        raise ValueError(f"{checkpoint.source} has no bundle {bundle!r}; it has {checkpoint.names}.")
+        raise ValueError(f"{checkpoint.source} has no bundle {bundle!r}; name one of {checkpoint.names}.")
     assert config.bundles is not None
     spec, shape, name = config.bundles[bundle], bundle_shapes(config, d)[bundle], name or bundle
     columns = {n: c for n, c in sub_basis_columns(config, d).items() if n in spec.sub_bases}
@@ -103,18 +87,11 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
         columns[COMMON] = common[: len(shape.support) - sum(map(len, columns.values()))]
     columns = {n: columns[n] for n in config.sub_bases or () if n in columns}  # in the order of U
     basis = basis_of(checkpoint)
-    own = replace(
-        spec,
-        name=name,
-        rank=shape.rank,
-        adapter=shape.kind,
-        bottleneck=shape.hidden if shape.kind in ("mlp", "linear", "full") else None,
-    )
     provenance = config.provenance or {}
     summaries = provenance.get("summaries", {})
     cut = changed(
         config,
-        bundles={name: own},
+        bundles={name: replace(_resolved(spec, shape), name=name)},
         sub_bases={n: SubBasis(len(c)) for n, c in columns.items()},
         basis_rank=None,
         save_basis=True,
@@ -135,7 +112,7 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
 
 
 def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
-    """All bundles but one; U stays as it is."""
+    """The checkpoint without one of its bundles; U is unchanged."""
     bundles = {n: spec for n, spec in (checkpoint.config.bundles or {}).items() if n != bundle}
     layers = {
         number: {tail: t for tail, t in layer.items() if tail.partition(".")[2] != bundle}
@@ -146,22 +123,22 @@ def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
 
 
 def group_key(checkpoint: Checkpoint) -> tuple[Any, ...]:
-    """What two checkpoints must have in common to fit into one adapter: basis, projection, scaling and layers."""
+    """Checkpoints with the same key fit into one adapter: same basis, projection, scaling and layers."""
     config = checkpoint.config
     return basis_of(checkpoint)["digest"], config.projection, config.scaling, tuple(sorted(checkpoint.layers))
 
 
 def join(members: Sequence[Checkpoint]) -> Checkpoint:
-    """One adapter of bundles that were trained in one basis (`group_key`) and have different names.
+    """Join checkpoints of one `group_key`, whose bundles have different names, to one adapter.
 
     Raises:
-        ValueError: two of them name the same basis and have other columns of it.
+        ValueError: two of them name the same basis, but its columns, mu or sigma differ.
     """
     if len(members) == 1:
         return members[0]
     first, d, basis = members[0], members[0].hidden_size, basis_of(members[0])
     columns = [sub_basis_columns(m.config, d) for m in members]
-    donors = {  # sub-basis -> the member that has most of it
+    donors = {  # sub-basis -> the member that has most of its columns
         name: max((i for i, c in enumerate(columns) if name in c), key=lambda i: len(columns[i][name]))
         for name, _ in basis["sub_bases"]
         if any(name in c for c in columns)
@@ -170,15 +147,19 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
     summaries = {k: v for m in members for k, v in (m.config.provenance or {}).get("summaries", {}).items()}
     config = changed(
         first.config,
-        # Adapter kind and sizes are the bundles' own, so that the config's defaults do not matter.
-        bundles={name: spec for m in members for name, spec in _resolved(m).items()},
+        # Kind and sizes are written into each spec, so that the defaults of the joined config do not matter.
+        bundles={
+            name: _resolved(spec, shape)
+            for m in members
+            for (name, spec), shape in zip((m.config.bundles or {}).items(), bundle_shapes(m.config, d).values())
+        },
         sub_bases={name: SubBasis(size) for name, size in sizes.items()},
         basis_rank=None,
         save_basis=True,
         provenance={**(first.config.provenance or {}), "basis": basis, "summaries": summaries},
     )
     width = basis_rank(config, d)
-    whole = next(  # a member whose U serves all: then nothing is copied
+    whole = next(  # a member that has all columns: then its U is used and nothing is copied
         (m for m, c in zip(members, columns) if all(len(c.get(name, ())) == size for name, size in sizes.items())), None
     )
     layers = {}
@@ -191,13 +172,14 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
                     _take(base, place), _take(bases[i], columns[i][name][: len(place)])
                 ):
                     raise ValueError(
-                        f"{m.source} and {members[i].source} both name the basis {basis['digest'][:12]}, but layer "
-                        f"{number} has other columns of {name!r} in the one than in the other; one file was changed."
+                        f"{m.source} and {members[i].source} both name the basis {basis['digest'][:12]}, but their "
+                        f"columns of {name!r} in layer {number} differ; one file was changed, get both again."
                     )
             for what in ("bundle_mean", "bundle_scale"):
                 if not torch.equal(m.layers[number][what].to(layer[what]), layer[what]):
                     raise ValueError(
-                        f"{m.source} and {first.source} name one basis but differ in {what} of layer {number}."
+                        f"{m.source} and {first.source} both name the basis {basis['digest'][:12]}, but their {what} "
+                        f"of layer {number} differs; one file was changed, get both again."
                     )
         tensors = {tail: t for m in members for tail, t in m.layers[number].items()}
         tensors.update({what: layer[what] for what in SHARED})
@@ -210,32 +192,25 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
     return _fingerprinted(Checkpoint(config, layers, first.heads, " and ".join(m.source for m in members)))
 
 
-def _resolved(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The specs, with the kinds and sizes they have at this hidden size."""
-    shapes = bundle_shapes(checkpoint.config, checkpoint.hidden_size)
-    return {
-        name: replace(
-            spec,
-            rank=shapes[name].rank,
-            adapter=shapes[name].kind,
-            bottleneck=shapes[name].hidden if shapes[name].kind in ("mlp", "linear", "full") else None,
-        )
-        for name, spec in (checkpoint.config.bundles or {}).items()
-    }
+def _resolved(spec: BundleSpec, shape: BundleShape) -> BundleSpec:
+    """The spec with the kind and sizes that it has at this hidden size, independent of the config's defaults."""
+    bottleneck = shape.hidden if shape.kind in ("mlp", "linear", "full") else None
+    return replace(spec, rank=shape.rank, adapter=shape.kind, bottleneck=bottleneck)
 
 
 def _take(basis: Tensor, columns: Tensor) -> Tensor:
-    """Columns of U that follow each other, as those of a sub-basis do: a view."""
+    """Adjacent columns of U, as a sub-basis has them; a view."""
     return basis[:, int(columns[0]) : int(columns[-1]) + 1] if len(columns) else basis[:, :0]
 
 
 def _padded(like: Tensor, parts: list[Tensor], width: int) -> Tensor:
-    """Columns side by side; spare ones, which no bundle uses, are zero."""
+    """The parts side by side, filled up to `width` with zero columns, which no bundle uses."""
     joined = torch.cat([like[:, :0], *parts], 1)
     return torch.nn.functional.pad(joined, (0, width - joined.shape[1])).contiguous()
 
 
 def _fingerprinted(checkpoint: Checkpoint) -> Checkpoint:
+    """Write the fingerprints of its bases into its config."""
     prints = {str(i): fingerprint(layer["bundle_basis"]) for i, layer in checkpoint.layers.items()}
     checkpoint.config.basis_fingerprint = prints
     return checkpoint

@@ -1,7 +1,7 @@
-"""A basis with its calibration as a file of its own: people who train in one basis make bundles that share it.
+"""Save, push and load a basis with its calibration, so that several people can train bundles in the same basis.
 
-`basis.safetensors` has U, mu and sigma of every layer, and in its metadata the sub-bases, the base model and the digest
-that bundles name.
+Bundles of one basis share it in memory. `basis.safetensors` has U, mu and sigma of every layer; its metadata has the
+sub-bases, the base model and the digest by which bundles name their basis.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ..config import BundleConfig
 from ..core.base import check_base
 from ..core.basis import fingerprint, sub_basis_columns
 from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, read_tensors
-from ..core.layer import BundleLayer
-from ..core.walking import state_of
+from ..core.walking import adapter_layers, resolve_adapter, state_of
 from .cards import CARD, hub_id
 from .hub import api_for, parse_source, upload
 from .parts import from_model, with_base
@@ -33,23 +32,43 @@ _FIELDS = ("sub_bases", "digest", "base_shape", "base_model_name_or_path", "prov
 
 
 def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = None) -> Path:
-    """Save the basis of an adapter, with its calibration; returns the path of `basis.safetensors`.
+    """Save the basis of an adapter with its calibration.
 
     Args:
-        model: with a calibrated adapter, fresh or trained.
-        folder: where to.
-        adapter: which one, if there are several.
+        model: a model with a calibrated adapter, fresh or trained.
+        folder: folder to write `basis.safetensors` to.
+        adapter: name of the adapter, if there are several.
+
+    Returns:
+        The path of `basis.safetensors`.
 
     Raises:
-        ValueError: no such adapter, or one that was composed and so holds only a part of its basis.
+        ValueError: no such adapter, or one from `compose`, which has only a part of its basis.
+
+    Example:
+        >>> import copy, tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, load_basis, save_basis
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> config = {"sub_bases": {"a": 8, "b": 8}}
+        >>> mine = {"b_mine": {"rank": 4, "sub_bases": ["a"]}}
+        >>> yours = {"b_yours": {"rank": 4, "sub_bases": ["b"]}}
+        >>> first = get_peft_model(copy.deepcopy(base), BundleConfig(bundles=mine, **config))  # calibrate it now
+        >>> second = get_peft_model(base, BundleConfig(bundles=yours, basis_seed=1, **config))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> load_basis(second, save_basis(first, folder.name))["sub_bases"]
+        [['a', 8], ['b', 8]]
+        >>> folder.cleanup()
     """
-    adapter = _only(model, adapter)
+    adapter = resolve_adapter(model, adapter)
     checkpoint = with_base(from_model(model, adapter), model)
     config, basis = checkpoint.config, basis_of(checkpoint)
     if _partition(checkpoint) != basis["sub_bases"]:
         raise ValueError(
-            f"adapter {adapter!r} has only the columns of its basis that its bundles use; save the basis from "
-            "the model that was calibrated."
+            f"adapter {adapter!r} has only the columns of its basis that its bundles use; save the basis of the model "
+            "that was calibrated."
         )
     about = {
         **basis,
@@ -79,16 +98,36 @@ def push_basis(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Push a basis to a repository, in one commit; returns the repository's URL. Arguments: `hub.push_bundle`."""
+    """Push the basis of an adapter, with its calibration and a model card, to a Hub repository in one commit.
+
+    Args:
+        model: as in `save_basis`.
+        repo_id: "owner/name". The repository is created if it does not exist.
+        adapter: as in `save_basis`.
+        private: make a new repository private.
+        token: Hub token. None: the stored one.
+        revision: branch to push to. It is created if it does not exist.
+
+    Returns:
+        The URL of the repository. `load_basis(model, repo_id)` loads it.
+
+    Raises:
+        ValueError: as in `save_basis`.
+        RuntimeError: somebody else pushed at the same time; nothing was changed.
+        huggingface_hub.errors.HfHubHTTPError: the Hub's refusal.
+
+    Example (needs a Hub token):
+        push_basis(model, "me/my-basis")
+    """
     with tempfile.TemporaryDirectory() as staging:
         _, metadata = read_tensors(str(save_basis(model, staging, adapter=adapter)), repo_id)
         about = json.loads(metadata["peft_bundles"])
         base = about["base_model_name_or_path"]
         card = ModelCardData(library_name="peft", base_model=hub_id(base), tags=["peft_bundles", "basis"])
         text = (
-            f"A basis for bundles (U, mu and sigma of every layer) of {hub_id(base) or 'its base model'}, digest "
-            f"`{about['digest']}`. Train bundles in it with `peft_bundles.load_basis(model, {repo_id!r})`, in an "
-            f"adapter with `sub_bases={dict(about['sub_bases'])}`.\n"
+            f"A basis for bundles of {hub_id(base) or 'its base model'}: U, mu and sigma of every layer, digest "
+            f"`{about['digest']}`. To train bundles in it, attach an adapter with "
+            f"`sub_bases={dict(about['sub_bases'])}` and call `peft_bundles.load_basis(model, {repo_id!r})`.\n"
         )
         ModelCard(f"---\n{card.to_yaml()}\n---\n\n# Basis\n\n{text}").save(Path(staging) / CARD)
         return upload(staging, repo_id, holds=None, private=private, token=token, revision=revision)
@@ -97,85 +136,84 @@ def push_basis(
 def load_basis(
     model: nn.Module, source: str | Path, *, adapter: str | None = None, token: str | None = None
 ) -> dict[str, Any]:
-    """Put a basis into a fresh adapter, in place of calibrating it; returns its digest and sub-bases.
+    """Load a basis with its calibration into a fresh adapter, instead of calibrating it.
 
-    The penalty `quiet` needs states of the model too: run `calibrate(..., states_only=True)` after it.
+    The penalty `quiet` also needs sample states of the model: run `calibrate(..., states_only=True)` afterwards.
 
     Args:
-        model: with an untrained adapter whose sub-bases are those of the file.
-        source: `basis.safetensors`, a folder with it, a repository, or `repo@revision`.
-        adapter: which one, if there are several.
-        token: of the Hub.
+        model: a model with an untrained adapter that has the sub-bases of the file.
+        source: `basis.safetensors`, a folder with it, `repo` or `repo@revision`.
+        adapter: name of the adapter, if there are several.
+        token: Hub token. None: the stored one.
+
+    Returns:
+        {"digest": of the basis, "sub_bases": [[name, columns], ...]}.
 
     Raises:
-        ValueError: no or a damaged file, another base model, other sub-bases.
-        RuntimeError: the adapter was trained, in another basis.
+        ValueError: no file or a damaged one; a basis of another base model or with other sub-bases or layers.
+        RuntimeError: the adapter has been trained in another basis.
+
+    Example: see `save_basis`.
     """
-    adapter = _only(model, adapter)
+    adapter = resolve_adapter(model, adapter)
     about, layers = _read(source, token)
     config = state_of(model).configs[adapter]
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     made_for = BundleConfig(base_shape=about["base_shape"], provenance=about["provenance"])
     made_for.base_model_name_or_path = about["base_model_name_or_path"]
     check_base(made_for, base, str(source))
-    mine = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis]
+    adapted = adapter_layers(model, adapter)
+    numbers = sorted(layer.index for layer in adapted)
     if (partition := _partition(from_model(model, adapter))) != about["sub_bases"]:
         raise ValueError(
-            f"{source} has the sub-bases {about['sub_bases']}, adapter {adapter!r} has {partition}; use its."
+            f"{source} has the sub-bases {about['sub_bases']}, but adapter {adapter!r} has {partition}; attach an "
+            f"adapter with sub_bases={dict(about['sub_bases'])}."
         )
-    if sorted(layers) != sorted(layer.index for layer in mine) or about["input_norm"] != config.input_norm:
+    if sorted(layers) != numbers or about["input_norm"] != config.input_norm:
         raise ValueError(
-            f"{source} has layers {sorted(layers)} and input_norm={about['input_norm']!r}; adapter {adapter!r} has "
-            f"{sorted(layer.index for layer in mine)} and {config.input_norm!r}."
+            f"{source} has layers {sorted(layers)} and input_norm={about['input_norm']!r}, but adapter {adapter!r} has "
+            f"{numbers} and {config.input_norm!r}; attach an adapter with those of the file."
         )
-    for layer in mine:
+    for layer in adapted:
         if is_trained(layer, adapter):
             raise RuntimeError(
-                f"adapter {adapter!r} has been trained, its weights belong to another basis; use a fresh one."
+                f"adapter {adapter!r} has been trained, so its weights belong to its own basis; use a fresh adapter."
             )
         for what in SHARED:
             if layers[layer.index][what].shape != getattr(layer, what)[adapter].shape:
                 raise ValueError(
-                    f"{source} has {what} of shape {tuple(layers[layer.index][what].shape)}, adapter {adapter!r} has "
-                    f"{tuple(getattr(layer, what)[adapter].shape)}; use the basis_rank that it was made with."
+                    f"{source} has {what} of shape {tuple(layers[layer.index][what].shape)}, but adapter {adapter!r} "
+                    f"has {tuple(getattr(layer, what)[adapter].shape)}; use the basis_rank that the file was made with."
                 )
-    for layer in mine:
+    for layer in adapted:
         for what in SHARED:
             tensor = getattr(layer, what)[adapter]
             getattr(layer, what)[adapter] = layers[layer.index][what].to(tensor.device)
     config.basis_init, config.calibration, config.save_basis = about["basis_init"], about.get("calibration"), True
-    config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in mine}
+    config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in adapted}
     config.provenance = about["provenance"]
     return {"digest": about["digest"], "sub_bases": about["sub_bases"]}
 
 
-def _only(model: nn.Module, adapter: str | None) -> str:
-    names = list(state_of(model).configs)
-    if adapter is None and len(names) != 1:
-        raise ValueError(f"name the adapter, one of {sorted(names)}.")
-    if adapter is not None and adapter not in names:
-        raise ValueError(f"there is no bundle adapter {adapter!r}; there are {sorted(names)}.")
-    return adapter or names[0]
-
-
 def _partition(checkpoint: Checkpoint) -> list[list[Any]]:
+    """[[sub-basis, columns], ...] of an adapter."""
     return [[n, len(c)] for n, c in sub_basis_columns(checkpoint.config, checkpoint.hidden_size).items()]
 
 
 def _read(source: str | Path, token: str | None) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-    """What a basis file says about itself, and its tensors by layer, checked against its digest."""
+    """Metadata and tensors by layer of a basis file, checked against its digest."""
     path = str(source)
     if not os.path.isfile(path):
         parsed = parse_source(source)
         if parsed.bundle is not None:
-            raise ValueError(f"source {path!r} names a bundle; a basis is a repository or a folder by itself.")
+            raise ValueError(f"source {path!r} names a bundle; give the folder or repository of a basis.")
         if parsed.folder is not None:
             path = os.path.join(parsed.folder, BASIS)
         else:
             assert parsed.repo is not None
             path = api_for(token).hf_hub_download(parsed.repo, BASIS, revision=parsed.revision)
     if not os.path.isfile(path):
-        raise ValueError(f"{source} has no {BASIS}.")
+        raise ValueError(f"{source} has no {BASIS}; give a file or folder that save_basis wrote.")
     tensors, metadata = read_tensors(path, str(source))
     try:
         about = json.loads(metadata["peft_bundles"])
@@ -187,9 +225,7 @@ def _read(source: str | Path, token: str | None) -> tuple[dict[str, Any], dict[i
         standardised = about["input_norm"] == "standard" and about.get("calibration") is not None
         whole = basis_digest(layers, about["sub_bases"], standardised) == about["digest"]
     except (KeyError, ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"{source} is no basis that save_basis wrote.") from error
+        raise ValueError(f"{source} is no basis file; give one that save_basis wrote.") from error
     if not whole:
-        raise ValueError(
-            f"{source}: U, mu and sigma are not those of the digest it names; it is damaged or was changed."
-        )
+        raise ValueError(f"{source}: U, mu and sigma do not have the digest it names; it was damaged, get it again.")
     return about, layers

@@ -1,5 +1,12 @@
 """Training with several objectives: `BundleTrainer`, `BundlePPOTrainer` and their arguments."""
 
+# ruff: noqa: E402 - the check comes first
+from ..extras import require
+
+
+for _module in ("datasets", "trl"):
+    require(_module, "train")
+
 from .config import BundleTrainingConfig
 from .ppo import BundlePPOTrainer
 from .trainer import BundleTrainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,34 +18,46 @@ TRUNKS = ("frozen", "full")
 
 @dataclass
 class BundleTrainingConfig(TrainingArguments):
-    """Training arguments of `BundleTrainer`.
+    """Training arguments of `BundleTrainer`: those of transformers, and the ones below.
 
-    `per_device_train_batch_size` is the rows of each objective in a micro-batch (a preference row is a pair);
-    `max_grad_norm` holds for every bundle by itself (design.md section 3, guarantee 6), and for the rest together.
+    Two of transformers' have a meaning of their own. `per_device_train_batch_size` counts the rows of *each* objective
+    in a micro-batch (a preference row is a pair). `max_grad_norm` holds for every bundle, for the trunk and for every
+    head separately. DDP and FSDP2 are supported, DeepSpeed is not.
 
     Args:
-        rows: objective -> rows in a micro-batch, where they differ from `per_device_train_batch_size`.
-        mixing: "together" (every step has rows of each objective), "ratio" (one objective a step, drawn by
-            `mixing_weights`) or "alternate".
-        mixing_weights: objective -> weight, for "ratio".
-        forward: objective (or signal) -> the bundles that are on in its rows: "all" (default), "owners", a list of
-            bundles, or bundle -> alpha.
-        shared_forward: let objectives whose losses need one backward share one forward. False forwards each alone,
-            which makes what the forward table promises exact to the bit.
-        lr_multipliers: bundle (or "trunk", or the objective whose value head is meant) -> factor on the learning rate.
+        rows: objective -> rows in a micro-batch, where it differs from `per_device_train_batch_size`.
+        mixing: "together", every step has rows of each objective; "ratio", one objective a step, drawn by
+            `mixing_weights`; "alternate", one objective a step, in turn.
+        mixing_weights: objective -> weight, for "ratio"; an objective not named weighs 1.
+        forward: objective (or a signal of it) -> the bundles that are on in its rows: "all" (default), "owners", a list
+            of bundles, or bundle -> alpha. "owners" are the bundles that its signals update, and those of role
+            "general".
+        shared_forward: let objectives whose losses need one backward share one forward. False forwards each objective
+            alone; then what the forward table promises holds to the bit, and not only to rounding.
+        lr_multipliers: bundle, "trunk" or objective (its value head) -> factor on the learning rate.
         max_grad_norms: bundle -> norm, where it differs from `max_grad_norm`.
-        kl_clamp: fields of `KLClamp` (objectives/kl_clamp.py), or None.
-        topics: fields of `TopicRouting` (routers/topics.py), for datasets with a column `topics`: a row's topic
-            vector, a dict topic -> weight, or a list of names, {} or [] for none; one kind in all rows. Each row gates
-            the semantic bundles, alpha and gradient, as `mask` says; with "rate" a bundle's learning rate in a step is
-            scaled by the mean of its topic over the rows that have it. Objectives whose dataset has no such column are
-            as without topics.
+        kl_clamp: limits how far training moves the model's readout from the base model's, bundle by bundle: the fields
+            `strength`, `tau` (nats), `beta` and `tokens` of `objectives.kl_clamp.KLClamp`. None: no limit.
+        topics: fields of `routers.topics.TopicRouting`, for datasets with a column `topics`: in each row a vector, a
+            dict topic -> weight, or a list of names ({} or [] for none; one kind in all rows). Each row gates the
+            semantic bundles, alpha and gradient, as `mask` says. With the mask "rate" a bundle's learning rate in a
+            step is multiplied by the mean of its topic's weight over the rows that have the topic. Objectives whose
+            dataset has no such column train as without topics.
         trunk: "frozen", or "full": the base model is trained too, by all signals.
         trunk_ranks: signal -> rank of the subspace that its gradient on the trunk is projected to, with trunk="full".
         trunk_refresh: steps after which these subspaces are chosen anew.
 
     Raises:
-        ValueError: at construction, naming field, value and fix.
+        ValueError: a field has a value that it cannot have. The message names field, value and fix.
+
+    Example:
+        >>> args = BundleTrainingConfig("outputs", report_to="none", lr_multipliers={"b_kl": 0.01})
+        >>> args.mixing, args.trunk
+        ('together', 'frozen')
+        >>> BundleTrainingConfig("outputs", report_to="none", mixing="sometimes")
+        Traceback (most recent call last):
+        ...
+        ValueError: mixing='sometimes' is unknown; choose one of together, ratio, alternate.
     """
 
     logging_steps: float = field(default=10)
@@ -62,36 +75,52 @@ class BundleTrainingConfig(TrainingArguments):
     trunk_refresh: int = 200
 
     def __post_init__(self) -> None:
-        # "gradient_..." are the old names of the same arguments.
+        # First: transformers and accelerate would ask for DeepSpeed to be installed.
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError(
+                "DeepSpeed is not supported: it gives bundles without a gradient a gradient of zero, and momentum then "
+                "moves them. Leave deepspeed= out and launch with DDP or FSDP2 (recipes/accelerate/ddp_2.yaml, "
+                "fsdp_2.yaml)."
+            )
+        # The names with "gradient" are older names of the same arguments.
         checkpointing = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         if isinstance(checkpointing, dict):
             if checkpointing.get("use_reentrant"):
-                raise ValueError("activation_checkpointing_kwargs: use_reentrant=True loses gradients; set it False.")
+                raise ValueError(
+                    "activation_checkpointing_kwargs: use_reentrant=True loses gradients; set it to False."
+                )
             self.activation_checkpointing_kwargs = {**checkpointing, "use_reentrant": False}
         super().__post_init__()
         for name, value, choices in (("mixing", self.mixing, MIXINGS), ("trunk", self.trunk, TRUNKS)):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
-        for name in ("rows", "lr_multipliers", "max_grad_norms", "mixing_weights", "trunk_ranks"):
-            for key, value in (getattr(self, name) or {}).items():
-                whole = name in ("rows", "trunk_ranks")
-                if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
-                    raise ValueError(f"{name}[{key!r}]={value!r} must be a positive {'int' if whole else 'number'}.")
+        for name in ("lr_multipliers", "max_grad_norms", "mixing_weights"):
+            _check_positive(name, getattr(self, name), (int, float), "number")
+        for name in ("rows", "trunk_ranks"):
+            _check_positive(name, getattr(self, name), int, "int")
         if self.topics is not None:
-            if not isinstance(self.topics, Mapping):
-                raise ValueError(
-                    f"topics={self.topics!r} must be a dict, e.g. {{'topics': ['law', 'ml'], 'mask': 'soft'}}."
-                )
-            known = [f.name for f in fields(TopicRouting)]
-            if unknown := sorted(set(self.topics) - set(known)):
-                raise ValueError(f"topics has unknown field(s) {unknown}; it takes {', '.join(known)}.")
-            try:
-                TopicRouting(**self.topics)
-            except ValueError as error:
-                raise ValueError(f"topics: {error}") from None
+            _check_topics(self.topics)
         if self.trunk_ranks and self.trunk != "full":
             raise ValueError(f"trunk_ranks={self.trunk_ranks!r} need trunk='full'; it is {self.trunk!r}.")
         if self.trunk_refresh < 1:
             raise ValueError(f"trunk_refresh={self.trunk_refresh!r} must be at least 1.")
         if self.fp16:
             raise ValueError("fp16=True: several backwards do not go through a gradient scaler; use bf16=True.")
+
+
+def _check_positive(name: str, values: Mapping[str, Any] | None, kind: Any, kind_name: str) -> None:
+    for key, value in (values or {}).items():
+        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+            raise ValueError(f"{name}[{key!r}]={value!r} must be a positive {kind_name}.")
+
+
+def _check_topics(topics: Any) -> None:
+    if not isinstance(topics, Mapping):
+        raise ValueError(f"topics={topics!r} must be a dict, e.g. {{'topics': ['law', 'ml'], 'mask': 'soft'}}.")
+    names = [f.name for f in fields(TopicRouting)]
+    if unknown := sorted(set(topics) - set(names)):
+        raise ValueError(f"topics has unknown field(s) {unknown}; it takes {', '.join(names)}.")
+    try:
+        TopicRouting(**topics)
+    except ValueError as error:
+        raise ValueError(f"topics: {error}") from None

@@ -1,4 +1,4 @@
-"""What is measured of the bundles while they train: gradient and update norms, alphas, how much each writes."""
+"""Measuring bundles while they train: sizes of updates, alphas, and how much each bundle writes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,22 @@ from torch import Tensor, nn
 from ..core.functional import bundle_reference
 from ..core.gates import layer_alphas
 from ..core.layer import BundleLayer
-from ..core.walking import bundle_parameters
+from ..core.walking import bundle_layers, bundle_parameters
+from ..routing.reduction import bundle_labels
 
 
-SAMPLE = 32  # tokens a layer that activation sizes are measured on
-
-
-def labels(model: nn.Module) -> dict[tuple[str, str], str]:
-    """(adapter, bundle) -> its name in logs: the bundle's, "adapter.bundle" with several adapters."""
-    keys = list(bundle_parameters(model))
-    several = len({adapter for adapter, _ in keys}) > 1
-    return {(a, b): f"{a}.{b}" if several else b for a, b in keys}
+SAMPLE = 32  # tokens a layer that the size of what bundles write is measured on
 
 
 def snapshot(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Copies of the weights, by bundle."""
-    names = labels(model)
+    """Bundle -> copies of its weights."""
+    names = bundle_labels(model)
     return {names[key]: [p.detach().clone() for p in ps] for key, ps in bundle_parameters(model).items()}
 
 
 def update_norms(model: nn.Module, before: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     """Bundle -> norm of the difference to a snapshot, over all layers."""
-    names = labels(model)
+    names = bundle_labels(model)
     return {
         names[key]: torch.stack([(p.detach() - b).norm() for p, b in zip(ps, before[names[key]])]).norm()
         for key, ps in bundle_parameters(model).items()
@@ -40,23 +34,28 @@ def update_norms(model: nn.Module, before: Mapping[str, list[Tensor]]) -> dict[s
 
 
 @contextmanager
-def watch(model: nn.Module, found: dict[str, list[Tensor]], *, spread: bool = False) -> Iterator[None]:
-    """Measure the forwards inside: "alpha/<bundle>", its mean, where it varies "alpha_std/<bundle>", and
-    "activation/<bundle>", the size of what the bundle writes, as a part of |h|.
+def watch(model: nn.Module, values: dict[str, list[Tensor]], *, spread: bool = False) -> Iterator[None]:
+    """Measure the forwards inside that have gradients, and add a value a layer and bundle to `values`.
 
-    With `spread` the second is always there: alphas may vary on one process only, what is logged must be alike on all.
+    - "alpha/<bundle>": mean over rows and tokens.
+    - "alpha_std/<bundle>": standard deviation over rows and tokens, where alpha varies.
+    - "activation/<bundle>": norm of what the bundle adds to h, divided by the norm of h, on the last `SAMPLE` tokens of
+      the first row.
 
-    The first row's last `SAMPLE` tokens stand for the batch, so it costs little; still, use it on some steps only.
+    Args:
+        model: with bundles.
+        values: name -> values; added to.
+        spread: measure "alpha_std" always: alphas may vary on one process only, and all must log the same names.
     """
-    names = labels(model)
+    names = bundle_labels(model)
 
     def measure(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BundleLayer)
-        if torch.is_grad_enabled():  # not the reference's forwards
+        if torch.is_grad_enabled():  # forwards of the reference run without
             with torch.no_grad():
-                _measure(layer, args[0].detach(), names, found, spread)
+                _measure(layer, args[0].detach(), names, values, spread)
 
-    handles = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, BundleLayer)]
+    handles = [layer.register_forward_pre_hook(measure) for layer in bundle_layers(model)]
     try:
         yield
     finally:
@@ -66,24 +65,24 @@ def watch(model: nn.Module, found: dict[str, list[Tensor]], *, spread: bool = Fa
 
 def _measure(
     layer: BundleLayer,
-    hidden: Tensor,
+    h_BTd: Tensor,
     names: Mapping[tuple[str, str], str],
-    found: dict[str, list[Tensor]],
+    values: dict[str, list[Tensor]],
     spread: bool,
 ) -> None:
+    """B rows, T tokens, d hidden size, K bundles, S sampled tokens."""
     for adapter in layer.bundle_adapters():
-        numbers, tensor = layer_alphas(layer.state, adapter, layer.index, hidden)
-        bundles = layer.packing(adapter).names
-        table = hidden.new_tensor(numbers).view(1, 1, -1) if tensor is None else tensor.to(hidden.dtype)
-        table = table.expand(*hidden.shape[:2], -1)
-        sample = hidden[:1, -SAMPLE:]
+        numbers, tensor = layer_alphas(layer.state, adapter, layer.index, h_BTd)
+        alphas_BTK = h_BTd.new_tensor(numbers).view(1, 1, -1) if tensor is None else tensor.to(h_BTd.dtype)
+        alphas_BTK = alphas_BTK.expand(*h_BTd.shape[:2], -1)
+        sample_1Sd = h_BTd[:1, -SAMPLE:]
         basis, mean, scale = (
-            t[adapter].to(hidden.dtype) for t in (layer.bundle_basis, layer.bundle_mean, layer.bundle_scale)
+            table[adapter].to(h_BTd.dtype) for table in (layer.bundle_basis, layer.bundle_mean, layer.bundle_scale)
         )
-        for k, (name, weights) in enumerate(zip(bundles, layer.bundle_weights(adapter))):
-            label, gate = names[adapter, name], table[:1, -SAMPLE:, k, None]
-            written = bundle_reference(sample, [weights], basis, mean, scale, gate) - sample
-            found.setdefault(f"alpha/{label}", []).append(table[..., k].mean())
+        for k, (name, weights) in enumerate(zip(layer.packing(adapter).names, layer.bundle_weights(adapter))):
+            label, gate = names[adapter, name], alphas_BTK[:1, -SAMPLE:, k, None]
+            written = bundle_reference(sample_1Sd, [weights], basis, mean, scale, gate) - sample_1Sd
+            values.setdefault(f"alpha/{label}", []).append(alphas_BTK[..., k].mean())
             if spread or tensor is not None:
-                found.setdefault(f"alpha_std/{label}", []).append(table[..., k].std(unbiased=False))
-            found.setdefault(f"activation/{label}", []).append(written.norm() / sample.norm().clamp_min(1e-12))
+                values.setdefault(f"alpha_std/{label}", []).append(alphas_BTK[..., k].std(unbiased=False))
+            values.setdefault(f"activation/{label}", []).append(written.norm() / sample_1Sd.norm().clamp_min(1e-12))

@@ -1,8 +1,8 @@
-"""FSDP2 and DeepSpeed: frozen weights may be sharded, and the optimizer's state, but weights that train stay whole.
+"""FSDP2: the frozen blocks are sharded, and weights that train stay whole.
 
-Gradients of sharded parameters are reduced by hooks that a routed backward does not run, and would be zeros where they
-must be None. So bundles, and whatever else trains, are left out of the sharding: the step, clipping, the optimizer and
-the checkpoints are those of a run with whole models, and checkpoints can be resumed with or without FSDP.
+FSDP reduces gradients of sharded parameters in hooks that a routed backward does not run, and fills them with zeros
+where they must be None. So bundles, and whatever else trains, are left out of the sharding. The step, clipping, the
+optimizer and the checkpoints are those of a run with whole models; a checkpoint can be resumed with or without FSDP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-from ..core.layer import BundleLayer
+from ..core.walking import bundle_layers
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def fsdp_plugin(args: BundleTrainingConfig, accelerator: Any) -> FullyShardedDataParallelPlugin | None:
     """accelerate's settings for FSDP, from `args.fsdp` or its launcher; None without FSDP or with one process.
 
-    Read anew: on CPUs accelerate takes them and forgets them.
+    They are read here because accelerate drops them on CPUs.
     """
     if accelerator.num_processes == 1:
         return None
@@ -37,12 +37,12 @@ def fsdp_plugin(args: BundleTrainingConfig, accelerator: Any) -> FullyShardedDat
 
 
 def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator: Any) -> None:
-    """Shard the base model's frozen blocks in place, those that have bundles, each a unit.
+    """Shard the frozen weights of the blocks that have bundles, in place; each block is a unit.
 
     Args:
-        model: with bundles; the trunk on any device, what trains is moved to accelerate's.
-        plugin: of its settings `reshard_after_forward` and `activation_checkpointing` are used. Mixed precision is
-            autocast's, as without sharding.
+        model: with bundles. The frozen blocks may be on any device; all else is moved to accelerate's.
+        plugin: its `reshard_after_forward` and `activation_checkpointing` are used. Mixed precision is autocast's, as
+            without sharding.
 
     Raises:
         ValueError: another FSDP version, a setting that does not go with bundles, a trunk that trains or is quantised.
@@ -53,73 +53,43 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
         ("cpu_offload", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
     ):
         if value != wanted:
-            raise ValueError(f"FSDP: {field}={value!r} does not go with bundles; set it to {wanted!r}.")
+            raise ValueError(f"FSDP: {field}={value!r} does not work with bundles; set it to {wanted!r}.")
     base: Any = model.get_base_model()
-    layers = [m for m in base.modules() if isinstance(m, BundleLayer)]
+    layers = bundle_layers(base)
     blocks = [layer.get_base_layer() for layer in layers]
-    ours = {p for layer in layers for p in layer.parameters()}
-    frozen = {p: n for block in blocks for n, p in block.named_parameters() if p not in ours and not p.requires_grad}
+    of_bundles = {p for layer in layers for p in layer.parameters()}
+    frozen = {
+        p: name
+        for block in blocks
+        for name, p in block.named_parameters()
+        if p not in of_bundles and not p.requires_grad
+    }
     if not frozen:
-        raise ValueError("FSDP shards frozen blocks, and here everything trains; use trunk='frozen', or no FSDP.")
-    if quantised := next((n for p, n in frozen.items() if not p.is_floating_point()), None):
-        raise ValueError(f"FSDP: {quantised!r} is quantised; take a base model in a floating dtype, or no FSDP.")
+        raise ValueError(
+            "FSDP shards frozen blocks, but all weights of the blocks train; use trunk='frozen', or leave FSDP out."
+        )
+    if quantised := next((name for p, name in frozen.items() if not p.is_floating_point()), None):
+        raise ValueError(
+            f"FSDP: {quantised!r} is quantised; load the base model in a floating dtype, or leave FSDP out."
+        )
     if plugin.activation_checkpointing:
-        # accelerate would wrap whole blocks, whose hooks then run again in backward, when their route is closed.
+        # accelerate would wrap whole blocks. Their hooks would run again in the backward, when the route is closed.
         base.activation_checkpointing_enable({"use_reentrant": False})
-    # Embeddings, the last norm and the head stay whole too: a loss may start at the final state (a value head), and
-    # the backward of such a loss passes no output of the model that would have its weights gathered.
+    # Embeddings, the last norm and the LM head stay whole too. A loss may start at the final state (a value head's).
+    # Its backward passes no output of the model, so FSDP would not gather their weights.
     whole = set(base.parameters()) - set(frozen)
     for parameter in whole:
         parameter.data = parameter.data.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, ignored_params=whole)
-    fully_shard(base, mesh=mesh, ignored_params=whole)  # has nothing to shard, and lets the blocks share streams
-    base._is_fsdp_managed_module = True  # transformers' own mark: processes generate until all of them are done
+    fully_shard(base, mesh=mesh, ignored_params=whole)  # shards nothing more, but lets the blocks share streams
+    base._is_fsdp_managed_module = True  # for transformers: generate until all processes are done
 
 
-def zero_stage(args: BundleTrainingConfig, accelerator: Any) -> int | None:
-    """1 or 2: the stage of ZeRO that DeepSpeed's settings ask for; None without DeepSpeed, with stage 0 or one process.
-
-    Of the settings only the stage is used: the optimizer and its schedule, clipping and precision are the arguments'.
-
-    Raises:
-        ValueError: stage 3, or a setting that would be passed over in silence.
-    """
-    if (plugin := args.deepspeed_plugin) is None:
-        return None
-    config = plugin.deepspeed_config
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise ValueError(
-            f"DeepSpeed: zero_optimization.stage={stage!r} does not go with bundles, whose weights stay whole; set it "
-            "to 1 or 2, or shard the frozen trunk with FSDP2 (recipes/accelerate/fsdp_2.yaml)."
-        )
-    for field in ("offload_optimizer", "offload_param"):
-        if (device := (zero.get(field) or {}).get("device", "none")) not in (None, "none"):
-            raise ValueError(
-                f"DeepSpeed: zero_optimization.{field}.device={device!r} is not supported; set it to 'none'."
-            )
-    for field, instead in (("optimizer", "optim, learning_rate, ..."), ("scheduler", "lr_scheduler_type, ...")):
-        if field in config:
-            raise ValueError(f"DeepSpeed: {field}={config[field]!r} is not read; use the arguments {instead} instead.")
-    if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError("DeepSpeed: fp16.enabled=True: several backwards do not go through a loss scaler; use bf16.")
-    if config.get("bf16", {}).get("enabled") is True and not args.bf16:
-        raise ValueError("DeepSpeed: bf16.enabled=True, but bf16=False among the arguments, which is what counts.")
-    return stage or None if accelerator.num_processes > 1 else None
-
-
-def as_whole(accelerator: Any, mixed_precision: str = "no") -> None:
-    """Let accelerate treat the run as one with whole models: no second sharding, no engine, nothing of theirs saved.
-
-    Args:
-        mixed_precision: of the arguments; under DeepSpeed accelerate leaves autocast to the engine.
-    """
-    state = copy.copy(accelerator.state)  # its own: all states of a process share one dict
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        state._mixed_precision, accelerator.native_amp = mixed_precision, mixed_precision == "bf16"
+def treat_as_whole(accelerator: Any) -> None:
+    """Let accelerate treat the run as one with whole models: it shards nothing again and saves nothing of its own."""
+    state = copy.copy(accelerator.state)  # a state of this run: all states of a process share one dict
     kind = DistributedType.MULTI_GPU if torch.device(accelerator.device).type == "cuda" else DistributedType.MULTI_CPU
     state.distributed_type = kind if accelerator.num_processes > 1 else DistributedType.NO
     state.fsdp_plugin = None

@@ -1,92 +1,97 @@
-"""Topics in `BundleTrainer`: rows gate the semantic bundles, and with the mask "rate" their learning rates too."""
+"""Topics in `BundleTrainer`: checks, and learning rates by topic (the mask "rate").
+
+The rows' gates, on alphas and on gradients, are `objectives/topical.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
+from ..config import BundleConfig
 from ..objectives.base import Batch, Objective, has_topics
 from ..objectives.topical import COLUMN, RowTopics
 from ..routers.topics import TopicRouting
 from .tables import updated
 
 
-if TYPE_CHECKING:
-    from trl.trainer.base_trainer import _BaseTrainer as _Base
-
-    from ..config import BundleConfig
-else:
-    _Base = object
-
-MARK = "bundle"  # of an optimizer's group whose rate topics scale
+MARK = "bundle"  # key of an optimizer's group: the bundle whose rate topics scale
 
 
-class TopicsMixin(_Base):
-    """Learning rates by topic for `BundleTrainer`."""
+class TopicRates:
+    """Factors on the learning rates of topic bundles, step by step.
 
-    topics: RowTopics | None
-    _rates: dict[str, float]
+    Args:
+        topics: the run's topics; None where it has none.
+        signals: objective -> the signals it emits.
+    """
 
-    def _note_rates(self: Any, micro: Sequence[Mapping[str, Batch]]) -> None:
-        """Rates of the step of these micro-batches: the mean of tau_k over the rows, on all processes, that have it.
+    def __init__(self, topics: RowTopics | None, signals: Mapping[str, tuple[str, ...]]) -> None:
+        self.topics, self.signals = topics, signals
+        self.bundles = topics.scaled() if topics is not None and topics.routing.mask == "rate" else []
+        self._factors: dict[str, float] = {}
+        self._unscaled: list[float] = []
 
-        Rows of objectives that do not update a bundle have no say in its rate.
+    def note(self, micro_batches: Iterable[Mapping[str, Batch]], device: torch.device, processes: int) -> None:
+        """Note the factors of a step: bundle -> the mean of its topic's weight over the rows that have the topic.
+
+        Rows of all processes count. Rows of an objective that does not update the bundle do not.
         """
-        self._rates = {}
-        if self.topics is None or self.topics.routing.mask != "rate":
+        self._factors = {}
+        if self.topics is None or not self.bundles:
             return
-        names = self.topics.scaled()
-        total = torch.zeros(len(names), 2, dtype=torch.float64)
-        for batches in micro:
+        total = torch.zeros(len(self.bundles), 2, dtype=torch.float64)  # sum of weights, number of rows
+        for batches in micro_batches:
             for name, batch in batches.items():
                 if "topics" in batch:
-                    held, owners = (
-                        self.topics.held(batch["topics"]),
-                        updated(self.bundle_config, self.forward.signals[name]),
-                    )
-                    total += torch.stack([held[b] * (b in owners) for b in names])
-        if self.accelerator.num_processes > 1:
-            total = total.to(self.args.device)
+                    held = self.topics.held(batch["topics"])
+                    owners = updated(self.topics.config, self.signals[name])
+                    total += torch.stack([held[bundle] * (bundle in owners) for bundle in self.bundles])
+        if processes > 1:
+            total = total.to(device)
             dist.all_reduce(total)
-        self._rates = {b: s / n for b, (s, n) in zip(names, total.tolist()) if n}
+        self._factors = {bundle: s / rows for bundle, (s, rows) in zip(self.bundles, total.tolist()) if rows}
 
-    def _scale_rates(self: Any) -> None:
-        """Before the optimizer steps; `_restore_rates` after."""
-        self._unscaled = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * self._rates.get(group.get(MARK), 1.0)
+    def scale(self, optimizer: Optimizer) -> None:
+        """Multiply the rates of the step's bundles, before the optimizer steps."""
+        self._unscaled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self._factors.get(group.get(MARK, ""), 1.0)
 
-    def _restore_rates(self: Any) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._unscaled):
+    def restore(self, optimizer: Optimizer) -> None:
+        """Put the rates back, after the optimizer has stepped."""
+        for group, rate in zip(optimizer.param_groups, self._unscaled):
             group["lr"] = rate
 
 
-def topics_of(given: Mapping[str, Any] | None, config: BundleConfig) -> RowTopics | None:
-    """What `BundleTrainingConfig.topics` says, for one adapter's bundles."""
-    return None if given is None else RowTopics(TopicRouting(**given), config)
+def topics_of(settings: Mapping[str, Any] | None, config: BundleConfig) -> RowTopics | None:
+    """The topics that `BundleTrainingConfig.topics` describes, for the bundles of a config."""
+    return None if settings is None else RowTopics(TopicRouting(**settings), config)
 
 
 def check_topics(topics: RowTopics | None, objectives: Sequence[Objective], sharded: bool) -> None:
-    """After `setup`.
+    """Compare topics with the datasets, after the objectives' `setup`.
 
     Raises:
-        ValueError: topics are given and no dataset has any; the trunk is sharded and a row may train nothing.
+        ValueError: topics are set and no dataset has any; the trunk is sharded and a row may train nothing.
     """
     if topics is None:
         return
-    having = [o for o in objectives if has_topics(o.rows)]
-    if not having:
+    with_topics = [o for o in objectives if has_topics(o.rows)]
+    if not with_topics:
         raise ValueError(
-            f"topics are set, but no objective's dataset has a column {COLUMN!r}; add it (a vector, topic -> weight, "
-            "or names, for every row), or leave topics out."
+            f"topics are set, but no objective's dataset has a column {COLUMN!r}. Add it, with a vector, a dict topic "
+            "-> weight or a list of names in every row, or leave topics out."
         )
-    for o in having if sharded else ():
-        # Signal by signal: each may take a backward of its own, and it would be missing on some processes only.
-        if alone := [s for s in o.signals if updated(topics.config, (s,)) <= set(topics.scaled())]:
+    for objective in with_topics if sharded else ():
+        # Signal by signal: each may take a backward of its own, which would run on some processes only.
+        if alone := [s for s in objective.signals if updated(topics.config, (s,)) <= set(topics.scaled())]:
             raise ValueError(
-                f"objective {o.name!r}: {alone} update(s) topic bundles only; a process whose rows have no topic then "
-                "has no backward, for which FSDP's others wait. Add a bundle without topic, or use no FSDP."
+                f"objective {objective.name!r}: signal(s) {alone} update topic bundles only. A process whose rows "
+                "have no topic would run no backward, and FSDP's other processes would wait for it. Let the signal "
+                "update a bundle without topic too, or leave FSDP out."
             )

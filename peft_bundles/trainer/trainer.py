@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import operator
-import time
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,59 +18,83 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..config import BundleConfig
-from ..core.walking import bundle_parameters
 from ..objectives.base import Batch, Objective, Share
 from ..objectives.forward import Forward, seeded
 from ..objectives.kl_clamp import KLClamp
 from ..routing.backward import routed_backward
 from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
-from ..routing.routes import check_signals, routing_column
+from ..routing.routes import routing_column
 from . import monitor
-from .checkpoint import CheckpointMixin
+from .checkpoint import STAGING, RunState, comparable, staged
+from .checks import check_arguments, check_names, config_of, objectives_by_name
 from .config import BundleTrainingConfig
-from .logs import LogsMixin
+from .evaluating import held_out_means
 from .mixing import MixingPlan
-from .sharding import as_whole, fsdp_plugin, shard, zero_stage
+from .parameters import clip_gradients, head_parameters, optimizer_groups
+from .progress import shorten_console
+from .run_log import RunLog
+from .sharding import fsdp_plugin, shard, treat_as_whole
 from .tables import at_full_rate, forward_table, promises
-from .topics import MARK, TopicsMixin, check_topics, topics_of
+from .topics import TopicRates, check_topics, topics_of
 from .trunk import TrunkProjection, trunk_parameters
 
 
-class _AroundOptimizer(TrainerCallback):
-    """Tells the trainer when the weights are about to move and when they have."""
-
-    def __init__(self, trainer: BundleTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._before_update()
-        self.trainer._scale_rates()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._restore_rates()
-        self.trainer._after_update()
+logger = logging.getLogger(__name__)
 
 
-class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
-    """Train one bundled model with several objectives, every loss routed to the bundles that own its signal.
+class BundleTrainer(_BaseTrainer):
+    """Train one bundled model with several objectives. Every loss updates only the bundles that own its signal.
 
-    Objectives whose losses need one backward share one forward and one backward; an objective with several routing
-    columns takes one forward and one backward per distinct column. Which objectives a step has, which bundles are on
-    in their rows, how gradients are clipped: `BundleTrainingConfig`.
+    Objectives whose losses need one backward share one forward and one backward. An objective with several routing
+    columns (PPO's losses have several) takes one forward, and one backward for each distinct column. Which objectives
+    a step has, which bundles are on in their rows and how gradients are clipped is set in `BundleTrainingConfig`.
+
+    The log has every loss ("loss/<signal>"), the objectives' own metrics, and for every bundle its alpha, the size of
+    what it writes ("activation/<bundle>", as a part of the hidden state's norm), of its gradient and of its update
+    ("grad_norm/", "update_norm/"). The console shows transformers' progress bar and the log without the numbers of each
+    bundle. `promises()` says what the run guarantees.
 
     Args:
         model: from `get_peft_model(base, BundleConfig(...))`.
         args: a `BundleTrainingConfig`.
-        objectives: with their datasets; names must differ.
+        objectives: one or several, with their datasets; their names must differ.
         processing_class: the tokenizer.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
-        ValueError: before anything is trained, for a dataset without the columns an objective needs, a signal that no
-            bundle owns, a table that names what is not there.
+        ValueError: before anything is trained, if a dataset lacks columns that its objective needs, no bundle owns a
+            signal, or a setting names an objective, signal or bundle that does not exist.
+
+    Example:
+        A tokenizer whose tokens are the characters "a" to "t", a base model of random weights, and two steps:
+
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, PrinterCallback
+        >>> from peft_bundles import BundleConfig
+        >>> from peft_bundles.objectives import LM
+        >>> ids = {token: number for number, token in enumerate(["<eos>", *"abcdefghijklmnopqrst"])}
+        >>> letters = Tokenizer(models.WordLevel(ids, "<eos>"))
+        >>> letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>")
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=21))
+        >>> bundles = {"b_text": {"rank": 8, "signals": {"lm": 1.0}}, "b_other": {"rank": 8, "signals": {"kl": 1.0}}}
+        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = BundleTrainingConfig(folder, max_steps=2, logging_steps=1, learning_rate=1e-2, use_cpu=True,
+        ...         report_to="none", save_strategy="no", disable_tqdm=True)
+        ...     trainer = BundleTrainer(model, args, LM([{"text": "abcabc"}]), tokenizer)
+        ...     _ = trainer.remove_callback(PrinterCallback)
+        ...     _ = trainer.train()
+        >>> first = trainer.state.log_history[0]
+        >>> "loss/lm" in first, first["update_norm/b_text"] > 0, first["update_norm/b_other"]
+        (True, True, 0.0)
     """
 
     _tag_names = ["bundles"]  # noqa: RUF012 - as trl has it
@@ -85,39 +111,27 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        objectives = [objectives] if isinstance(objectives, Objective) else list(objectives)
-        if wrong := next((o for o in objectives if not isinstance(o, Objective)), None):
-            raise ValueError(f"objectives has a {type(wrong).__name__}; give objectives, e.g. [LM(rows)].")
-        if not isinstance(args, BundleTrainingConfig):
-            raise ValueError(
-                f"args is a {type(args).__name__}; give a BundleTrainingConfig, which takes its fields too."
-            )
-        names = [o.name for o in objectives]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"objectives are named {names}; give at least one, and each a name (signal=) of its own.")
-        self.bundle_config = _bundle_config(model)
-        self.objectives = {o.name: o for o in objectives}
-        signals = {o.name: o.signals for o in objectives}
-        for o in objectives:
-            try:
-                check_signals({"": self.bundle_config}, o.signals)
-            except ValueError as error:
-                raise ValueError(f"objective {o.name!r}: {error}") from None
+        check_arguments(args)
+        self.bundle_config = config_of(model)
+        self.objectives = objectives_by_name(objectives, self.bundle_config)
+        signals = {name: objective.signals for name, objective in self.objectives.items()}
         table = forward_table(self.bundle_config, signals, args.forward)
-        self._check_names(args, names)
-        self.plan = MixingPlan(names, args.mixing, args.mixing_weights, args.seed)
+        check_names(args, self.bundle_config, signals)
+        self.plan = MixingPlan(list(signals), args.mixing, args.mixing_weights, args.seed)
         self.clamp = KLClamp.from_config(args.kl_clamp, model, signals) if args.kl_clamp else None
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         self.topics = topics_of(args.topics, self.bundle_config)
-        for o in objectives:
-            o.topics = self.topics
-            o.setup(processing_class, model)
-        penalties = [s for o in objectives for s in o.penalties]
+        self.topic_rates = TopicRates(self.topics, signals)
+        for objective in self.objectives.values():
+            objective.topics = self.topics
+            objective.setup(processing_class, model)
+        penalties = [s for objective in self.objectives.values() for s in objective.penalties]
         if loud := at_full_rate(self.bundle_config, penalties, args.lr_multipliers or {}):
             warnings.warn(
-                f"bundle(s) {loud} are updated by the penalties {penalties} alone; Adam hides their coefficients, so "
-                f"they learn at the full rate. Give them lr_multipliers, e.g. {{{loud[0]!r}: 0.01}}.",
+                f"bundle(s) {loud} are updated by the penalties {penalties} alone. Adam's step does not depend on a "
+                "loss's coefficient, so they learn at the full rate. Give them lr_multipliers, e.g. "
+                f"{{{loud[0]!r}: 0.01}}.",
                 stacklevel=2,
             )
         trunk = trunk_parameters(model)
@@ -125,12 +139,11 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
             for parameter in trunk.values():
                 parameter.requires_grad_()
         self.trunk = TrunkProjection(trunk, args.trunk_ranks or {}, args.trunk_refresh)
-        self._step_metrics: dict[str, Tensor] = {}
-        self._metrics: dict[str, list[Tensor]] = {}
-        self._tokens, self._since, self._micro = torch.zeros(()), 0.0, 0
+        self.run_log = RunLog()
+        self._micro = 0  # number of the micro-batch in the current step
+        self._saving = False
         self._before: dict[str, list[Tensor]] | None = None
-        self._rates: dict[str, float] = {}
-        self._bundle_norms: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
 
         evaluated = {n: o.eval_rows for n, o in self.objectives.items() if o.eval_rows is not None}
         super().__init__(
@@ -142,51 +155,33 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        self.zero_stage = zero_stage(args, self.accelerator)
-        if self.zero_stage is not None and optimizers[0] is not None:
-            raise ValueError("optimizers: under ZeRO the optimizer is that of the arguments (optim=); give none.")
-        if self.is_deepspeed_enabled:
-            as_whole(self.accelerator, args.mixed_precision)
-            self.is_deepspeed_enabled = False
-            if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
-                model.to(args.device)  # the engine would have
+        shorten_console(self)
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
-            if self.zero_stage is not None:
-                raise ValueError("deepspeed and fsdp do not go together: take one of them.")
             shard(model, plugin, self.accelerator)
-            as_whole(self.accelerator)
-            self.is_fsdp_enabled = False  # what transformers would do for it is done: all that trains is whole
-            trunk = trunk_parameters(model)  # sharding replaced them
+            treat_as_whole(self.accelerator)
+            self.is_fsdp_enabled = False  # all that trains is whole, so transformers has nothing to do for FSDP
+            trunk = trunk_parameters(model)  # sharding replaced the parameters
             self.trunk = TrunkProjection(trunk, {}, args.trunk_refresh)
-        check_topics(self.topics, objectives, plugin is not None)
+        check_topics(self.topics, list(self.objectives.values()), plugin is not None)
         self.forward = Forward(model, signals, table, self.accelerator.autocast, self.topics)
-        for o in objectives:
-            if (head := o.head()) is not None:
+        for objective in self.objectives.values():
+            if (head := objective.head()) is not None:
                 head.to(args.device)
         if self.is_world_process_zero():
-            said = promises(self.bundle_config, signals, table)
-            if any(p.requires_grad for p in trunk.values()):
-                said = ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
-            if self.zero_stage is not None:
-                said.append(
-                    f"ZeRO-{self.zero_stage}: each of {args.world_size} processes has a part of the optimizer's state."
-                )
-            for line in said:
-                print(f"[{self._name}] {line}", flush=True)
+            for line in self.promises():
+                logger.info(line)
 
-    def _check_names(self, args: BundleTrainingConfig, names: list[str]) -> None:
-        bundles = list(self.bundle_config.bundles or ())
-        signals = [s for o in self.objectives.values() for s in o.signals]
-        for field, known in (
-            ("rows", names),
-            ("lr_multipliers", [*bundles, *names, "trunk"]),
-            ("max_grad_norms", bundles),
-            ("trunk_ranks", signals),
-        ):
-            if unknown := sorted(set(getattr(args, field) or {}) - set(known)):
-                raise ValueError(f"{field} names {unknown}; known are {known}.")
+    def promises(self) -> list[str]:
+        """What the run guarantees, one sentence an objective: which others cannot change what its bundles learn.
 
-    # ---- rows ----
+        It follows from two tables, who is updated by a signal and who is on in an objective's rows, and is logged at
+        level INFO when the trainer is made.
+        """
+        if any(p.requires_grad for p in self.trunk.parameters.values()):
+            return ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
+        return promises(self.bundle_config, self.forward.signals, self.forward.table)
+
+    # ---- data: the rows of a step ----
 
     def share(self, name: str) -> Share:
         """This process's rows of an objective."""
@@ -201,7 +196,7 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Numbers of micro-batches: the rows themselves are a function of the step (`Objective.batches`)."""
+        """Numbers of micro-batches. The rows themselves are a function of the step (`Objective.batches`)."""
         steps = max(math.ceil(o.steps(self.share(n)) / self.plan.share(n)) for n, o in self.objectives.items())
         count = steps * self.args.gradient_accumulation_steps
         return DataLoader(cast(Any, range(count)), collate_fn=self.data_collator)
@@ -209,14 +204,14 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of the next optimizer step, {objective: batch}, each batch with its weight in the step.
+        """The micro-batches of the next optimizer step: {objective: batch}, each batch with its weight in the step.
 
-        A weight is the micro-batch's part of the step's items (tokens, pairs) on all processes, so that neither
+        The weight is the micro-batch's share of the step's items (tokens, pairs) on all processes. So neither
         accumulation nor the number of processes changes the gradient.
         """
-        self._since = self._since or time.perf_counter()
+        self.run_log.start_clock()
         taken = len(list(itertools.islice(epoch_iterator, num_batches)))
-        micro: list[dict[str, Batch]] = [{} for _ in range(taken)]
+        micro_batches: list[dict[str, Batch]] = [{} for _ in range(taken)]
         step = self.state.global_step
         for name in self.plan.objectives(step) if taken else ():
             objective, share = self.objectives[name], self.share(name)
@@ -230,16 +225,16 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
                     f"objective {name!r}: the rows of step {step} have no token to learn from; check token_weights "
                     "and max_length."
                 )
-            for target, batch, weight in zip(micro, batches, items / total * share.world):
+            for target, batch, weight in zip(micro_batches, batches, items / total * share.world):
                 target[name] = {**batch, "weight": weight}
-        self._note_rates(micro)
-        return micro, None
+        self.topic_rates.note(micro_batches, self.args.device, self.accelerator.num_processes)
+        return micro_batches, None
 
     def floating_point_ops(self, inputs: dict[str, Batch]) -> float:
-        """6 N per token, forward and backward; a frozen trunk saves a part of it."""
+        """6 N per token, forward and backward. An upper bound: a frozen trunk saves a part of the backward."""
         return 6.0 * self.model.num_parameters() * sum(b["input_ids"].numel() for b in inputs.values())
 
-    # ---- one step ----
+    # ---- step ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch: Any = None) -> Tensor:
         """Forwards and backwards of one micro-batch; returns the sum of its losses."""
@@ -256,27 +251,55 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
                 else:
                     losses = self._losses({name: inputs[name] for name in group})
             total += torch.stack([loss.detach().float() for loss in losses.values()]).sum()
-            if self.topics is not None:  # no graph: all that the signal updates is off in rows without its topics
+            if self.topics is not None:  # a loss has no graph if its rows have none of the topics that it trains
                 losses = {signal: loss for signal, loss in losses.items() if loss.requires_grad}
             if self.trunk.ranks:
                 self.trunk.backward(model, losses, self.state.global_step)
             else:
                 routed_backward(model, losses)
         for name, values in watched.items():
-            self._metrics.setdefault(name, []).append(torch.stack([v.float() for v in values]).mean())
-        self._tokens = sum((b["attention_mask"].sum() for b in inputs.values()), self._tokens.to(total.device))
+            self.run_log.add(name, torch.stack([v.float() for v in values]).mean())
+        self.run_log.count_tokens(inputs.values(), total.device)
         self._micro += 1
         if self.accelerator.sync_gradients:
             self._micro = 0
-            self._quieten(model)
+            self._add_quiet_gradient(model)
             finalize_grads(model)
             reduce_gradients(self._head_parameters())
-            for name, value in self._step_metrics.items():
-                self._metrics.setdefault(name, []).append(value)
-            self._step_metrics = {}
+            self.run_log.close_step()
         return total
 
-    def _quieten(self, model: Any) -> None:
+    def _groups(self, inputs: Iterable[str]) -> list[list[str]]:
+        """Objectives by the forward they share.
+
+        An objective that needs several backwards runs alone: each of them would walk the rows of all others too.
+        """
+        configs = self.model.peft_config
+        several = {n for n in inputs if len({routing_column(configs, s) for s in self.objectives[n].signals}) > 1}
+        alone = several if self.args.shared_forward else set(inputs)
+        shared = [n for n in inputs if n not in alone]
+        return [g for g in (shared, *([n] for n in inputs if n in alone)) if g]
+
+    # ---- losses ----
+
+    def _losses(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
+        """Signal -> loss of a micro-batch, times its weight in the step. They go to the log too."""
+        outputs = self.forward(batches)
+        weighted: dict[str, Tensor] = {}
+        for name, batch in batches.items():
+            losses, metrics = self.objectives[name].losses(outputs[name], batch)
+            if self.clamp is not None:
+                for signal, penalty in self.clamp(self.forward, name, outputs[name], batch, metrics).items():
+                    losses[signal] = losses[signal] + penalty
+            for signal, loss in losses.items():
+                label = f"loss/{signal}" if name == signal else f"loss/{name}/{signal}"
+                self.run_log.add_share(label, loss, batch["weight"])
+                weighted[signal] = weighted.get(signal, 0) + loss * batch["weight"]
+            for metric, value in metrics.items():
+                self.run_log.add_share(f"{name}/{metric}", value, batch["weight"])
+        return weighted
+
+    def _add_quiet_gradient(self, model: Any) -> None:
         """The backward of `BundleModel.quiet_loss`, once a step, for the bundles that the step's losses update."""
         if self.topics is not None:
             share_seen(model)
@@ -284,112 +307,168 @@ class BundleTrainer(CheckpointMixin, LogsMixin, TopicsMixin, _BaseTrainer):
             loss = model.quiet_loss()
         if loss.requires_grad:
             loss.backward()
-            self._note("loss/quiet", loss, torch.ones_like(loss))
+            self.run_log.add_share("loss/quiet", loss, torch.ones_like(loss))
 
-    def _groups(self, inputs: Iterable[str]) -> list[list[str]]:
-        """Objectives by the forward they share. Several backwards over shared rows would walk all of them each time."""
-        configs = self.model.peft_config
-        several = {n for n in inputs if len({routing_column(configs, s) for s in self.objectives[n].signals}) > 1}
-        alone = several if self.args.shared_forward else set(inputs)
-        shared = [n for n in inputs if n not in alone]
-        return [g for g in (shared, *([n] for n in inputs if n in alone)) if g]
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Every loss on its objective's held-out rows: "eval_loss/<signal>", and their sum, "eval_loss".
 
-    def _losses(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
-        """Signal -> loss of a micro-batch, with its weight in the step; logs them on the way."""
-        outputs = self.forward(batches)
-        losses: dict[str, Tensor] = {}
-        for name, batch in batches.items():
-            found, metrics = self.objectives[name].losses(outputs[name], batch)
-            if self.clamp is not None:
-                for signal, penalty in self.clamp(self.forward, name, outputs[name], batch, metrics).items():
-                    found[signal] = found[signal] + penalty
-            for signal, loss in found.items():
-                self._note(f"loss/{signal}" if name == signal else f"loss/{name}/{signal}", loss, batch["weight"])
-                losses[signal] = losses.get(signal, 0) + loss * batch["weight"]
-            for metric, value in metrics.items():
-                self._note(f"{name}/{metric}", value, batch["weight"])
-        return losses
-
-    def _note(self, name: str, value: Tensor, weight: Tensor) -> None:
-        self._step_metrics[name] = self._step_metrics.get(name, 0) + value.detach().float() * weight
+        Raises:
+            ValueError: a dataset is given here; objectives hold theirs.
+        """
+        if eval_dataset is not None:
+            raise ValueError(
+                "evaluate() takes no dataset: give held-out rows to the objectives, e.g. LM(rows, eval_dataset=rows)."
+            )
+        with self.forward.eval_mode():
+            means = held_out_means(self.forward, self.objectives, {name: self.share(name) for name in self.objectives})
+        results = {f"{metric_key_prefix}_loss": 0.0}
+        for of_objective in means.values():
+            for name, mean in of_objective.items():
+                results[f"{metric_key_prefix}_{name}"] = mean
+                results[f"{metric_key_prefix}_loss"] += mean if name.startswith("loss/") else 0.0
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
 
     # ---- optimizer ----
 
     def _head_parameters(self) -> list[nn.Parameter]:
-        heads = [o.head() for o in self.objectives.values()]
-        return [p for head in heads if head is not None for p in head.parameters()]
+        return [p for parameters in head_parameters(self.objectives).values() for p in parameters]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One group per learning rate and weight decay; every parameter in one group only."""
-        if self.optimizer is not None:
-            return self.optimizer
-        factors = self.args.lr_multipliers or {}
-        bundle_of = {id(p): name for (_, name), ps in bundle_parameters(self.model).items() for p in ps}
-        decayed = set(self.get_decay_parameter_names(self.model))
-        named = [(bundle_of.get(id(p), "trunk"), n, p, n in decayed) for n, p in self.model.named_parameters()]
-        for name, objective in self.objectives.items():
-            head = objective.head()
-            named += [
-                (name, f"{name}_head.{n}", p, p.dim() > 1)
-                for n, p in (head.named_parameters() if head is not None else ())
-            ]
-        by_topic = self.topics.scaled() if self.topics is not None and self.topics.routing.mask == "rate" else ()
-        groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
-        for owner, _, parameter, decay in named:
-            if parameter.requires_grad:
-                rate, mark = float(factors.get(owner, 1.0)), owner if owner in by_topic else ""
-                groups.setdefault((rate, self.args.weight_decay if decay else 0.0, mark), []).append(parameter)
-        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        # Factor 1 first: the logged learning rate is that of the first group.
-        self.optimizer = cls(
-            [
-                {"params": params, "weight_decay": decay, "lr": kwargs["lr"] * factor} | ({MARK: mark} if mark else {})
-                for (factor, decay, mark), params in sorted(groups.items(), key=lambda g: (g[0][0] != 1.0, g[0]))
-            ],
-            **kwargs,
-        )
-        if self.zero_stage is not None:
-            from .zero import ZeroOptimizer  # needs deepspeed
-
-            names = {id(p): n for _, n, p, _ in named}
-            owners = monitor.labels(self.model)
-            owner_of = names | {id(p): owners[key] for key, ps in bundle_parameters(self.model).items() for p in ps}
-            self.optimizer = ZeroOptimizer(cast(Any, self.optimizer), owner_of, names, self.zero_stage)
+        """One group for each learning rate and weight decay; every parameter in one group only."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = optimizer_groups(
+                self.model,
+                self.objectives,
+                set(self.get_decay_parameter_names(self.model)),
+                learning_rate=kwargs["lr"],
+                weight_decay=self.args.weight_decay,
+                factors=self.args.lr_multipliers or {},
+                apart=self.topic_rates.bundles,
+            )
+            self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip every bundle, the trunk and every head by itself; returns the norm of all before clipping."""
-        names, limits = monitor.labels(model), self.args.max_grad_norms or {}
-        parts = {names[key]: (ps, limits.get(key[1])) for key, ps in bundle_parameters(model).items()}
-        parts["trunk"] = (list(self.trunk.parameters.values()), None)
-        for name, objective in self.objectives.items():
-            head = objective.head()
-            parts[f"{name}_head"] = (list(head.parameters()) if head is not None else [], None)
-        norms = {}
-        for name, (parameters, limit) in parts.items():
-            if any(p.grad is not None for p in parameters):
-                limit = limit or self.args.max_grad_norm or math.inf
-                norms[name] = nn.utils.clip_grad_norm_(parameters, limit)
-        self._bundle_norms = norms
-        return torch.stack([n.float() for n in norms.values()]).norm() if norms else torch.zeros(())
+        """Clip every bundle, the trunk and every head separately; returns the norm of all before clipping."""
+        self._norms = clip_gradients(
+            model, self.objectives, self.trunk.parameters, self.args.max_grad_norm, self.args.max_grad_norms or {}
+        )
+        norms = [norm.float() for norm in self._norms.values()]
+        return torch.stack(norms).norm() if norms else torch.zeros(())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
+    def _before_optimizer_step(self) -> None:
+        self._before = monitor.snapshot(self.model) if self._is_logging_step() else None
+        self.topic_rates.scale(cast(Any, self.optimizer))
+
+    def _after_optimizer_step(self) -> None:
+        self.topic_rates.restore(cast(Any, self.optimizer))
+        for parameter in self._head_parameters():
+            parameter.grad = None  # transformers zeroes the gradients of its model only
+        if self._before is not None:
+            for bundle, norm in monitor.update_norms(self.model, self._before).items():
+                self.run_log.add(f"update_norm/{bundle}", norm.float())
+            for part, norm in self._norms.items():
+                self.run_log.add(f"grad_norm/{part}", norm.float())
+            self._before = None
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # Several backwards under DDP leave ranks out of step without an error (facts in docs/decisions.md):
-        # `finalize_grads` reduces, and the mark keeps accelerate from wrapping. Autocast is the forward's own.
+        # Several backwards under DDP leave ranks out of step without an error (facts in docs/decisions.md).
+        # `finalize_grads` reduces instead, and this mark keeps accelerate from wrapping. `Forward` does autocast.
         model._is_accelerate_prepared = True  # type: ignore[assignment]
         return model
 
+    # ---- logs ----
 
-def _bundle_config(model: Any) -> BundleConfig:
-    """The config of the active adapter.
+    def _is_logging_step(self) -> bool:
+        step, every = self.state.global_step, int(self.state.logging_steps or 0)
+        return (self.args.logging_first_step and step == 0) or (every > 0 and (step + 1) % every == 0)
 
-    Raises:
-        ValueError: the model has no bundles.
-    """
-    config = model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
-    if not isinstance(config, BundleConfig):
-        raise ValueError(f"{type(model).__name__} has no bundles; use get_peft_model(model, BundleConfig(...)).")
-    return config
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' log, with every loss by name, the numbers of each bundle, and tokens per second."""
+        if "loss" in logs:
+            logs = {**logs, **self.run_log.read(self.args.device, self.accelerator.num_processes)}
+        super().log(logs, start_time)
+
+    # ---- saving and resuming ----
+
+    def _run_state(self) -> RunState:
+        settings = {
+            "bundle config": comparable(self.bundle_config),
+            "objectives": {name: list(o.signals) for name, o in self.objectives.items()},
+            "mixing": [self.args.mixing, self.args.mixing_weights],
+            "forward table": self.forward.table,
+            "topics": self.args.topics,
+            "trunk": [self.args.trunk, self.args.trunk_ranks],
+            "seed": self.args.seed,
+        }
+        trunk = self.trunk if self.args.trunk == "full" else None
+        accelerator = self.accelerator
+        return RunState(settings, self.objectives, trunk, accelerator.process_index, accelerator.num_processes)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """transformers' checkpoint, written beside and renamed when complete."""
+        run, step = Path(self._get_output_dir(trial)), self.state.global_step
+        with staged(run, f"{PREFIX_CHECKPOINT_DIR}-{step}", self.args.should_save) as folder:
+            self.accelerator.wait_for_everyone()
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            self._run_state().save_objectives(folder)
+            self.accelerator.wait_for_everyone()
+            best = self.state.best_global_step
+            best_folder = run / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if self.args.should_save and best and (best == step or best_folder.exists()):
+                # transformers looked for the best checkpoint in the staging folder.
+                self.state.best_model_checkpoint = str(best_folder)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._run_state().save_weights(Path(output_dir or cast(str, self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, run = Path(resume_from_checkpoint), self._run_state()
+        run.check(folder)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        run.load_weights(folder)
+        run.load_objectives(folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._run_state().load_weights(Path(cast(str, self.state.best_model_checkpoint)))
+
+
+class _AroundOptimizer(TrainerCallback):
+    """Calls the trainer before and after the optimizer steps."""
+
+    def __init__(self, trainer: BundleTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._before_optimizer_step()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._after_optimizer_step()

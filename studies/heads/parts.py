@@ -20,9 +20,8 @@ from peft_bundles.objectives import (
     document_pairs,
 )
 from peft_bundles.objectives.calibration import ece
-from peft_bundles.objectives.heads import at, pooled
 from peft_bundles.objectives.judged import mean_logprobs
-from peft_bundles.objectives.tokens import masked_sum, token_entropy, token_logprobs
+from peft_bundles.objectives.tokens import at, masked_sum, pooled, token_entropy, token_logprobs
 from studies.data.breaks import breaks
 from studies.heads.bench import ROWS, Bench, Part, Parts, array, auc, auc_within, interval, mean
 from studies.heads.make_data import Rows, derivations, documents, judged, own_pairs, people, solution_pairs

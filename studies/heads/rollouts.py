@@ -20,8 +20,8 @@ from torch import Tensor
 from peft_bundles.core.dialling import alphas
 from peft_bundles.objectives import Forward
 from peft_bundles.objectives.heads import SubspaceHead, subspace
-from peft_bundles.objectives.intrinsic import Curiosity, advantage_error
-from peft_bundles.objectives.ppo import gae, group_advantages
+from peft_bundles.objectives.ppo_losses import gae, group_advantages
+from peft_bundles.objectives.rollout_heads import Curiosity, advantage_error
 from studies.heads.bench import Bench, array, correlation, fit, interval, mean
 from studies.heads.make_data import FAMILIES, Rows, questions, rewarded
 

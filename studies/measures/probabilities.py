@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
+
+from peft_bundles.objectives import calibration
 
 
 Numbers = Sequence[float] | Sequence[bool] | np.ndarray | Tensor
@@ -43,16 +46,15 @@ def brier(correct: Numbers, probabilities: Numbers) -> float:
 
 
 def ece(correct: Numbers, probabilities: Numbers, bins: int = 10) -> float:
-    """Expected calibration error (Naeini et al. 2015): |mean probability - share right| by bin of equal width, weighed.
+    """Expected calibration error with bins of equal width; the formula is `peft_bundles.objectives.calibration.ece`.
 
-    scikit-learn has the curve (`calibration_curve`) and not the sum: it drops how many items each bin has.
+    Raises:
+        ValueError: labels other than 0 and 1, probabilities outside [0, 1], or no bin.
     """
     labels, values = _labelled(correct, probabilities, unit=True)
     if bins < 1:
         raise ValueError(f"bins={bins!r} must be at least 1.")
-    bin_of = np.minimum((values * bins).astype(int), bins - 1)
-    gaps = [abs(values[bin_of == b].sum() - labels[bin_of == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(labels))
+    return float(calibration.ece(torch.from_numpy(values), torch.from_numpy(labels).double(), bins))
 
 
 def _labelled(correct: Numbers, scores: Numbers, unit: bool = False) -> tuple[np.ndarray, np.ndarray]:

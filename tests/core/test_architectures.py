@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_bundles import set_alphas
+from peft_bundles.core.base import find_blocks
 from peft_bundles.core.functional import bundle_reference
-from peft_bundles.model import find_blocks
 
 
 @pytest.fixture(params=list(TINY))

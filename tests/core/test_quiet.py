@@ -29,7 +29,7 @@ def added_by(model, layer, names, states):
 
 
 @pytest.mark.parametrize("kinds", ["projected", "with a full one"])
-@pytest.mark.parametrize("projection", ["none", "tied", "free"])
+@pytest.mark.parametrize("projection", ["none", "tied"])
 @pytest.mark.parametrize("input_norm", ["standard", "none"])
 def test_it_is_the_mean_square_of_what_is_added_to_the_kept_states(projection, input_norm, kinds):
     bundles = dict(bundle_config().bundles)
@@ -71,7 +71,7 @@ def test_kept_states_are_those_of_the_text(monkeypatch):
 
 def test_it_shares_what_the_forward_made_of_the_weights():
     """Every weight has one place in the graph: its gradient is made once, and not once a use and then added up."""
-    model = calibrated(projection="free").train()
+    model = calibrated(projection="tied").train()
     nodes = walk([model(input_ids=batch(), labels=batch()).loss])[0].nodes
     edges = [child.variable for node in nodes for child, _ in node.next_functions if hasattr(child, "variable")]
     assert sorted(map(id, edges)) == sorted(map(id, weights(model).values()))

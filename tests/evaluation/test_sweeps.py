@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from models import EOS, attached, batch, generated, logits
+from scipy.stats import spearmanr
 from training import tokenizer
 
-from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss, text_batch
+from peft_bundles.evaluation import AlphaSweep, alpha_sweep, negative_loss, spearman, text_batch
 
 
 VALUES = [0.0, 0.25, 0.5, 1.0, 1.5]
@@ -98,6 +99,16 @@ def test_monotonicity():
     assert found.monotonicity("bent") == pytest.approx(1 - 6 * 6 / (4 * 15))
 
 
+def test_spearman_is_scipy_s_with_ties_too():
+    generator = torch.Generator().manual_seed(0)
+    for size in (2, 3, 5, 9) * 5:
+        x, y = torch.randint(4, (2, size), generator=generator).tolist()
+        if len(set(x)) == 1 or len(set(y)) == 1:
+            assert math.isnan(spearman(x, y))
+        else:
+            assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+
+
 def test_effect_and_selectivity():
     found = made(own=[0, 1, 2, 3], other=[0, 0, 0, 0])
     assert found.effect("own") == pytest.approx(2) and found.effect("other") == 0
@@ -126,7 +137,7 @@ def test_plot(tmp_path):
 def test_text_batch():
     found = text_batch(["abc", "abcdef"], tokenizer(), max_length=5)
     assert found["input_ids"].shape == (2, 5) and found["attention_mask"].sum(1).tolist() == [3, 5]
-    with pytest.raises(ValueError, match=r"text\(s\) \[1\] have fewer than two tokens"):
+    with pytest.raises(ValueError, match=r"text\(s\) at \[1\] have fewer than two tokens"):
         text_batch(["abc", "a"], tokenizer())
 
 
@@ -140,17 +151,20 @@ def no_scores(model, given):
         ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; known are"),
         ({"values": []}, r"values=\[\] must be finite numbers, at least one"),
         ({"values": [0.0, math.inf]}, "must be finite numbers"),
-        ({"values": 0.5}, "values=0.5 must be a list of alphas"),
+        ({"values": 0.5}, "values=0.5 is one number; give a list of alphas"),
         ({"tasks": {}}, "tasks is empty"),
         ({"tasks": [{"input_ids": batch(2)}]}, "tasks is a list; give a dict, name -> batch"),
         (
             {"tasks": {"t": ["some text"]}},
-            r"task 't' is a list; give a dict of tensors, of texts `evaluation.text_batch",
+            r"task 't' is a list; give a dict of tensors, for texts evaluation.text_batch",
         ),
-        ({"tasks": {"t": {"input_ids": batch(2), "x": [1]}}}, r"task 't' has \{'input_ids': 2, 'x': 1\} rows"),
-        ({"tasks": {"t": {"input_ids": batch(0)}}}, r"task 't' has \{'input_ids': 0\} rows"),
+        (
+            {"tasks": {"t": {"input_ids": batch(2), "x": [1]}}},
+            r"task 't' has entries with \{'input_ids': 2, 'x': 1\} rows",
+        ),
+        ({"tasks": {"t": {"input_ids": batch(0)}}}, r"task 't' has entries with \{'input_ids': 0\} rows"),
         ({"max_rows": 0}, "max_rows=0 must be at least 1"),
-        ({"eval_fn": no_scores}, r"task 'one': eval_fn gave scores of shape \(2,\) for 15 rows"),
+        ({"eval_fn": no_scores}, r"task 'one': eval_fn returned scores of shape \(2,\) for 15 rows"),
     ],
 )
 def test_bad_input(change, message):
@@ -160,9 +174,9 @@ def test_bad_input(change, message):
 
 
 def test_questions_a_sweep_cannot_answer():
-    with pytest.raises(ValueError, match=r"own='x': selectivity needs that task and another one"):
+    with pytest.raises(ValueError, match=r"own='x': the sweep has the tasks .*; name one of them"):
         made(own=[0, 1, 2, 3], other=[0, 0, 0, 0]).selectivity("x")
-    with pytest.raises(ValueError, match="selectivity needs that task and another one"):
+    with pytest.raises(ValueError, match=r"own='own': .* sweep at least two"):
         made(own=[0, 1, 2, 3]).selectivity("own")
-    with pytest.raises(ValueError, match=r"values=\[1.0, 2.0\] need 0.0 and another one"):
+    with pytest.raises(ValueError, match=r"values=\[1.0, 2.0\]: .* sweep 0.0 and at least one other value"):
         AlphaSweep("b", [1.0, 2.0], {"t": torch.zeros(2, 3)}, 1).effect("t")

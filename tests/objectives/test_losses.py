@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_bundles.objectives import ppo
+from peft_bundles.objectives import ppo_losses as ppo
 from peft_bundles.objectives.preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
 from peft_bundles.objectives.tokens import masked_mean, masked_sum, token_entropy, token_logprobs
 

@@ -1,7 +1,5 @@
 """Wrong rows of the meta and representation signals: the answer names objective, row and fix, before any compute."""
 
-import random
-
 import pytest
 from meta_rows import HEADS, explained, judged, length, made, paraphrases, plans, sides, statements
 from models import snapshot, unchanged
@@ -18,7 +16,6 @@ from peft_bundles.objectives import (
     Temporal,
     document_pairs,
 )
-from studies.data.breaks import breaks, changed
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,7 @@ def test_judged_rows(on, kind, rows, message):
         (Temporal([{"text": "abcdef"}]), r"rows of text need window="),
         (
             Temporal([{"text": "abcdefgh"}, {"text": "abcde"}], window=4),
-            r"row 1 has 5 tokens, less than two windows of 4; lower window",
+            r"row 1 has 5 tokens, fewer than two windows of 4; lower window",
         ),
         (Temporal(plans(), max_length=3), r"none of the 12 train rows has a token to learn from"),
         (Confusion(judged(), max_length=3), r"none of the 12 train rows has a token to learn from"),
@@ -124,13 +121,13 @@ def test_contrast_needs_a_negative_in_every_batch(tmp_path, on):
     ("make", "message"),
     [
         (lambda: Confusion([], entropy_weight=0.0, correct_weight=0.0), "must be >= 0, and not both 0"),
-        (lambda: Calibration([], ece_weight=-1), "ece_weight=-1 must be >= 0"),
-        (lambda: Calibration([], bins=1), "bins=1 >= 2"),
+        (lambda: Calibration([], ece_weight=-1), "ece_weight=-1 must be a number >= 0"),
+        (lambda: Calibration([], bins=1), "bins=1 at least 2"),
         (lambda: MetaCorrectness([], explanation_weight=float("nan")), "explanation_weight=nan"),
         (lambda: Contrastive([], temperature=0), "temperature=0 must be > 0"),
         (lambda: Temporal([], window=0), "window=0 must be at least 1"),
         (lambda: Temporal([], rank=0), "rank=0 must be at least 1"),
-        (lambda: Temporal([], consistency=-1), "consistency=-1 >= 0"),
+        (lambda: Temporal([], consistency=-1), "consistency=-1 a number >= 0"),
         (lambda: PPO([], length, advantage_coef=-1), "advantage_coef=-1 must be a number >= 0"),
         (lambda: PPO([], length, curiosity_reward=1.0), "set curiosity_coef, e.g. 1.0"),
     ],
@@ -143,35 +140,6 @@ def test_numbers_that_cannot_be_are_refused_at_construction(make, message):
 def test_documents_that_cannot_be_paired():
     with pytest.raises(ValueError, match=r"document 'x' has 1 piece\(s\); give at least two"):
         document_pairs({"x": ["a"]})
-
-
-# ---- breaks ----
-
-
-def test_a_break_changes_one_statement_and_its_control_none():
-    sequences = [["Anna has 3 hats.", "Ben has 7 jars.", "It is warm."], ["Rain is not cold.", "Sun is hot."]] * 5
-    rows = breaks(sequences, seed=1)
-    assert len(rows) == 20 and rows == breaks(sequences, seed=1) != breaks(sequences, seed=2)
-    for item, sequence in enumerate(sequences):
-        control, broken = sorted((r for r in rows if r["item"] == item), key=lambda r: any(r["contradicts"]))
-        assert sum(broken["contradicts"]) == 1 and not any(control["contradicts"])
-        place = broken["contradicts"].index(True)
-        assert place > 0 and control["statements"][place] in sequence[: place + 1]
-        without = [[s for i, s in enumerate(r["statements"]) if i != place] for r in (control, broken)]
-        assert without == [sequence, sequence]
-        assert broken["statements"][place] not in sequence
-        assert len(broken["statements"][place].split()) - len(control["statements"][place].split()) in (-1, 0, 1)
-
-
-def test_what_a_break_does_to_a_statement():
-    rng = random.Random(0)
-    assert changed("Anna has 3 of 5.", ["3", "5", "8"], rng) in ("Anna has 3 of 3.", "Anna has 3 of 8.")
-    assert changed("It is warm.", [], rng) == "It is not warm."
-    assert changed("It is not warm.", [], rng) == "It is warm."
-    with pytest.raises(ValueError, match=r"numbers=\['3'\] has no other number"):
-        changed("3", ["3"], rng)
-    with pytest.raises(ValueError, match=r"sequence 1 has no statement with a number or a verb"):
-        breaks([["It is."], ["Hello"]])
 
 
 def test_explanations_must_be_texts(on):

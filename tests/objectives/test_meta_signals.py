@@ -22,7 +22,7 @@ from peft_bundles.objectives import (
     document_pairs,
 )
 from peft_bundles.objectives.calibration import ece, soft_ece
-from peft_bundles.objectives.heads import SubspaceHead, goal_rank, owners, subspace
+from peft_bundles.objectives.heads import SubspaceHead, largest_owner_rank, owners, subspace
 from peft_bundles.objectives.tokens import token_logprobs
 from peft_bundles.routing.backward import routed_backward
 from peft_bundles.routing.reduction import finalize_grads
@@ -138,7 +138,7 @@ def test_the_subspace_is_the_support_of_the_owners():
         basis = subspace(on, signal)
         assert torch.equal(basis, layer.bundle_basis["default"][:, support])
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(support)), rtol=1e-4, atol=1e-5)
-    assert goal_rank(on, "temporal") == layer.packing("default").shapes["b_temporal"].rank
+    assert largest_owner_rank(on, "temporal") == layer.packing("default").shapes["b_temporal"].rank
     head = SubspaceHead(subspace(on, "temporal"), 3, "x")
     state = torch.randn(5, 64)
     inside = state @ head.basis @ head.basis.T
@@ -189,7 +189,7 @@ DRIVEN = {
 
 @pytest.mark.parametrize("name", list(DRIVEN))
 def test_every_loss_can_be_driven_down(tmp_path, name):
-    objective = DRIVEN[name](eval_dataset=DRIVEN[name]()._given)
+    objective = DRIVEN[name](eval_dataset=DRIVEN[name]()._dataset)
     fields = {"max_steps": 100, "per_device_train_batch_size": 12, "learning_rate": 1e-2, "logging_steps": 1000}
     run = trainer(tmp_path, objective, made(), **fields)
     before = run.evaluate()["eval_loss"]

@@ -1,8 +1,6 @@
 """Three sources of topic vectors on texts whose topics are plain to see, with a small encoder of words."""
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from peft_bundles.routers.topic_sources import LEXICON, fit_topics
 from peft_bundles.taxonomy import TOPICS
 
 
-ROOT = Path(__file__).parents[2]
 WORDS = {
     "law": ["court", "judge", "statute", "licence", "clause"],
     "animals": ["bird", "beak", "feather", "fish", "beetle"],
@@ -96,7 +93,10 @@ def test_a_group_for_every_text():
             lambda: fit_topics("embedding", ["law"], ["a", "b"], ["law"] * 2, embed=embed),
             r"every text is labelled \['law'\]",
         ),
-        (lambda: fit_topics("clusters", ["law"], ["a", "b"], ["law", None], clusters=3), "clusters=3 must be from 2"),
+        (
+            lambda: fit_topics("clusters", ["law"], ["a", "b"], ["law", None], clusters=3),
+            "clusters=3 must be from 2 to 2",
+        ),
         (
             lambda: fit_topics("clusters", ["law"], ["bird beak", "court judge"] * 3, ["law", None] * 3, clusters=4),
             r"clusters=4, but the texts make only 2 \(the same text again\?\); ask for fewer",
@@ -108,12 +108,11 @@ def test_bad_input(call, message):
         call()
 
 
-def test_the_tables_of_the_page_are_those_of_the_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import topic_masks
-    import topic_sources
-
-    page = (ROOT / "docs" / "topics.md").read_text()
-    for module in (topic_sources, topic_masks):
-        assert module.table(json.loads(module.RESULTS.read_text())) in page
-    sys.modules.pop("topic_masks"), sys.modules.pop("topic_sources")
+@pytest.mark.parametrize("source", ["embedding", "clusters"])
+def test_without_scikit_learn_the_error_says_how_to_install_it(monkeypatch, source):
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # Python then finds no such module
+    with pytest.raises(
+        ImportError, match=rf"source='{source}' needs scikit-learn: pip install 'peft-bundles\[analysis\]'"
+    ):
+        fit_topics(source, ["law"], ["a", "b"], ["law", None], embed=embed)
+    assert fit_topics("lexicon", ["law"])(["court"]).tolist() == [[0.5]]

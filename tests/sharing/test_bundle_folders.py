@@ -37,7 +37,6 @@ def test_a_bundle_by_itself_is_a_peft_adapter(name, tmp_path):
 
 SHAPES = {
     "tied": {"projection": "tied"},
-    "free": {"projection": "free"},
     "overlap": {
         "sub_bases": {"common": 6, "left": 0.2, "right": 8},
         "bundles": {
@@ -121,9 +120,9 @@ def test_a_failed_save_leaves_the_earlier_bundle(tmp_path, monkeypatch):
 def test_refusals_of_saving(tmp_path):
     model = attached()
     for bundle, summary, message in (
-        ("b_x", None, r"no bundle 'b_x'; there are \['b_mlp'"),
-        ("b_mlp", {"loss": float("nan")}, "must be a dict that fits into JSON"),
-        ("b_mlp", {"loss": torch.ones(1)}, "must be a dict that fits into JSON"),
+        ("b_x", None, r"no bundle 'b_x'.*'b_mlp'"),
+        ("b_mlp", {"loss": float("nan")}, "does not fit into JSON .*; give a dict"),
+        ("b_mlp", {"loss": torch.ones(1)}, "does not fit into JSON .*; give a dict"),
     ):
         with pytest.raises(ValueError, match=message):
             peft_bundles.save_bundle(model, bundle, tmp_path / "x", summary)
@@ -240,7 +239,7 @@ NO_SOURCES = [
 
 @pytest.mark.parametrize("source", NO_SOURCES)
 def test_sources_that_are_none(source):
-    with pytest.raises(ValueError, match=r"no folder that exists and no repository|must be a list|Repo id"):
+    with pytest.raises(ValueError, match=r"no folder that exists and no repository|is no list|Repo id"):
         peft_bundles.pull_bundle(source)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from peft import get_peft_model
 
 import peft_bundles
 from peft_bundles.sharing.cards import _row
+from studies.rl_separate.cards import rows
 
 
 def test_card(hub, tmp_path):
@@ -44,9 +44,9 @@ def test_card(hub, tmp_path):
         "lm (1)",
         "steps 300",
         "invented sums",
-        "![What alpha does](sweep.png)",
+        "![Scores at different values of alpha](sweep.png)",
         'peft_bundles.compose(base, ["me/ml"])',
-        "must not be used for",
+        "Do not use it",
     ):
         assert text in card.text, text
     pulled = peft_bundles.pull_bundle("me/ml", tmp_path / "copy")
@@ -66,22 +66,23 @@ def test_a_card_without_metadata_is_no_obstacle(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b_rl_policy", "b_preference", "b_ssl_main"])
-def test_the_recipes_cards_say_what_is_recorded_beside_them(name, monkeypatch):
-    root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(str(root / "recipes"))
-    rows = importlib.import_module("rl_separate_cards").rows
-    folder = root / "model_cards" / name
+def test_the_recipes_cards_say_what_is_recorded_beside_them(name):
+    folder = Path(__file__).parents[2] / "model_cards" / name
     found = [_row(i, row) for i, row in enumerate(rows(json.loads((folder / "results.json").read_text())))]
     card = ModelCard.load(folder / "README.md")
     lines = [line for line in card.text.split("## Results")[1].splitlines() if line.startswith("| ")]
     assert lines[1:] == [f"| {r['task']} | {r['metric']} | {r['text']} | {r['seeds']} | {r['base']} |" for r in found]
     told = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert told == {(row["dataset"], row["metric"]): row["mean"] for row in found}
-    assert "![What alpha does](sweep.png)" in card.text and (folder / "sweep.png").stat().st_size < 200_000
+    assert "![Scores at different values of alpha](sweep.png)" in card.text
+    assert (folder / "sweep.png").stat().st_size < 200_000
 
 
 def test_a_card_to_push_is_all_there_is_to_say(hub, tmp_path):
-    for given, message in ({}, "must be a folder with a README.md"), ({"data": "sums"}, "leaves no use for results"):
+    for given, message in (
+        ({}, "has no README.md; give a folder with one"),
+        ({"data": "sums"}, "was given with results, figure or data, which write a card"),
+    ):
         with pytest.raises(ValueError, match=message):
             peft_bundles.push_bundle(attached(), "b_mlp", "me/ml", card=tmp_path, **given)
         (tmp_path / "README.md").write_text("a card")
@@ -106,16 +107,16 @@ def test_a_card_of_several_bundles_has_their_overlap(tmp_path):
     [
         (
             {"results": [{"task": "x", "metric": "y"}]},
-            r"results\[0\].*must be a dict with 'task'",
+            r"results\[0\].*lacks a field; give a dict with 'task'",
         ),
-        ({"results": ["x"]}, r"results\[0\]='x' must be a dict"),
+        ({"results": ["x"]}, r"results\[0\]='x' lacks a field"),
         (
             {"results": [{"task": "x", "metric": "y", "value": "high"}]},
-            r"values \['high'\] must be finite",
+            r"values \['high'\]; give finite numbers",
         ),
-        ({"results": [{"task": "x", "metric": "y", "values": []}]}, "must be finite numbers"),
-        ({"figure": "nowhere.png"}, "figure='nowhere.png' must be a picture"),
-        ({"figure": __file__}, "must be a picture"),
+        ({"results": [{"task": "x", "metric": "y", "values": []}]}, "give finite numbers"),
+        ({"figure": "nowhere.png"}, "figure='nowhere.png' is no picture; give an existing file"),
+        ({"figure": __file__}, "is no picture"),
     ],
 )
 def test_bad_cards(given, message, tmp_path):

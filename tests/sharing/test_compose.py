@@ -116,13 +116,13 @@ def test_name_clashes(saved):
 def test_refusals(saved):
     root, *_ = saved
     for sources in ([], str(root / "b_mlp"), root / "b_mlp"):
-        with pytest.raises(ValueError, match="must be a list of folders"):
+        with pytest.raises(ValueError, match="is no list of folders and repositories; give at least one"):
             peft_bundles.compose(TINY["llama"](), sources)
     model = composed(saved, "b_mlp")
     with pytest.raises(ValueError, match="has adapters already; add a bundle with load_bundle"):
         peft_bundles.compose(model, [root / "b_mlp"])
     for call in (peft_bundles.composition, lambda m: peft_bundles.load_bundle(m, root / "b_mlp")):
-        with pytest.raises(ValueError, match="no PeftModel with bundles; make one with compose"):
+        with pytest.raises(ValueError, match="no PeftModel with bundles; build one with compose"):
             call(TINY["llama"]())
 
 
@@ -134,7 +134,7 @@ def test_a_basis_that_was_changed_in_one_file_is_noticed(saved, tmp_path):
     named = read(root / "b_diag").config.provenance
     model.peft_config["default"].provenance = named
     peft_bundles.save_bundle(model, "b_diag", tmp_path / "b_changed")
-    with pytest.raises(ValueError, match=r"both name the basis .* other columns of 'right'"):
+    with pytest.raises(ValueError, match=r"both name the basis .* columns of 'right' in layer 0 differ"):
         peft_bundles.compose(TINY["llama"](), [root / "b_linear", tmp_path / "b_changed"])
 
 
@@ -200,7 +200,7 @@ def test_refusals_of_swapping(saved, tmp_path):
         (lambda: peft_bundles.load_bundle(model, tmp_path / "whole"), r"holds the bundles \['b_mlp'.*name one"),
         (lambda: peft_bundles.load_bundle(model, root / "b_diag", "9 lives"), "name '9 lives' cannot be used"),
         (lambda: peft_bundles.load_bundle(model, root / "b_diag", "composed_0"), "both an adapter and a bundle"),
-        (lambda: peft_bundles.remove_bundle(model, "b_x"), r"no bundle 'b_x'; there are \['b_mlp', 'b_linear'\]"),
+        (lambda: peft_bundles.remove_bundle(model, "b_x"), r"no bundle 'b_x'.*'b_mlp', 'b_linear'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

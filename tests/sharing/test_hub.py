@@ -58,9 +58,9 @@ def test_one_bundle_of_a_whole_adapter(hub, tmp_path):
         assert torch.allclose(logits(composed, batch()), only(model, "b_linear"), atol=1e-5)
         peft_bundles.pull_bundle(source, tmp_path / "one")
         assert torch.allclose(logits(loaded(tmp_path / "one"), batch()), only(model, "b_linear"), atol=1e-5)
-        with pytest.raises(ValueError, match="one of 3 bundles of a file; give folder="):
+        with pytest.raises(ValueError, match="one bundle of 3 in one file; give a folder="):
             peft_bundles.pull_bundle(source)
-        with pytest.raises(ValueError, match=r"has no bundle 'b_x'; it has \['b_mlp'"):
+        with pytest.raises(ValueError, match=r"has no bundle 'b_x'; name one of \['b_mlp'"):
             peft_bundles.pull_bundle(source.replace("b_linear", "b_x"), tmp_path / "none")
     assert torch.allclose(
         logits(peft_bundles.compose(TINY["llama"](), ["you/whole"]), batch()), logits(model, batch()), atol=1e-5
@@ -71,7 +71,7 @@ def test_name_clashes_on_the_hub(hub, tmp_path):
     model = attached()
     peft_bundles.push_bundle(model, "b_mlp", "me/ml")
     before = hub.files("me/ml")
-    with pytest.raises(ValueError, match=r"me/ml holds \['b_mlp'\]; push 'b_diag' to a repository of its own"):
+    with pytest.raises(ValueError, match=r"me/ml holds \['b_mlp'\]; push 'b_diag' to another repository"):
         peft_bundles.push_bundle(model, "b_diag", "me/ml")
     lora(tmp_path / "lora")
     hub.add("me/lora", content(tmp_path / "lora"))
@@ -207,7 +207,7 @@ def test_two_writers_at_once(hub):
     peft_bundles.push_bundle(one, "b_mlp", "me/ml")
     perturb(one, seed=8)
     hub.on["POST /api/models/me/ml/preupload"] = lambda: peft_bundles.push_bundle(two, "b_mlp", "me/ml")
-    with pytest.raises(RuntimeError, match="somebody else pushed to me/ml meanwhile"):
+    with pytest.raises(RuntimeError, match="somebody else pushed to me/ml at the same time"):
         peft_bundles.push_bundle(one, "b_mlp", "me/ml")
     assert torch.allclose(logits(loaded(peft_bundles.pull_bundle("me/ml")), batch()), only(two, "b_mlp"), atol=1e-5)
     peft_bundles.push_bundle(one, "b_mlp", "me/ml")

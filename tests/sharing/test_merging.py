@@ -1,10 +1,10 @@
-"""Merges are what they say they are; conflicts and common directions are measured."""
+"""A merge is the weighted sum, TIES or DARE that its method names; what cannot merge is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from models import HIDDEN, TINY, attached, batch, bundle_config, layers, logits, perturb, reference
+from models import TINY, attached, batch, bundle_config, logits, perturb, reference
 from peft import get_peft_model
 
 import peft_bundles
@@ -20,7 +20,7 @@ def config(kind="mlp", **fields):
 
 
 def one(tmp_path, name, *, seed=0, kind="mlp", start=None, **fields):
-    """A bundle folder; bundles of one `start` have hidden units that correspond."""
+    """A bundle folder. Hidden units of bundles with one `start` correspond."""
     model = get_peft_model(TINY["llama"](), config(kind, **fields)).eval()
     if start is not None:
         perturb(model, seed=start)
@@ -108,122 +108,31 @@ def test_merges_that_make_no_sense(tmp_path):
             lambda: merge(folders, [1, 1], tmp_path / "x", method="average"),
             "method='average' is unknown; choose one of cat",
         ),
-        (lambda: merge(folders, [1.0], tmp_path / "x"), "one finite number for each of the 2 sources"),
+        (
+            lambda: merge(folders, [1.0], tmp_path / "x"),
+            r"weights=\[1.0\]; give one finite number for each of the 2 sources",
+        ),
         (lambda: merge(folders, [1, float("nan")], tmp_path / "x"), "one finite number for each"),
         (lambda: merge([], [], tmp_path / "x"), "one finite number for each of the 0"),
         (
             lambda: merge(folders, [1, 1], tmp_path / "x", method="ties", density=0.0),
             r"density=0.0 must be in \(0, 1\]",
         ),
-        (lambda: merge([folders[0], other], [1, 1], tmp_path / "x"), "kind 'linear' .* kind 'mlp'"),
-        (lambda: merge([folders[0], elsewhere], [1, 1], tmp_path / "x"), "trained in different bases"),
+        (
+            lambda: merge([folders[0], other], [1, 1], tmp_path / "x"),
+            "kind 'linear' .* kind 'mlp' .* bundles of one kind",
+        ),
+        (
+            lambda: merge([folders[0], elsewhere], [1, 1], tmp_path / "x"),
+            "have different bases, projections or scalings",
+        ),
         (
             lambda: merge([folders[0], tmp_path / "support"], [1, 1], tmp_path / "x"),
-            r"different supports: \['right'\].*; .*side by side with compose",
+            r"different supports, \['right'\].*; .*side by side with compose",
         ),
-        (lambda: merge([tied, tied], [1, 1], tmp_path / "x"), "projector of their own"),
+        (lambda: merge([tied, tied], [1, 1], tmp_path / "x"), "has projection='tied', a trained projector per bundle"),
         (lambda: merge([tmp_path / "whole"], [1], tmp_path / "x"), "holds the bundles .*name one"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
         assert not (tmp_path / "x").exists()
-
-
-# ---- directions ----
-
-
-def test_orthogonality(tmp_path):
-    found = peft_bundles.orthogonality(attached())
-    names = ["b_mlp", "b_linear", "b_diag"]
-    assert found.names == names
-    for matrix in (found.reads, found.writes):
-        assert torch.allclose(matrix, matrix.T, atol=1e-9)
-        assert torch.allclose(matrix.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-6)
-        assert matrix[0, 2] < 1e-8  # orthogonal sub-bases
-        assert 0.0 < matrix[0, 1] < 1.0
-    assert found.chance[0, 2] == pytest.approx(8 / HIDDEN)
-    assert "common directions, writes" in str(found)
-
-
-def test_orthogonality_between_bases_is_what_chance_gives(tmp_path):
-    """And two bundles that write the same directions are found whatever basis they name."""
-    folders = [one(tmp_path, f"in{seed}", seed=seed, basis_init="random", basis_seed=seed) for seed in range(8)]
-    with pytest.warns(UserWarning, match="8 bases"):
-        model = peft_bundles.compose(TINY["llama"](), folders, rename=True)
-    found = peft_bundles.orthogonality(model)
-    apart = ~torch.eye(8, dtype=torch.bool)
-    assert found.writes[apart].mean() == pytest.approx(float(found.chance[apart].mean()), rel=0.3)
-    for layer in layers(model):
-        for what in ("bundle_basis", "bundle_up", "bundle_down"):
-            table = getattr(layer, what)
-            source, target = ("composed_0", "composed_1")
-            if what == "bundle_basis":
-                table[target] = table[source]
-            else:
-                table[target]["b_2"].data = table[source]["b"].data.clone()
-    assert peft_bundles.orthogonality(model).writes[0, 1] == pytest.approx(1.0, abs=1e-6)
-
-
-# ---- conflicts ----
-
-
-class Letters:
-    """As much of a tokenizer as is needed: a token a letter."""
-
-    def __call__(self, text, truncation, max_length, return_tensors):
-        ids = [3 + ord(letter) % 90 for letter in text][:max_length]
-        return {"input_ids": torch.tensor([ids], dtype=torch.long)}
-
-
-def loss(model, texts):
-    total = tokens = 0.0
-    for text in texts:
-        ids = Letters()(text, True, 256, "pt")["input_ids"]
-        if ids.shape[1] > 1:
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-            tokens += ids.shape[1] - 1
-    return total / tokens
-
-
-@torch.no_grad()
-def test_conflicts_are_the_losses_of_each_setting():
-    model, texts = attached(), ["some words", "", "x", "and other words"]
-    with pytest.warns(UserWarning) as told:
-        found = peft_bundles.conflicts(model, texts, Letters(), tolerance=-1e9)
-    assert len(told) == len(found.warnings) == 3
-    off = dict.fromkeys(found.names, 0.0)
-    with model.alphas(off):
-        assert found.base == pytest.approx(loss(model, texts), abs=1e-5)
-    for i, a in enumerate(found.names):
-        with model.alphas({**off, a: 1.0}):
-            assert float(found.alone[i]) == pytest.approx(loss(model, texts) - found.base, abs=1e-5)
-        for j, b in enumerate(found.names[:i]):
-            with model.alphas({**off, a: 1.0, b: 1.0}):
-                both = loss(model, texts) - found.base
-            wanted = both - float(found.alone[i]) - float(found.alone[j])
-            assert float(found.interaction[i, j]) == pytest.approx(wanted, abs=1e-5)
-    assert "alone they change the loss by" in str(found)
-
-
-def test_bundles_that_do_the_same_are_in_conflict_and_a_silent_one_is_not(tmp_path):
-    """Twice a large step is worse than the two alone; a bundle at zero cannot be in anybody's way."""
-    model = attached()
-    for layer in layers(model):
-        layer.bundle_up["default"]["b_diag"].data.zero_()
-    with pytest.warns(UserWarning):
-        found = peft_bundles.conflicts(model, ["some words to read"], Letters(), tolerance=-10.0)
-    assert found.interaction[0, 2] == pytest.approx(0.0, abs=1e-5)
-    assert found.alone[2] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_refusals_of_conflicts(tmp_path):
-    model = attached()
-    for texts, message in (
-        ("words", "texts is one string"),
-        ([], "no text of at least two tokens"),
-        (["x"], "two tokens"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            peft_bundles.conflicts(model, texts, Letters())
-    with pytest.raises(ValueError, match="has 1 bundle; two are needed"):
-        peft_bundles.conflicts(peft_bundles.compose(TINY["llama"](), [one(tmp_path, "in")]), ["words"], Letters())

@@ -12,7 +12,7 @@ from models import TINY
 from training import tokenizer
 
 from peft_bundles.objectives.heads import subspace
-from peft_bundles.objectives.intrinsic import Curiosity
+from peft_bundles.objectives.rollout_heads import Curiosity
 from peft_bundles.objectives.tokens import token_logprobs
 from studies.heads import bench as heads_bench
 from studies.heads import make_data, report, rollouts

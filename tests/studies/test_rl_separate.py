@@ -120,7 +120,7 @@ def _losses(results: dict) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["ddp_2", "fsdp_2", "zero2_2"])
+@pytest.mark.parametrize("processes", ["ddp_2", "fsdp_2"])
 def test_two_processes_run_it_to_the_end(run, processes):
     """As a user starts it, with accelerate's launcher; on CPUs through gloo."""
     small = yaml.safe_load((run.folder / "small.yaml").read_text())
@@ -142,7 +142,6 @@ def test_two_processes_run_it_to_the_end(run, processes):
     }
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert ("ZeRO-2: each of 2 processes has a part" in done.stdout) == (processes == "zero2_2")
     results = json.loads((run.folder / processes / "results.json").read_text())
     assert results["processes"] == 2 and results["steps"] == 2
     assert list(results["table"]) == ["all on", "RL off", "preference off", "all off"]

@@ -82,7 +82,7 @@ def test_signals_and_names(tmp_path):
     refused(tmp_path, [LM(texts()), LM(texts())], r"objectives are named \['lm', 'lm'\]")
     refused(tmp_path, [], r"objectives are named \[\]; give at least one")
     for field, value in (("rows", {"lmm": 2}), ("lr_multipliers", {"b_x": 2.0}), ("max_grad_norms", {"b_x": 2.0})):
-        refused(tmp_path, LM(texts()), rf"{field} names \['{next(iter(value))}'\]; known are", **{field: value})
+        refused(tmp_path, LM(texts()), rf"{field} names \['{next(iter(value))}'\]; it takes some of", **{field: value})
     refused(tmp_path, LM(texts()), r"mixing_weights names \['x'\]", mixing="ratio", mixing_weights={"x": 1.0})
     refused(tmp_path, LM(texts()), r"mixing_weights belong to mixing='ratio'", mixing_weights={"lm": 1.0})
     plain = AutoModelForCausalLM.from_config(model().config)
@@ -105,6 +105,14 @@ def test_signals_and_names(tmp_path):
 def test_arguments(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_deepspeed_is_refused_by_its_argument_and_by_its_launcher(tmp_path, monkeypatch, launched):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(launched).lower())
+    settings = {} if launched else {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    with pytest.raises(ValueError, match=r"DeepSpeed is not supported: .* launch with DDP or FSDP2"):
+        arguments(tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""What a run reports outside of its own log: TensorBoard, trackio (without a network), TRL's rich progress bar."""
+"""What a run reports outside of its own log: TensorBoard, trackio (without a network), the console."""
 
+import logging
 import sqlite3
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import arguments, losses_of, model, pairs, texts, tokenizer
+from training import arguments, losses_of, model, pairs, texts, tokenizer, trainer
 from trl import RichProgressCallback
 
 from peft_bundles.objectives import LM, Preference
@@ -43,6 +44,23 @@ def test_trackio_keeps_them_on_this_machine(tmp_path, monkeypatch):
     for name in ("train/loss/preference", "train/grad_norm/b_lm"):
         assert name in rows
     assert len(losses_of(run)) == 3
+
+
+def test_the_console_shows_a_bar_and_losses_but_no_numbers_of_bundles(tmp_path, capfd):
+    run = run_of(tmp_path, disable_tqdm=False)
+    out, err = capfd.readouterr()
+    assert "3/3" in err and out.count("'loss/lm'") == len(losses_of(run)) == 3 and "eval_loss/lm" in out
+    assert "b_lm" not in out and "grad_norm/b_lm" in run.state.log_history[0]
+
+
+def test_promises_are_logged_once_and_not_shown_by_default(tmp_path, capfd, caplog):
+    fields = {"forward": {"lm": "owners"}}
+    trainer(tmp_path, [LM(texts()), Preference(pairs())], **fields)
+    assert capfd.readouterr().out == "" and not caplog.messages
+    with caplog.at_level(logging.INFO, "peft_bundles"):
+        run = trainer(tmp_path, [LM(texts()), Preference(pairs())], **fields)
+    assert caplog.messages == run.promises()
+    assert run.promises()[0] == "lm: its bundles get the weights of a run without preference."
 
 
 def test_rich_progress_of_trl(tmp_path, capsys):

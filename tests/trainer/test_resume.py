@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_trainer_or_of_more_processes_is_refused(tmp_pat
     with pytest.raises(ValueError, match=r"saved by 2 process\(es\), but 1 run now"):
         trainer(tmp_path, LM(texts()), max_steps=2).train(resume_from_checkpoint=True)
     (folder / "run.json").unlink()
-    with pytest.raises(ValueError, match="no checkpoint of a BundleTrainer"):
+    with pytest.raises(ValueError, match=r"has no run\.json, so BundleTrainer did not save it"):
         trainer(tmp_path, LM(texts()), max_steps=2).train(resume_from_checkpoint=True)
 
 

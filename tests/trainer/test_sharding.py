@@ -133,7 +133,7 @@ def test_processes_may_generate_different_numbers_of_tokens(sharded):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fsdp_version": 1}, r"fsdp_version=1 does not go with bundles; set it to 2"),
+        ({"fsdp_version": 1}, r"fsdp_version=1 does not work with bundles; set it to 2"),
         ({"cpu_ram_efficient_loading": True}, r"cpu_ram_efficient_loading=True .* set it to False"),
         ({"cpu_offload": True}, r"cpu_offload=True .* set it to False"),
     ],
@@ -153,5 +153,5 @@ def test_a_trunk_that_trains_or_is_quantised_is_refused():
     )
     with pytest.raises(ValueError, match=r"input_layernorm\.weight' is quantised"):
         shard(made, plugin, SimpleNamespace())
-    with pytest.raises(ValueError, match="shards frozen blocks, and here everything trains"):
+    with pytest.raises(ValueError, match="shards frozen blocks, but all weights of the blocks train"):
         shard(model().requires_grad_(True), plugin, SimpleNamespace())

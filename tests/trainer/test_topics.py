@@ -28,7 +28,7 @@ from peft_bundles.objectives import (
     Preference,
     Temporal,
 )
-from peft_bundles.objectives.base import TAU
+from peft_bundles.objectives.batches import TAU
 from peft_bundles.objectives.topical import RowTopics
 from peft_bundles.routers.topics import MASKS, TopicRouting
 from peft_bundles.trainer import BundleTrainer
@@ -354,7 +354,7 @@ def with_topics(*values) -> list[dict]:
         (with_topics([0.5, 0.5, float("nan")]), r"'finance' has weight nan"),
         (with_topics(["law"], None), r"row 1: topics=None; give 3 numbers, topic -> weight, or a list of names"),
         (with_topics("law"), r"row 0: topics='law'; give 3 numbers"),
-        ([{"text": "no topic"}], r"topics are set, but no objective's dataset has a column 'topics'; add it"),
+        ([{"text": "no topic"}], r"topics are set, but no objective's dataset has a column 'topics'\. Add it"),
     ],
 )
 def test_rows_that_cannot_be(tmp_path, rows, message):
@@ -412,5 +412,5 @@ def test_a_signal_that_only_topics_learn_from_does_not_go_with_a_sharded_trunk()
     ppo = PPO([{"prompt": "a", "topics": ["law"]}], lambda completions, **_: [0.0] * len(completions))
     ppo.topics, ppo.rows = topics, [{"_tau": [1.0]}]
     check_topics(topics, [ppo], sharded=False)
-    with pytest.raises(ValueError, match=r"objective 'ppo': \['value'\] update\(s\) topic bundles only"):
+    with pytest.raises(ValueError, match=r"objective 'ppo': signal\(s\) \['value'\] update topic bundles only"):
         check_topics(topics, [ppo], sharded=True)
