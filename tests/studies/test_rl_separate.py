@@ -134,12 +134,7 @@ def test_two_processes_run_it_to_the_end(run, processes):
     command += [f"--config_file={RECIPES / 'accelerate' / f'{processes}.yaml'}", str(RECIPES / "rl_separate.py")]
     command += [f"--config={run.folder / f'{processes}.yaml'}", f"--model={run.folder / 'model'}", "--smoke"]
     command += [f"--output={run.folder / processes}", "--steps=2"]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(RECIPES.parent),
-        "PEFT_BUNDLES_CACHE": str(run.folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    env = {**os.environ, "PEFT_BUNDLES_CACHE": str(run.folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((run.folder / processes / "results.json").read_text())
