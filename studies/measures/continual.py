@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from peft_bundles.evaluation import sweeps
-
 
 Scores = Any  # what numpy makes an array of floats of
 
@@ -184,14 +182,6 @@ def _item_weights(count: int, draws: int, seed: int) -> np.ndarray:
 
 
 # ---- alphas ----
-
-
-def spearman(alphas: Sequence[float], scores: Scores) -> float:
-    """Spearman's rank correlation of alpha and score, both (V,); NaN where the score does not move."""
-    values = np.asarray(scores, dtype=float)
-    if values.shape != (len(alphas),) or len(alphas) < 2:
-        raise ValueError(f"{len(alphas)} alphas and scores {values.shape}; give one score an alpha, at least 2.")
-    return sweeps.spearman(list(alphas), values.tolist())
 
 
 def sensitivity(alphas: Sequence[float], scores: Scores) -> np.ndarray:
