@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import BundleConfig
-from .base import CHILD
+from .base import CHILD, PEFT_PREFIX
 from .basis import (
     FINGERPRINT_TOLERANCE,
     SHARED,
@@ -220,6 +220,31 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
             return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{source}: {os.path.basename(path)} is no valid safetensors file ({error}).") from error
+
+
+def by_layer(
+    state_dict: Mapping[str, Tensor], numbers: Mapping[str, int]
+) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
+    """Sort the tensors of a PEFT file.
+
+    Args:
+        state_dict: the file.
+        numbers: name of a bundle layer in the model -> its number.
+
+    Returns:
+        Number of the layer -> key -> tensor, and the names of tensors that belong to none of these layers.
+    """
+    numbers = {name.removeprefix(PEFT_PREFIX): number for name, number in numbers.items()}
+    layers: dict[int, dict[str, Tensor]] = {number: {} for number in numbers.values()}
+    others = []
+    for key, tensor in state_dict.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        head, _, tail = name.rpartition(f".{CHILD}.")
+        if (number := numbers.get(f"{head}.{CHILD}")) is None:
+            others.append(name)
+        else:
+            layers[number][tail] = tensor
+    return layers, others
 
 
 def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: str) -> None:

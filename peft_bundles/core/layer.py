@@ -34,23 +34,23 @@ MERGE_ERROR = (
 
 
 class Bases(BufferDict):
-    """U by adapter, drawn when it is first looked at: what `load_adapter` puts in its place is not drawn first.
+    """U by adapter. A random U is drawn when it is read for the first time, so not before a checkpoint replaces it.
 
-    Drawing takes up to a second a layer (a QR in float64, 3072 x 2304 on two cores), all of a LoRA's loading a fifth.
+    Drawing takes up to a second a layer (QR in float64, 3072 x 2304, two cores), five times as long as loading a LoRA.
     """
 
     def __init__(self, beside: BufferDict) -> None:
         super().__init__(persistent=True)
-        self.beside = (beside,)  # whose tensors say on which device; a tuple, so that it is no child
+        self.beside = (beside,)  # buffers on the same device; in a tuple, so that they are not registered as a child
         self.later: dict[str, tuple[int, int, int, int]] = {}
 
     def draw_later(self, adapter: str, *drawn: int) -> None:
-        """`drawn`: hidden size, rank, seed and layer, as `draw_basis` takes them."""
+        """Draw this adapter's U later. `drawn` are the arguments of `draw_basis`: hidden size, rank, seed, layer."""
         self.register_buffer(adapter, None)
         self.later[adapter] = drawn  # type: ignore[assignment]
 
     def draw(self) -> None:
-        """All that have not been drawn yet."""
+        """Draw every U that has not been drawn yet."""
         for adapter in list(self.later):
             self[adapter]
 
@@ -145,7 +145,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     # ---- parameters ----
 
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
-        """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
+        """Create an adapter's weights on the device and in the dtype of the block (float32 if it is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
@@ -169,7 +169,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def take(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Use these tensors ("bundle_up.<bundle>", "bundle_basis", ...) as an adapter's, frozen and without a copy."""
+        """Use these tensors (keys as in `tensor_shapes`) as an adapter's, frozen; without a copy on the same device."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             table = {}

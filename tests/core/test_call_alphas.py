@@ -66,7 +66,7 @@ def test_a_call_inside_of_a_call_has_its_own():
 
     def processor(_, scores):
         with model.alphas(b_mlp=7.0):
-            inside.append(logits(model, ids, alphas=HALF))  # the very object that the outer call was given
+            inside.extend(logits(each, ids, alphas=HALF) for each in (model, model.base_model))  # the same object
         return scores
 
     generated(model, ids, alphas=HALF, logits_processor=[processor])
@@ -109,7 +109,10 @@ assert not torch.allclose(model(batch()).logits, off)
     subprocess.run([sys.executable, "-c", program], cwd=tests, check=True)
 
 
-def test_wrong_alphas_are_told_as_what_they_are():
-    model = perturb(get_peft_model(TINY["llama"](), BundleConfig(preset="single_adapter", task_type="CAUSAL_LM")))
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_wrong_alphas_are_told_as_what_they_are(task_type):
+    with pytest.raises(ValueError, match="has 2 rows, but the batch has 3"):
+        attached(task_type=task_type)(batch(), alphas={"b_mlp": torch.ones(2)})
+    model = perturb(get_peft_model(TINY["llama"](), BundleConfig(preset="single_adapter", task_type=task_type)))
     with pytest.raises(ValueError, match="unknown bundle"):
         model(batch(), alphas={"b_other": 1.0})

@@ -1,4 +1,4 @@
-"""The six guarantees of gradient routing (design.md section 3), each with a test that fails if it breaks."""
+"""The six guarantees of gradient routing (docs/concepts.md), each with a test that fails if it breaks."""
 
 import copy
 import os
