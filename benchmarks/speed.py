@@ -7,7 +7,7 @@ Jobs are (shape, section) pairs, those of the goals first. Each is written to th
 there already with all its cells is skipped (`--again` measures it once more), one that fails is recorded as an error.
 They run in a process beside; where one breaks the GPU (after an assert nothing runs there any more), the rest runs in a
 new one.
-`benchmarks/speed_report.py` makes docs/speed.md of the files.
+`benchmarks/speed_report.py` makes tables of the files.
 
 Bundles have LoRA r16's trainable parameters, however many they are (`speed_models.py`), and a made-up calibration: the
 quiet penalty is in every training step unless a cell says no.

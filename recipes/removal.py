@@ -47,25 +47,25 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no cell after so many seconds")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     flags = vars(parser.parse_args(argv))
-    given = yaml.safe_load(flags.pop("config").read_text()) | {k: v for k, v in flags.items() if v is not None}
-    if given["forget"] not in given["rows"] or len(given["rows"]) < 2:
-        raise ValueError(f"forget: {given['forget']!r} must be one of rows, beside another: {[*given['rows']]}.")
-    if given["data"] is None:
+    config = yaml.safe_load(flags.pop("config").read_text()) | {k: v for k, v in flags.items() if v is not None}
+    if config["forget"] not in config["rows"] or len(config["rows"]) < 2:
+        raise ValueError(f"forget: {config['forget']!r} must be one of rows, beside another: {[*config['rows']]}.")
+    if config["data"] is None:
         raise ValueError("data: make the file with `python -m studies.quality.make_data` and give --data FILE.")
-    given["model"] = given["model"] or str(model_folder())
-    return given
+    config["model"] = config["model"] or str(model_folder())
+    return config
 
 
 def main(argv: list[str] | None = None) -> None:
-    given, flags = settings(argv), sys.argv[1:] if argv is None else argv
-    given["command"] = " ".join(["recipes/removal.py", *flags])
-    if "worker" in given:
-        return work(given)
-    given["until"] = time.time() + given["seconds"]
-    workers.clear(Path(given["scratch"]) / "claims")
-    if given["workers"] == 1:
-        return work(given | {"worker": 0})
-    sys.exit(workers.start([__file__, *flags, "--until", str(given["until"])], given["workers"]))
+    config, flags = settings(argv), sys.argv[1:] if argv is None else argv
+    config["command"] = " ".join(["recipes/removal.py", *flags])
+    if "worker" in config:
+        return work(config)
+    config["until"] = time.time() + config["seconds"]
+    workers.clear(Path(config["scratch"]) / "claims")
+    if config["workers"] == 1:
+        return work(config | {"worker": 0})
+    sys.exit(workers.start([__file__, *flags, "--until", str(config["until"])], config["workers"]))
 
 
 if __name__ == "__main__":

@@ -59,17 +59,17 @@ def settings(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     flags = vars(parser.parse_args(argv))
-    given = yaml.safe_load(flags.pop("config").read_text())
-    smoke, resume, steps = given.pop("smoke"), flags.pop("resume"), flags.pop("steps")
+    config = yaml.safe_load(flags.pop("config").read_text())
+    smoke, resume, steps = config.pop("smoke"), flags.pop("resume"), flags.pop("steps")
     if flags.pop("smoke"):
-        given = laid_over(given, smoke)
-    given |= {name: value for name, value in flags.items() if value is not None}
+        config = laid_over(config, smoke)
+    config |= {name: value for name, value in flags.items() if value is not None}
     if steps is not None:
-        given["training"]["max_steps"] = steps
+        config["training"]["max_steps"] = steps
     for name, choices in (("variant", VARIANTS), ("forward", FORWARDS)):
-        if given[name] not in choices:
-            raise ValueError(f"{name}: {given[name]!r} is unknown; choose one of {', '.join(choices)}.")
-    return given, resume
+        if config[name] not in choices:
+            raise ValueError(f"{name}: {config[name]!r} is unknown; choose one of {', '.join(choices)}.")
+    return config, resume
 
 
 def laid_over(below: Any, above: Any) -> Any:
@@ -79,13 +79,13 @@ def laid_over(below: Any, above: Any) -> Any:
     return {**below, **{name: laid_over(below.get(name), value) for name, value in above.items()}}
 
 
-def bundle_config(given: dict[str, Any], hidden_size: int) -> BundleConfig:
+def bundle_config(config: dict[str, Any], hidden_size: int) -> BundleConfig:
     """The bundles of a variant; the controls have as many trainable parameters as "separate"."""
-    bundles, sub_bases = given["bundles"], given["sub_bases"]
+    bundles, sub_bases = config["bundles"], config["sub_bases"]
     everything = {signal: 1.0 for spec in bundles.values() for signal in spec["signals"]}
-    if given["variant"] == "unrouted":
+    if config["variant"] == "unrouted":
         bundles = {name: {**spec, "signals": everything} for name, spec in bundles.items()}
-    elif given["variant"] == "shared_adapter":
+    elif config["variant"] == "shared_adapter":
         columns = {name: resolve_rank(rank, hidden_size) for name, rank in sub_bases.items()}
         total = sum(columns.values())
         # A bundle of h hidden units on s columns has 2 h s weights a layer.
@@ -96,15 +96,15 @@ def bundle_config(given: dict[str, Any], hidden_size: int) -> BundleConfig:
         )
         one = {"rank": total, "bottleneck": max(round(weights / total), 1), "sub_bases": ["all"], "signals": everything}
         bundles, sub_bases = {"b_shared": one}, {"all": total}
-    fields = {"quiet": given["quiet"], "basis_seed": given["seed"], "task_type": "CAUSAL_LM"}
+    fields = {"quiet": config["quiet"], "basis_seed": config["seed"], "task_type": "CAUSAL_LM"}
     return BundleConfig(bundles=bundles, sub_bases=sub_bases, **fields)
 
 
-def switches(given: dict[str, Any]) -> dict[str, dict[str, float]]:
+def switches(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Setting -> alphas. What "RL off" turns off is read from the YAML's signals, in every variant that has bundles."""
-    if given["variant"] == "shared_adapter":
+    if config["variant"] == "shared_adapter":
         return {"all on": {}, "all off": {"b_shared": 0.0}}
-    signals = {name: set(spec["signals"]) for name, spec in given["bundles"].items()}
+    signals = {name: set(spec["signals"]) for name, spec in config["bundles"].items()}
     return {
         "all on": {},
         "RL off": {name: 0.0 for name, own in signals.items() if own <= RL},
@@ -125,23 +125,23 @@ def show(table: dict[str, dict[str, float]], title: str) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     begun = time.perf_counter()
-    given, resume = settings(argv)
-    output = Path(given["output"])
-    training = dict(given["training"])
-    if given["model"] is None:
-        given["base"] = HUB_MODEL
-    if given["variant"] != "separate":
+    config, resume = settings(argv)
+    output = Path(config["output"])
+    training = dict(config["training"])
+    if config["model"] is None:
+        config["base"] = HUB_MODEL
+    if config["variant"] != "separate":
         training["lr_multipliers"] = None
     args = BundleTrainingConfig(
         output_dir=str(output),
-        seed=given["seed"],
-        forward={"lm": given["forward"]},
+        seed=config["seed"],
+        forward={"lm": config["forward"]},
         save_strategy="steps",
         bf16=torch.cuda.is_available() and not training.get("use_cpu"),
         report_to="none",
         **training,
     )
-    if given["cards"] and args.world_size > 1:
+    if config["cards"] and args.world_size > 1:
         raise ValueError(f"cards: measured and written by one process, and there are {args.world_size}; run without.")
     last = transformers.trainer_utils.get_last_checkpoint(output) if output.is_dir() else None
     if resume and last is None:
@@ -149,24 +149,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if last is not None and not resume:
         raise ValueError(f"{output} has a run already ({Path(last).name}); give --resume, or another --output.")
 
-    source = given["model"] or str(model_folder())
+    source = config["model"] or str(model_folder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
-    transformers.set_seed(given["seed"])
-    if given["base"]:
-        base.name_or_path = given["base"]
-    model: PeftModel = get_peft_model(base, bundle_config(given, base.config.hidden_size))
+    transformers.set_seed(config["seed"])
+    if config["base"]:
+        base.name_or_path = config["base"]
+    model: PeftModel = get_peft_model(base, bundle_config(config, base.config.hidden_size))
 
-    texts, held, others = tasks.text(tokenizer, **given["text"])
-    pairs, held_pairs = tasks.pairs(given["preferences"], **given["pairs"])
-    sums, held_sums = tasks.sums(**given["sums"])
-    peft_bundles.calibrate(model, others, tokenizer, progress=False, **given["calibration"])
+    texts, held, others = tasks.text(tokenizer, **config["text"])
+    pairs, held_pairs = tasks.pairs(config["preferences"], **config["pairs"])
+    sums, held_sums = tasks.sums(**config["sums"])
+    peft_bundles.calibrate(model, others, tokenizer, progress=False, **config["calibration"])
     objectives = [
         LM(texts),
-        Preference(pairs, eval_dataset=held_pairs, max_length=None, **given["preference"]),
-        PPO(sums, tasks.REWARDS, reward_weights=tasks.WEIGHTS, **given["ppo"]),
+        Preference(pairs, eval_dataset=held_pairs, max_length=None, **config["preference"]),
+        PPO(sums, tasks.REWARDS, reward_weights=tasks.WEIGHTS, **config["ppo"]),
     ]
-    alphas = switches(given)
+    alphas = switches(config)
     callback = HeldOut({name: a for name, a in alphas.items() if name != "all off"}, held["plays"])
     callback.trainer = trainer = BundleTrainer(model, args, objectives, tokenizer, [callback])
     kept = promises(trainer.bundle_config, {o.name: o.signals for o in objectives}, trainer.forward.table)
@@ -182,29 +182,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, values in alphas.items():
             with model.alphas(values):
                 table[name] = numbers(model, trainer, held, held_sums, reference)
-        found = {}
-        if given["cards"]:
-            found = measured_bundles(model, trainer, held, held_sums, reference, output / "bundles")
+        bundles = {}
+        if config["cards"]:
+            bundles = measured_bundles(model, trainer, held, held_sums, reference, output / "bundles")
     results = {
         **records.made_by(
             " ".join(["recipes/rl_separate.py", *(sys.argv[1:] if argv is None else argv)]), "trl", device=args.device
         ),
         "processes": args.world_size,
-        "settings": given,
+        "settings": config,
         "promises": kept,
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begun, 1),  # of this command, not of those it resumes
         "table": table,
-        "bundles": found,
+        "bundles": bundles,
         "history": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
         records.write(output / "results.json", results)
         plot(trainer.state.log_history, output / "plots")
-        if found:
+        if bundles:
             cards.write([results], output / "bundles")
-        title = f"{given['variant']}, text rows with {given['forward']}, seed {given['seed']}, {results['steps']} steps"
+        what = f"{config['variant']}, text rows with {config['forward']}"
+        title = f"{what}, seed {config['seed']}, {results['steps']} steps"
         show(table, title)
         print(f"{results['seconds']:.0f} s; recorded in {output / 'results.json'}, drawn in {output / 'plots.png'}")
     return results

@@ -55,22 +55,22 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--smoke", action="store_true", help="two small cells on the CPU")
     parser.add_argument("--resume", action="store_true", help="leave out the cells that cells.jsonl has")
     flags = vars(parser.parse_args(argv))
-    given = yaml.safe_load(flags.pop("config").read_text())
-    smoke = given.pop("smoke")
+    config = yaml.safe_load(flags.pop("config").read_text())
+    smoke = config.pop("smoke")
     if flags["smoke"]:
-        given |= smoke
-    sweep = given["sweep"]
+        config |= smoke
+    sweep = config["sweep"]
     if (seeds := flags.pop("seeds")) is not None:
         sweep["seeds"] = seeds
     if (only := flags.pop("only")) is not None:
         if not all(0 <= n < len(sweep["cells"]) for n in only):
             raise ValueError(f"--only {only}: the sweep has {len(sweep['cells'])} settings, from 0.")
         sweep["cells"] = [sweep["cells"][n] for n in only]
-    given |= {"prepare": None, **{name: value for name, value in flags.items() if value is not None}}
+    config |= {"prepare": None, **{name: value for name, value in flags.items() if value is not None}}
     for cell in sweep["cells"]:
         if unknown := sorted(set(cell) - set(FIXED[:-1])):  # the model is loaded once
             raise ValueError(f"sweep cell {cell} names {unknown}; a cell replaces some of {', '.join(FIXED[:-1])}.")
-    return given
+    return config
 
 
 # ---- results ----
@@ -100,34 +100,34 @@ def show_sweeps(cells: list[dict[str, Any]], folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    given = settings(argv)
-    if given["prepare"] is not None:
-        write_texts(read_texts(given["texts"]), Path(given["prepare"]))
-        print(f"wrote {given['prepare']}")
+    config = settings(argv)
+    if config["prepare"] is not None:
+        write_texts(read_texts(config["texts"]), Path(config["prepare"]))
+        print(f"wrote {config['prepare']}")
         return []
-    output = Path(given["output"])
+    output = Path(config["output"])
     command = " ".join(["recipes/semantic.py", *(sys.argv[1:] if argv is None else argv)])
     cells_file = output / "cells.jsonl"
     cells = records.read(cells_file)
-    if cells and not given["resume"]:
+    if cells and not config["resume"]:
         raise ValueError(f"{cells_file} has {len(cells)} cells; give --resume, or another --output.")
-    sweep = [(cell, seed) for cell in given["sweep"]["cells"] for seed in given["sweep"]["seeds"]]
-    wanted = [(cell, seed, {k: ({**given, **cell, "seed": seed})[k] for k in FIXED}) for cell, seed in sweep]
+    sweep = [(cell, seed) for cell in config["sweep"]["cells"] for seed in config["sweep"]["seeds"]]
+    wanted = [(cell, seed, {k: ({**config, **cell, "seed": seed})[k] for k in FIXED}) for cell, seed in sweep]
     for _, _, setting in wanted:  # what cannot be run is said before anything is
         TopicRouting(["any"], setting["mask"])
         if not 2 <= setting["topics"] <= len(TOPICS):
             raise ValueError(f"topics: {setting['topics']!r} must be from 2 to {len(TOPICS)}.")
     missing = [w for w in wanted if w[2] not in [record["settings"] for record in cells]]
     if missing:
-        source = given["model"] or str(model_folder())
+        source = config["model"] or str(model_folder())
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        device = "cuda" if torch.cuda.is_available() and not given["smoke"] else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not config["smoke"] else "cpu"
         base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
         base.requires_grad_(False)
-        texts = load_texts(Path(given["data"])) if given["data"] else read_texts(given["texts"])
-        own = own_samples(base, tokenizer, given["calibration"]["own"], given["calibration"]["max_length"])
+        texts = load_texts(Path(config["data"])) if config["data"] else read_texts(config["texts"])
+        own = own_samples(base, tokenizer, config["calibration"]["own"], config["calibration"]["max_length"])
     for number, (cell, seed, setting) in enumerate(missing):
-        record = {"cell": cell, "seed": seed, **run_cell({**given, **setting}, base, tokenizer, texts, own)}
+        record = {"cell": cell, "seed": seed, **run_cell({**config, **setting}, base, tokenizer, texts, own)}
         record |= {"settings": setting, **records.made_by(command, device=device)}
         records.append(cells_file, record)
         cells.append(record)

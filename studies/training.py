@@ -67,11 +67,12 @@ class Training:
         self.fixed = tuple(Rows(*(t.clone() for t in rows.tensors())) for rows in fixed)
         # A captured step reads its rates from tensors; a Python float has the precision of a double.
         rates: list[Any] = [torch.zeros((), device=device) if fixed else 0.0 for _ in self.groups]
+        flags: dict[str, Any] = {"capturable": cuda, "foreach": cuda} if fixed else {}
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "lr": rate} for group, rate in zip(self.groups, rates)],
             lr=rates[0],
             weight_decay=decay,
-            **({"capturable": cuda, "foreach": cuda} if fixed else {}),
+            **flags,
         )
         self.losses: Tensor | None = None
         self.wanted = bool(fixed) and cuda and graph

@@ -53,7 +53,7 @@ class Bench:
 
     Args:
         base: the untouched model, to which distances are measured.
-        data: as `_continual_data.load` returns it.
+        data: as `data.load` returns it.
         common: the settings that all cells share.
     """
 

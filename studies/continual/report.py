@@ -54,18 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS, help="the YAML with the runs that were asked for")
     parser.add_argument("--features", type=Path, help="folder of features: makes spaces.json and spaces.svg anew")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tables.md"))
-    given = parser.parse_args(argv)
-    study = s.read(given.results)
-    if given.features is not None:
-        study.spaces = spaces.write(given.features, study.records, given.results, study.spaces)
-    runs = yaml.safe_load(given.runs.read_text(encoding="utf-8"))["runs"]
+    options = parser.parse_args(argv)
+    study = s.read(options.results)
+    if options.features is not None:
+        study.spaces = spaces.write(options.features, study.records, options.results, study.spaces)
+    runs = yaml.safe_load(options.runs.read_text(encoding="utf-8"))["runs"]
     made_from = (
-        f"`python -m studies.continual.report` from `{given.results}/*.jsonl` (`recipes/continual.py`, `removal.py`)."
+        f"`python -m studies.continual.report` from `{options.results}/*.jsonl` (`recipes/continual.py`, `removal.py`)."
     )
-    write_tables(given.output, made_from, all_tables(study, runs))
-    plots.draw(study, given.results)
+    write_tables(options.output, made_from, all_tables(study, runs))
+    plots.draw(study, options.results)
     failed = len(study.failed) + len(study.removal_failed)
-    print(f"wrote {given.output} from {len(study.records)} + {len(study.removal)} cells, {failed} failed")
+    print(f"wrote {options.output} from {len(study.records)} + {len(study.removal)} cells, {failed} failed")
 
 
 if __name__ == "__main__":

@@ -43,17 +43,17 @@ def train(cell: Cell, phases: int, method: Method, bench: Bench) -> Iterator[dic
         yield {"task": task, **train_phase(method, phase, batches, rows, settings)}
 
 
-def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: list[str]) -> dict[str, Any]:
+def run_cell(config: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: list[str]) -> dict[str, Any]:
     """Train and measure one cell; what its record has beside the names."""
     start = time.perf_counter()
-    condition, settings = given["conditions"][cell["condition"]], cell["settings"]
+    condition, settings = config["conditions"][cell["condition"]], cell["settings"]
     tasks = ORDERS[cell["order"]]
     budget = lora_size(base, settings["budget_rank"])
     method = build(base, {**settings, "lr": cell["lr"], "budget": budget}, cell["seed"], texts, bench.tokenizer)
     phases = 1 if cell["schedule"] == "mixture" else len(TASKS)
     trained = train(cell, phases, method, bench)
     if cell["stage"] == "code":
-        solved = [{**phase, "code": bench.code(method, given["code"])} for phase in trained]
+        solved = [{**phase, "code": bench.code(method, config["code"])} for phase in trained]
         return {"phases": solved, "seconds": {"total": time.perf_counter() - start}}
     record: dict[str, Any] = {
         "trainable": sum(p.numel() for p in method.trained()),
@@ -79,7 +79,7 @@ def run_cell(given: dict[str, Any], cell: Cell, base: Any, bench: Bench, texts: 
     record["norms"] = record["phases"][-1].pop("norms")
     if method.tagged:
         record["tag_accuracy"] = bench.tag_accuracy
-    record |= extras(given, cell, condition, method, bench)
+    record |= extras(config, cell, condition, method, bench)
     seconds["evaluate"] += time.perf_counter() - now
     return {**record, "seconds": {**seconds, "total": time.perf_counter() - start}}
 
@@ -95,14 +95,14 @@ def extras_of(condition: dict[str, Any], cell: Cell) -> list[str]:
 
 
 def extras(
-    given: dict[str, Any], cell: Cell, condition: dict[str, Any], method: Method, bench: Bench
+    config: dict[str, Any], cell: Cell, condition: dict[str, Any], method: Method, bench: Bench
 ) -> dict[str, Any]:
     """What only some final cells have: `extras_of`."""
     wanted = extras_of(condition, cell)
     measured = {name: getattr(bench, EXTRAS[name])(method) for name in wanted if name in EXTRAS}
-    if "features" in wanted and given.get("features"):
+    if "features" in wanted and config.get("features"):
         name = name_of(cell).replace("|", "-") + ".npz"
-        bench.features(method, given["features"] / name)
+        bench.features(method, config["features"] / name)
         measured["features"] = name
     return measured
 
@@ -110,10 +110,10 @@ def extras(
 # ---- workers ----
 
 
-def has_code(given: dict[str, Any], record: dict[str, Any]) -> bool:
+def has_code(config: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether it is of as many problems of HumanEval as are asked for."""
     of_code = record["stage"] == "code" and "error" not in record
-    return of_code and record["phases"][-1]["code"]["tasks"] == given["code"]
+    return of_code and record["phases"][-1]["code"]["tasks"] == config["code"]
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -124,30 +124,30 @@ def summary(record: dict[str, Any]) -> str:
     return f"validation {record['validation']['mean']:.3f}"
 
 
-def open_bench(given: dict[str, Any], worker: int) -> tuple[Any, Bench, torch.device]:
-    device = workers.device_of(worker, cpu=given["smoke"])
-    source = given["model"] or str(model_folder())
+def open_bench(config: dict[str, Any], worker: int) -> tuple[Any, Bench, torch.device]:
+    device = workers.device_of(worker, cpu=config["smoke"])
+    source = config["model"] or str(model_folder())
     tokenizer = AutoTokenizer.from_pretrained(source)
     base: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
     base.requires_grad_(False)
-    return base, Bench(base, tokenizer, data.load(given["data"]), given["common"]), device
+    return base, Bench(base, tokenizer, data.load(config["data"]), config["common"]), device
 
 
-def work(given: dict[str, Any]) -> None:
+def work(config: dict[str, Any]) -> None:
     """One worker: takes cells until there are none, or time is up."""
     torch.set_num_threads(1)
-    base, bench, device = open_bench(given, given["worker"])
-    own = json.loads(given["samples"].read_text())
+    base, bench, device = open_bench(config, config["worker"])
+    own = json.loads(config["samples"].read_text())
     texts = [text for pair in zip(own, bench.data["calibration"]) for text in pair]
-    cells = cells_of(given)
-    while (cell := next_cell(given, cells)) is not None:
+    cells = cells_of(config)
+    while (cell := next_cell(config, cells)) is not None:
         begin = time.perf_counter()
-        condition = given["conditions"][cell["condition"]]
+        condition = config["conditions"][cell["condition"]]
         record: dict[str, Any] = {"schema": 1, **{k: v for k, v in cell.items() if k != "rate_of"}}
         record |= {"order": list(ORDERS[cell["order"]]), "label": condition["label"], "group": condition["group"]}
-        record["settings"] = settings_of(given, cell)
+        record["settings"] = settings_of(config, cell)
         try:
-            record |= run_cell(given, cell, base, bench, texts)
+            record |= run_cell(config, cell, base, bench, texts)
         except Exception:
             record["error"] = traceback.format_exc()[-2500:]
         lost = "error" in record and not usable(device)
@@ -155,21 +155,21 @@ def work(given: dict[str, Any]) -> None:
         if device.type == "cuda" and not lost:
             torch.cuda.empty_cache()
         record |= {
-            "worker": given["worker"],
+            "worker": config["worker"],
             "wall": time.perf_counter() - begin,
-            **records.made_by(given["command"], device=device),
+            **records.made_by(config["command"], device=device),
         }
-        records.append(given["output"], record)
+        records.append(config["output"], record)
         if cell["stage"] == "grid":
-            write_score(given, record)
+            write_score(config, record)
         print(name_of(cell), cell["lr"], f"{record['wall']:.1f} s", summary(record), flush=True)
         if lost:
             os.execv(sys.executable, [sys.executable, *sys.argv])
-    coded = any(r["condition"] == "base" and has_code(given, r) for r in records.read(given["output"]))
-    if given["worker"] == 0 and given["code"] and not given["grid"] and not coded and time.time() < given["until"]:
+    coded = any(r["condition"] == "base" and has_code(config, r) for r in records.read(config["output"]))
+    if config["worker"] == 0 and config["code"] and not config["grid"] and not coded and time.time() < config["until"]:
         base_code: dict[str, Any] = {"schema": 1, "stage": "code", "condition": "base", "label": "base model"}
-        base_code["phases"] = [{"task": None, "code": bench.code(Method(base, {}, 0), given["code"])}]
-        records.append(given["output"], {**base_code, **records.made_by(given["command"], device=device)})
+        base_code["phases"] = [{"task": None, "code": bench.code(Method(base, {}, 0), config["code"])}]
+        records.append(config["output"], {**base_code, **records.made_by(config["command"], device=device)})
 
 
 def usable(device: torch.device) -> bool:
@@ -180,46 +180,46 @@ def usable(device: torch.device) -> bool:
         return False
 
 
-def measure_base(given: dict[str, Any]) -> None:
+def measure_base(config: dict[str, Any]) -> None:
     """The base model's record, and samples that it writes by itself, for calibration."""
-    base, bench, device = open_bench(given, 0)
-    settings = given["common"]
-    if not given["samples"].exists():
-        given["samples"].write_text(json.dumps(bench.samples(**settings["samples"])))
+    base, bench, device = open_bench(config, 0)
+    settings = config["common"]
+    if not config["samples"].exists():
+        config["samples"].write_text(json.dumps(bench.samples(**settings["samples"])))
     method = Method(base, {}, 0)
-    if given.get("features") and not (given["features"] / "base.npz").exists():
-        bench.features(method, given["features"] / "base.npz")
-    if any(record["stage"] == "base" for record in records.read(given["output"])):
+    if config.get("features") and not (config["features"] / "base.npz").exists():
+        bench.features(method, config["features"] / "base.npz")
+    if any(record["stage"] == "base" for record in records.read(config["output"])):
         return
     begin = time.perf_counter()
     record: dict[str, Any] = {"schema": 1, "stage": "base", "condition": "base", "label": "base model"}
-    record |= {"settings": {**settings, "data_md5": given["md5"]}, "trainable": 0}
+    record |= {"settings": {**settings, "data_md5": config["md5"]}, "trainable": 0}
     record["phases"] = [{"task": None, "steps": 0, **bench.measure(method, True)}]
     record["norms"] = record["phases"][0].pop("norms")
     record |= {"validation": bench.validate(method, "all"), **bench.about()}
-    if given.get("features"):
+    if config.get("features"):
         record["features"] = "base.npz"
     record["seconds"] = {"total": time.perf_counter() - begin}
-    records.append(given["output"], {**record, **records.made_by(given["command"], device=device)})
+    records.append(config["output"], {**record, **records.made_by(config["command"], device=device)})
     print("base:", {t: round(r["accuracy"], 3) for t, r in record["phases"][0]["modes"]["all"].items()}, flush=True)
 
 
-def claim_finished(given: dict[str, Any]) -> None:
+def claim_finished(config: dict[str, Any]) -> None:
     """Claim the cells that the output has already, and leave the scores of its search."""
-    wanted = {(cell["condition"], cell["schedule"]): settings_of(given, cell) for cell in cells_of(given)}
-    for record in records.read(given["output"]):
+    wanted = {(cell["condition"], cell["schedule"]): settings_of(config, cell) for cell in cells_of(config)}
+    for record in records.read(config["output"]):
         if record["condition"] == "base" or "error" in record:
             continue
-        if record["stage"] == "code" and not has_code(given, record):
+        if record["stage"] == "code" and not has_code(config, record):
             continue
         cell = cell_of(record)
         name = name_of(cell)
         if record["settings"] != wanted.get((record["condition"], record["schedule"]), record["settings"]):
             print(f"{name}: the output has it with other settings; it is run again.", flush=True)
             continue
-        extra = extras_of(given["conditions"].get(cell["condition"], {}), cell)
-        if any(name in extra and name not in record for name in given.get("again", ())):
+        extra = extras_of(config["conditions"].get(cell["condition"], {}), cell)
+        if any(name in extra and name not in record for name in config.get("again", ())):
             continue
-        (given["claims"] / name).touch()
+        (config["claims"] / name).touch()
         if record["stage"] == "grid":
-            write_score(given, record)
+            write_score(config, record)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from peft_bundles.evaluation import spearman
 from studies.measures import continual
 from studies.measures.continual import Interval, Run
 
@@ -366,7 +367,7 @@ def control(study: Study, key: Key, others: str, task: str) -> dict[str, list[fl
         part, own = [alphas[n] for n in kept], TASKS.index(task)
         if 0.0 not in part or len(part) < 3:
             continue
-        found["spearman"].append(continual.spearman(part, table[kept, own]))
+        found["spearman"].append(spearman(part, table[kept, own].tolist()))
         found["own"].append(float(continual.sensitivity(part, table[kept])[own]))
         found["cross"].append(continual.cross_sensitivity(part, table[kept], own))
     return found if found["own"] else None

@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, a function each; a dash for what was not run."""
+"""The tables of the continual study, a function each; a dash for what was not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of meta_heads.py share: states of the model, training of heads and bundles, intervals."""
+"""What the parts of the heads' study share: states of the model, training of heads and bundles, intervals."""
 
 from __future__ import annotations
 

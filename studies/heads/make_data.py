@@ -1,4 +1,4 @@
-"""The rows of meta_heads.py. Training and held-out rows never share a question, a sequence or a document."""
+"""The rows of the heads' study. Training and held-out rows never share a question, a sequence or a document."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from studies.data import gsm8k_solutions, judgements
-from studies.data import smollm as _data
 from studies.data.split import long_lines, pieces
+from studies.data.text import docstrings, plays
 from studies.measures.answers import same_answer
 
 
@@ -37,7 +37,7 @@ Sampler = Callable[[list[str], int, bool], list[list[str]]]  # prompts, answers 
 def prepare(path: Path, gsm8k: Path | None) -> None:
     """Write documents, calibration text and, of a folder of GSM8K's files, marked solutions of models."""
     documents: dict[str, list[str]] = {}
-    for texts in (_data.docstrings(), _data.plays()):
+    for texts in (docstrings(), plays()):
         for name in sorted(texts):
             found = list(itertools.islice(pieces(texts[name], 120), 60))
             if len(found) >= 10:

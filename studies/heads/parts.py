@@ -1,4 +1,4 @@
-"""The parts of meta_heads.py: a signal's rows, its objective's loss, and what is measured on held-out rows."""
+"""The parts of the heads' study: a signal's rows, its objective's loss, and what is measured on held-out rows."""
 
 from __future__ import annotations
 

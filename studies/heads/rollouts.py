@@ -1,4 +1,4 @@
-"""Advantage and curiosity on thousands of completions sampled for sums; held out: other sums. A part of meta_heads.py.
+"""Advantage and curiosity on thousands of completions sampled for sums; held out: other sums. A part of the study.
 
 Two advantages are told apart. "group": a completion's reward against the others of its prompt, the same for all of its
 tokens (GRPO's). "gae": of a value baseline that is fitted to the training prompts' returns (ridge regression on the

@@ -1,1 +1,1 @@
-"""Measured arrays in, numbers out: `continual` (forgetting, transfer), `representations` (probes, CKA).."""
+"""Measures of answers, probabilities, code, text, forgetting and representations, each a function of its inputs."""

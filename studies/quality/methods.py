@@ -1,4 +1,4 @@
-"""What studies/quality/run.py compares, as data: PEFT's methods, the package's bundles, the forms that were tried."""
+"""What the quality study compares, as data: PEFT's methods, the package's bundles, the forms that were tried."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def encoded(tokenizer: Any, pairs: list[list[str]]) -> list[Encoded]:
     return [tokens_of(tokenizer, (PROMPT.format(question), answer + "<|im_end|>")) for question, answer in pairs]
 
 
-def kinds_of(data: dict[str, Any], split: str, given: dict[str, Any], tokenizer: Any) -> dict[str, list[Encoded]]:
+def kinds_of(data: dict[str, Any], split: str, config: dict[str, Any], tokenizer: Any) -> dict[str, list[Encoded]]:
     """Kind -> its questions with answers; the families of a kind are joined."""
     found = {}
-    for kind in given["rows"]:
+    for kind in config["rows"]:
         pairs = data[split][kind]
         found[kind] = encoded(tokenizer, pairs if isinstance(pairs, list) else [p for f in pairs.values() for p in f])
     return found
@@ -109,11 +109,11 @@ def answer_loss(built: Built, rows: Rows) -> Tensor:
 
 
 def teach(
-    built: Built, pools: dict[str, list[Encoded]], counts: dict[str, int], given: dict[str, Any], seed: int
+    built: Built, pools: dict[str, list[Encoded]], counts: dict[str, int], config: dict[str, Any], seed: int
 ) -> None:
     """Train on `counts` rows of every kind a step, with linear warm-up and decay."""
     device = next(built.model.parameters()).device
-    steps, warmup, lr = given["steps"], given["warmup"], given["learning_rate"]
+    steps, warmup, lr = config["steps"], config["warmup"], config["learning_rate"]
 
     def loss(rows: Rows) -> Tensor:
         return answer_loss(built, rows) + (built.extra() if built.extra else 0.0)
@@ -148,7 +148,7 @@ def state_at(model: Any, ids: Tensor, layer: int) -> Tensor:
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
 
 
-def rmu_loss(built: Built, frozen: Any, rows: Rows, given: dict[str, Any], seed: int) -> Callable[..., Tensor]:
+def rmu_loss(built: Built, frozen: Any, rows: Rows, config: dict[str, Any], seed: int) -> Callable[..., Tensor]:
     """RMU's loss (Li et al. 2024, eq. 1-3) at one layer, over the squared length of its target.
 
     The forget set's states are drawn to one random vector, of `strength` times their mean length; the retain set's to
@@ -156,7 +156,7 @@ def rmu_loss(built: Built, frozen: Any, rows: Rows, given: dict[str, Any], seed:
     up to that layer, not three MLPs, and the target's length follows the model's own.
     """
     inner: Any = built.model.get_base_model()  # type: ignore[operator]
-    layer = max(0, round(given["depth"] * inner.config.num_hidden_layers) - 1)
+    layer = max(0, round(config["depth"] * inner.config.num_hidden_layers) - 1)
 
     def counted(ids: Tensor) -> Tensor:
         return (ids != 0) & (torch.arange(ids.shape[1], device=ids.device) > 0)
@@ -166,7 +166,7 @@ def rmu_loss(built: Built, frozen: Any, rows: Rows, given: dict[str, Any], seed:
         return (values * mask).sum() / mask.sum()
 
     with torch.no_grad():
-        length = mean(state_at(frozen, rows.ids[0], layer).float().norm(dim=-1), rows.ids[0]) * given["strength"]
+        length = mean(state_at(frozen, rows.ids[0], layer).float().norm(dim=-1), rows.ids[0]) * config["strength"]
     direction = torch.rand(inner.config.hidden_size, generator=torch.Generator().manual_seed(seed)).to(length.device)
     target = direction / direction.norm() * length
 
@@ -175,7 +175,7 @@ def rmu_loss(built: Built, frozen: Any, rows: Rows, given: dict[str, Any], seed:
             kept = state_at(frozen, retain.ids, layer).float()
         away = mean((state_at(inner, forget.ids, layer).float() - target).square().sum(-1), forget.ids)
         stay = mean((state_at(inner, retain.ids, layer).float() - kept).square().sum(-1), retain.ids)
-        return (away + given["retain"] * stay) / length**2
+        return (away + config["retain"] * stay) / length**2
 
     return loss
 
@@ -186,11 +186,11 @@ def unlearn(
     rate: float,
     pools: dict[str, list[Encoded]],
     test: Rows,
-    given: dict[str, Any],
+    config: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     """Train the LoRA until the forget set is answered no better than `below`; {"steps", "removed", "curve"}."""
-    forget, settings = given["forget"], given["unlearn"]
+    forget, settings = config["forget"], config["unlearn"]
     retained = {kind: settings["rows"] // (len(pools) - 1) for kind in pools if kind != forget}
     device, steps = test.ids.device, settings["steps"]
     forgotten = drawn(pools, {forget: settings["rows"]}, steps, seed).to(device)
@@ -221,7 +221,7 @@ def unlearn(
 # ---- bringing it back ----
 
 
-def relearn(model: Any, pairs: list[Encoded], test: Rows, given: dict[str, Any], seed: int) -> dict[str, Any]:
+def relearn(model: Any, pairs: list[Encoded], test: Rows, config: dict[str, Any], seed: int) -> dict[str, Any]:
     """Accuracy over steps of a fresh LoRA on everything else frozen.
 
     {"all": [[step, accuracy]], taught all of the facts; "part": [[step, of the taught part, of the rest]]}.
@@ -229,11 +229,11 @@ def relearn(model: Any, pairs: list[Encoded], test: Rows, given: dict[str, Any],
     Args:
         model: a causal LM, with its bundles where it has some; their alphas are as set.
     """
-    settings = given["relearn"]
+    settings = config["relearn"]
     torch.manual_seed(1000 + seed)
     model.requires_grad_(False)
-    config = LoraConfig(r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules=LINEARS)
-    inject_adapter_in_model(config, model, "relearn")
+    adapter = LoraConfig(r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules=LINEARS)
+    inject_adapter_in_model(adapter, model, "relearn")
     parameters = [p for name, p in model.named_parameters() if "relearn" in name]
     for parameter in parameters:
         parameter.requires_grad_(True)

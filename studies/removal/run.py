@@ -32,34 +32,34 @@ WITHOUT_LORA = ("owners", "all", "never", "base")  # cells that do not begin wit
 class Study:
     """What all cells of one process share."""
 
-    def __init__(self, given: dict[str, Any], device: torch.device) -> None:
-        self.given, self.device = given, device
-        self.tokenizer = AutoTokenizer.from_pretrained(given["model"])
-        self.base: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32).to(device).eval()
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.tokenizer = AutoTokenizer.from_pretrained(config["model"])
+        self.base: Any = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32).to(device).eval()
         self.base.requires_grad_(False)
-        data = load(Path(given["data"]))
-        self.pools = kinds_of(data, "train", given, self.tokenizer)
-        tests = kinds_of(data, "test", given, self.tokenizer)
+        data = load(Path(config["data"]))
+        self.pools = kinds_of(data, "train", config, self.tokenizer)
+        tests = kinds_of(data, "test", config, self.tokenizer)
         self.tests = {f"facts/{kind}": rows_of(items, DOMAIN_LENGTH).to(device) for kind, items in tests.items()}
         for name, texts in data["domains"].items():
-            items = [tokens_of(self.tokenizer, text) for text in texts[: given["text_rows"]]]
+            items = [tokens_of(self.tokenizer, text) for text in texts[: config["text_rows"]]]
             self.tests[f"text/{name}"] = rows_of(items, DOMAIN_LENGTH).to(device)
         texts = [text for some in zip(*data["calibration"].values()) for text in some]
         self.calibration = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     @property
     def test(self) -> Rows:
-        return self.tests[f"facts/{self.given['forget']}"]
+        return self.tests[f"facts/{self.config['forget']}"]
 
     def measured(self, built: Built) -> dict[str, Any]:
-        return measure(built, self.base, self.tests, self.given["forget"])
+        return measure(built, self.base, self.tests, self.config["forget"])
 
     def relearnt(self, model: Any, seed: int) -> dict[str, Any]:
-        return relearn(model, self.pools[self.given["forget"]], self.test, self.given, seed)
+        return relearn(model, self.pools[self.config["forget"]], self.test, self.config, seed)
 
     def lora_file(self, seed: int) -> Path:
-        same = hashlib.md5(json.dumps(settings_of(self.given), sort_keys=True).encode()).hexdigest()[:8]
-        return Path(self.given["scratch"]) / f"lora_{same}_{seed}.safetensors"
+        same = hashlib.md5(json.dumps(settings_of(self.config), sort_keys=True).encode()).hexdigest()[:8]
+        return Path(self.config["scratch"]) / f"lora_{same}_{seed}.safetensors"
 
     def monolith(self, seed: int) -> Built:
         """The LoRA that was taught everything; trained once a seed, then read from `scratch`."""
@@ -70,13 +70,13 @@ class Study:
                 if name in known:
                     parameter.data.copy_(known[name])
             return built
-        teach(built, self.pools, self.given["rows"], self.given, seed)
+        teach(built, self.pools, self.config["rows"], self.config, seed)
         save_file(lora_weights(built), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)  # whoever waits for it finds all of it
         return built
 
     def cell(self, variant: str, rate: float, seed: int) -> dict[str, Any]:
-        given, forget = self.given, self.given["forget"]
+        config, forget = self.config, self.config["forget"]
         if variant == "base":
             built = Built(self.base, lambda ids: final_states(self.base, ids), [])
             return {"after": self.measured(built), "relearn": self.relearnt(copy.deepcopy(self.base), seed)}
@@ -84,26 +84,26 @@ class Study:
             return self.bundles(variant, seed)
         if variant == "never":
             built = lora(self.base, seed)
-            counts = {kind: n for kind, n in given["rows"].items() if kind != forget}
-            teach(built, self.pools, counts, given, seed)
+            counts = {kind: n for kind, n in config["rows"].items() if kind != forget}
+            teach(built, self.pools, counts, config, seed)
             record: dict[str, Any] = {"trainable": sum(p.numel() for p in built.parameters)}
         else:
             built = self.monolith(seed)
             record = {"trainable": sum(p.numel() for p in built.parameters), "before": self.measured(built)}
             if variant != "none":
-                record["unlearn"] = unlearn(built, variant, rate, self.pools, self.test, given, seed)
+                record["unlearn"] = unlearn(built, variant, rate, self.pools, self.test, config, seed)
         record["after"] = self.measured(built)
         record["relearn"] = self.relearnt(built.model.merge_and_unload(), seed)  # type: ignore[operator]
         return record
 
     def bundles(self, variant: str, seed: int) -> dict[str, Any]:
         """One bundle a kind, updated by its own rows only; in them only it is on ("owners"), or all are ("all")."""
-        given, gone = self.given, f"b_{self.given['forget']}"
-        kinds = [kind for kind, n in given["rows"].items() for _ in range(n)]
+        config, gone = self.config, f"b_{self.config['forget']}"
+        kinds = [kind for kind, n in config["rows"].items() for _ in range(n)]
         longest = max(map(len, self.calibration))
         rows = torch.tensor([ids + [0] * (longest - len(ids)) for ids in self.calibration])
         built = build_bundles(
-            {"routed": "1", "quiet": str(given["quiet"]), "tokens": str(given["calibration"]), "source": "texts"},
+            {"routed": "1", "quiet": str(config["quiet"]), "tokens": str(config["calibration"]), "source": "texts"},
             self.base,
             {"texts": rows},
             self.tokenizer,
@@ -112,16 +112,16 @@ class Study:
         )
         model: Any = built.model
         own = {
-            f"b_{kind}": torch.tensor([float(k == kind) for k in kinds], device=self.device) for kind in given["rows"]
+            f"b_{kind}": torch.tensor([float(k == kind) for k in kinds], device=self.device) for kind in config["rows"]
         }
         with ExitStack() as stack:
             stack.enter_context(built.context)
             if variant == "owners":
                 stack.enter_context(model.alphas(own))
-            teach(built, self.pools, given["rows"], given, seed)
+            teach(built, self.pools, config["rows"], config, seed)
         record: dict[str, Any] = {"trainable": sum(p.numel() for p in built.parameters), "before": self.measured(built)}
         record["alone"] = {}
-        for kind in given["rows"]:
+        for kind in config["rows"]:
             with model.alphas({name: float(name == f"b_{kind}") for name in own}):
                 record["alone"][kind] = self.measured(built)["accuracy"]
         with model.alphas(dict.fromkeys(own, 0.0)), torch.no_grad():
@@ -133,64 +133,64 @@ class Study:
         return record
 
 
-def cells_of(given: dict[str, Any]) -> list[tuple[str, float, int]]:
+def cells_of(config: dict[str, Any]) -> list[tuple[str, float, int]]:
     """(variant, rate of unlearning, seed): a monolith first, since others wait for it, then seed by seed."""
-    cells = [("none", 0.0, seed) for seed in given["seeds"]]
-    for seed in given["seeds"]:
+    cells = [("none", 0.0, seed) for seed in config["seeds"]]
+    for seed in config["seeds"]:
         cells += [(variant, 0.0, seed) for variant in ("owners", "all", "never", "base")]
-        cells += [(method, rate, seed) for method, rates in given["unlearn"]["rates"].items() for rate in rates]
+        cells += [(method, rate, seed) for method, rates in config["unlearn"]["rates"].items() for rate in rates]
     return cells
 
 
-def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a record keeps: cells with other ones are other cells."""
     left_out = ("model", "data", "output", "scratch", "seeds", "workers", "worker", "seconds", "until", "command")
-    kept = {name: value for name, value in given.items() if name not in left_out}
-    return {**kept, "unlearn": {k: v for k, v in given["unlearn"].items() if k != "rates"}}
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    return {**kept, "unlearn": {k: v for k, v in config["unlearn"].items() if k != "rates"}}
 
 
-def done(given: dict[str, Any]) -> set[Hashable]:
+def done(config: dict[str, Any]) -> set[Hashable]:
     """The cells that the output has with these settings."""
-    settings = settings_of(given)
-    found = [r for r in records.read(Path(given["output"])) if "error" not in r and r["settings"] == settings]
+    settings = settings_of(config)
+    found = [r for r in records.read(Path(config["output"])) if "error" not in r and r["settings"] == settings]
     return {(r["variant"], r["rate"], r["seed"]) for r in found}
 
 
-def work(given: dict[str, Any]) -> None:
+def work(config: dict[str, Any]) -> None:
     """One worker: takes every cell that nobody has claimed yet, and that has what it needs, until there are none."""
     torch.set_num_threads(1)
-    device = workers.device_of(given["worker"])
-    study, claims = Study(given, device), Path(given["scratch"]) / "claims"
-    finished = done(given)
-    waiting = [cell for cell in cells_of(given) if cell not in finished]
-    while waiting and time.time() < given["until"]:
+    device = workers.device_of(config["worker"])
+    study, claims = Study(config, device), Path(config["scratch"]) / "claims"
+    finished = done(config)
+    waiting = [cell for cell in cells_of(config) if cell not in finished]
+    while waiting and time.time() < config["until"]:
         for cell in waiting:
             failed = claims / f"failed|{cell[2]}"
             if cell[0] not in WITHOUT_LORA and not study.lora_file(cell[2]).exists() and not failed.exists():
                 if not workers.claim(claims / f"lora|{cell[2]}"):
                     continue  # another worker trains it
-                if not attempt(given, ("taught", 0.0, cell[2]), lambda: study.monolith(cell[2]) and {}):  # noqa: B023
+                if not attempt(config, ("taught", 0.0, cell[2]), lambda: study.monolith(cell[2]) and {}):  # noqa: B023
                     failed.touch()
             waiting.remove(cell)
             impossible = cell[0] not in WITHOUT_LORA and failed.exists()
             if not impossible and workers.claim(claims / "|".join(map(str, cell))):
-                attempt(given, cell, lambda: study.cell(*cell))  # noqa: B023
+                attempt(config, cell, lambda: study.cell(*cell))  # noqa: B023
             break  # look again from the front: what a cell before this one needs may be there now
         else:
             time.sleep(0.5)
 
 
-def attempt(given: dict[str, Any], cell: tuple[str, float, int], run: Callable[[], dict[str, Any]]) -> bool:
+def attempt(config: dict[str, Any], cell: tuple[str, float, int], run: Callable[[], dict[str, Any]]) -> bool:
     """Append what `run` returns, if anything, or its error, to the output; True if there was no error."""
     begin, variant = time.perf_counter(), cell[0]
-    record: dict[str, Any] = {"variant": variant, "rate": cell[1], "seed": cell[2], "settings": settings_of(given)}
+    record: dict[str, Any] = {"variant": variant, "rate": cell[1], "seed": cell[2], "settings": settings_of(config)}
     try:
         result = run()
     except Exception:
         result = {"error": traceback.format_exc()[-1500:]}
-    record |= {**result, "seconds": round(time.perf_counter() - begin, 1), **records.made_by(given["command"])}
+    record |= {**result, "seconds": round(time.perf_counter() - begin, 1), **records.made_by(config["command"])}
     if result:
-        records.append(Path(given["output"]), record)
+        records.append(Path(config["output"]), record)
     told = result.get("error", "")[-400:] or result.get("after", {}).get("accuracy", "taught")
     print("|".join(map(str, cell)), f"{record['seconds']} s", told, flush=True)
     gc.collect()  # a step's closures, its graph and the model hold each other

@@ -93,8 +93,8 @@ def measured_bundles(
     folder: Path,
 ) -> dict[str, dict[str, Any]]:
     """Every bundle in a folder of its own, measured alone and left out, with its alpha sweep drawn."""
-    given, tokenizer = trainer.bundle_config, trainer.processing_class
-    ppo, preference, names = trainer.objectives["ppo"], trainer.objectives["preference"], list(given.bundles or ())
+    config, tokenizer = trainer.bundle_config, trainer.processing_class
+    ppo, preference, names = trainer.objectives["ppo"], trainer.objectives["preference"], list(config.bundles or ())
     pairs = preference.collate([preference.eval_rows[i] for i in range(len(preference.eval_rows))])
     kinds = cards.sweep_tasks(held, pairs, prompt_batch(sums, tokenizer))
 
@@ -102,10 +102,10 @@ def measured_bundles(
         length = ppo.max_completion_length
         return cards.scores(model, batch, lambda m, b: batch_rewards(m, tokenizer, b, length), logprobs)
 
-    overlap = support_overlap(bundle_shapes(given, model.config.hidden_size)).tolist()
+    overlap = support_overlap(bundle_shapes(config, model.config.hidden_size)).tolist()
     found = {}
     for name, shared in zip(names, overlap):
-        signals = given.bundles[name].signals
+        signals = config.bundles[name].signals
         same = [f"{other} {share:.0%}" for other, share in zip(names, shared) if share and other != name]
         rate = trainer.args.learning_rate * (trainer.args.lr_multipliers or {}).get(name, 1.0)
         peft_bundles.save_bundle(

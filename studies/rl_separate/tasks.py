@@ -53,7 +53,9 @@ def pairs(source: str | None, train: int, held_out: int) -> tuple[Rows, Rows]:
     if source is not None:
         rows = load_dataset(source, split=f"train[:{train + held_out}]").to_list()
         return rows[held_out:], rows[:held_out]
-    rng, seen, made, known = random.Random(0), set(), [], WORDS.split()
+    rng, known = random.Random(0), WORDS.split()
+    seen: set[frozenset[str]] = set()
+    made: Rows = []
     while len(made) < train + held_out:
         words = rng.sample(known, 3)
         wrong = rng.sample(words, 3)

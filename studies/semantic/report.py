@@ -135,7 +135,7 @@ def tables(cells: list[Record]) -> list[Table]:
 
 
 if __name__ == "__main__":
-    folder = Path(*sys.argv[1:2] or [RESULTS])
+    folder = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
     cells = records.read(folder / "cells.jsonl")
     made_from = f"`python -m studies.semantic.report` from `{folder}/cells.jsonl` (`recipes/semantic.py`)."
     write_tables(Path(__file__).with_name("tables.md"), made_from, tables(cells))

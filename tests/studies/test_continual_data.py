@@ -1,26 +1,20 @@
-"""recipes/_continual_data.py: which rows stand in a step, and what may be asked where."""
+"""The continual study's data: which rows stand in a step, and what may be asked where."""
 
 import copy
-import sys
-from pathlib import Path
 
 import continual_data
 import pytest
 import torch
 
+from studies.continual import data as data_of
 
-@pytest.fixture(scope="module")
-def data_of():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parents[2] / "recipes"), *sys.path])
-        from studies.continual import data as _continual_data
 
-        yield _continual_data
+pytestmark = pytest.mark.studies
 
 
 @pytest.mark.parametrize("routing", ["tags", "random", "wrong", "replay"])
 @pytest.mark.parametrize("schedule", ["sequence", "mixture"])
-def test_rows_of_one_tag_stand_together(data_of, schedule, routing):
+def test_rows_of_one_tag_stand_together(schedule, routing):
     rows = data_of.plan(schedule, routing, data_of.TASKS, 1, 30)
     tags = [tag for _, tag in rows]
     assert len(rows) == 30 and [t for n, t in enumerate(tags) if n == 0 or tags[n - 1] != t] == list(
@@ -34,18 +28,18 @@ def test_rows_of_one_tag_stand_together(data_of, schedule, routing):
         assert all(sum(task == t for task, _ in rows) == 10 for t in data_of.TASKS)
 
 
-def test_all_conditions_draw_the_same_rows_of_a_task(data_of):
+def test_all_conditions_draw_the_same_rows_of_a_task():
     items = {task: [([n, n + 1, n + 2], 1) for n in range(20)] for task in data_of.TASKS}
-    alone = data_of.Draws(items, 3)
-    mixed = data_of.Draws(items, 3)
+    alone = data_of.draws(items, 3)
+    mixed = data_of.draws(items, 3)
     first = [alone.draw("logic") for _ in range(30)]
     assert first == [mixed.draw(task) for _ in range(30) for task in ("memory", "logic")][1::2]
-    batches = data_of.Draws({"logic": [([1, 2, 3, 4, 5], 3), ([1, 2], 1)]}, 0).batches(["logic"] * 2, 1, 9)
+    batches = data_of.draws({"logic": [([1, 2, 3, 4, 5], 3), ([1, 2], 1)]}, 0).batches(["logic"] * 2, 1, 9)
     ids, where, target = batches.ids[0].flatten(), batches.where[0], batches.target[0]
     assert torch.equal(ids[where + 1], target)  # each position is the one before its target
 
 
-def test_judged_questions_come_right_and_wrong(data_of):
+def test_judged_questions_come_right_and_wrong():
     facts = [
         [f"In which town was {n} Smith born?", town, "biographies"] for n, town in zip(["Ann", "Bob"], ["Ely", "Rye"])
     ]
@@ -63,7 +57,7 @@ def test_judged_questions_come_right_and_wrong(data_of):
             assert (given in ("Ely", "Rye")) == ("town" in asked)
 
 
-def test_a_leak_is_an_error(data_of):
+def test_a_leak_is_an_error():
     good = continual_data.data()
     data_of.check(good)
     for task, split in (("logic", "test"), ("meta", "validation")):

@@ -14,6 +14,9 @@ from studies.data.topic_texts import labelled
 from studies.measures.answers import same_answer
 
 
+pytestmark = pytest.mark.studies
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_made_questions_are_new_in_the_test_and_the_same_each_time(family):
     train, test = logic(family, 60, 30)

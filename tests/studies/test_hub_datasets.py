@@ -14,6 +14,7 @@ from studies.data import SOURCES, check_leaks, gsm8k, load
 from studies.data import families as families_module
 
 
+pytestmark = pytest.mark.studies
 TEXTS = pa.list_(pa.string())
 SOLVED = pa.schema([("question", pa.string()), ("answer", pa.string())])
 PAGES = pa.struct([(name, TEXTS) for name in ("doc_source", "filename", "title", "wiki_context")])

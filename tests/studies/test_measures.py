@@ -14,6 +14,9 @@ from studies.measures.probabilities import auc, brier, discrimination_accuracy, 
 from studies.measures.text import perplexity
 
 
+pytestmark = pytest.mark.studies
+
+
 def test_answers():
     assert exact_match(["The  Paris.", "rome"], ["paris", ["Milan", "Rome"]]) == 1.0
     assert exact_match(["Paris, France"], ["Paris"]) == 0.0

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,18 @@ import yaml
 from models import TINY
 from training import tokenizer
 
+from recipes import removal
+from studies.removal import methods
+from studies.removal.run import Study
 
+
+pytestmark = pytest.mark.studies
 ROOT = Path(__file__).parents[2]
 METHODS = ("ascent", "ascent_retain", "rmu")
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "recipes"), str(ROOT / "benchmarks"), *sys.path])
-        import removal
-
-        yield removal
-
-
-@pytest.fixture(scope="module")
-def steps(recipe):
-    """What the recipe does to a model."""
-    return sys.modules["_removal"]
-
-
-@pytest.fixture(scope="module")
-def run(recipe, tmp_path_factory):
+def run(tmp_path_factory):
     """Run it in a folder; returns the records."""
     folder = tmp_path_factory.mktemp("removal")
     TINY["llama"](max_position_embeddings=256).save_pretrained(folder / "model")
@@ -63,7 +52,7 @@ def run(recipe, tmp_path_factory):
             "output": output,
             "scratch": "scratch",
         }
-        recipe.main([*(f"--{name}={folder / path}" for name, path in paths.items()), *flags])
+        removal.main([*(f"--{name}={folder / path}" for name, path in paths.items()), *flags])
         return [json.loads(line) for line in (folder / output).read_text().splitlines()]
 
     called.folder, called.given = folder, given
@@ -129,40 +118,21 @@ def test_another_call_runs_only_what_is_missing(run, records):
     assert again[-1]["relearn"] == records["rmu"]["relearn"]
 
 
-def test_rmu_moves_the_forget_set_and_keeps_the_rest(recipe, steps, run):
+def test_rmu_moves_the_forget_set_and_keeps_the_rest(run):
     given = {**run.given, "model": str(run.folder / "model"), "data": str(run.folder / "data.json.gz")}
-    study = recipe.Study({**given, "scratch": str(run.folder)}, torch.device("cpu"))
-    built = steps.lora(study.base, 0)
-    rows = steps.drawn(study.pools, {"codes": 4}, 1, 0)
-    loss = steps.rmu_loss(built, study.base, rows, {**given["unlearn"], "depth": 1.0}, 0)
-    batch = {"forget": steps.Rows(*(t[0] for t in vars(rows).values()))}
-    batch["retain"] = batch["forget"]
-    assert loss(batch).item() > 0.5  # far from the target, and the retain set not moved at all: this is all forget
-    no_retain = steps.rmu_loss(built, study.base, rows, {**given["unlearn"], "depth": 1.0, "retain": 0.0}, 0)
-    assert loss(batch).item() == pytest.approx(no_retain(batch).item())
+    study = Study({**given, "scratch": str(run.folder)}, torch.device("cpu"))
+    built = methods.lora(study.base, 0)
+    rows = methods.drawn(study.pools, {"codes": 4}, 1, 0)
+    loss = methods.rmu_loss(built, study.base, rows, {**given["unlearn"], "depth": 1.0}, 0)
+    batch = rows.at(0)
+    assert loss(batch, batch).item() > 0.5  # far from the target, and the retain set not moved at all: all is forget
+    no_retain = methods.rmu_loss(built, study.base, rows, {**given["unlearn"], "depth": 1.0, "retain": 0.0}, 0)
+    assert loss(batch, batch).item() == pytest.approx(no_retain(batch, batch).item())
 
 
-def test_batches_of_one_shape_hold_what_their_rows_hold(steps):
-    items = [([5, 6, 7], 1), ([5, 6, 7, 8, 9], 3), ([4, 4], 1)]
-    rows = steps.drawn({"a": items}, {"a": 1}, 3, 0)
-    assert rows.ids.shape == (3, 1, 5)
-    seen = set()
-    for n in range(3):
-        flat = rows.ids[n].flatten()
-        counted = rows.weight[n] > 0
-        assert torch.equal(flat[rows.where[n][counted] + 1], rows.target[n][counted])
-        assert rows.weight[n].sum() == pytest.approx(1.0)
-        seen.add(tuple(flat[flat > 0].tolist()))
-    assert seen == {tuple(tokens) for tokens, _ in items}
-    wide = steps.widened(rows, 8, 6)
-    for n in range(3):
-        counted = wide.weight[n] > 0
-        assert torch.equal(wide.ids[n].flatten()[wide.where[n][counted] + 1], wide.target[n][counted])
-
-
-def test_bad_settings(recipe, run):
+def test_bad_settings(run):
     with pytest.raises(ValueError, match="forget: 'songs' must be one of rows"):
         (run.folder / "bad.yaml").write_text(yaml.safe_dump({**run.given, "forget": "songs"}))
-        recipe.main([f"--config={run.folder / 'bad.yaml'}"])
+        removal.main([f"--config={run.folder / 'bad.yaml'}"])
     with pytest.raises(ValueError, match="give --data FILE"):
-        recipe.main([f"--config={run.folder / 'small.yaml'}", "--model=x"])
+        removal.main([f"--config={run.folder / 'small.yaml'}", "--model=x"])

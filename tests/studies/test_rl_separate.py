@@ -16,8 +16,13 @@ from training import tokenizer
 from transformers import AutoModelForCausalLM
 
 import peft_bundles
+from peft_bundles.objectives import Preference
+from recipes import rl_separate
+from studies.measures.text import text_loss
+from studies.rl_separate import cards, measure, report, tasks
 
 
+pytestmark = pytest.mark.studies
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
 
@@ -28,19 +33,16 @@ def verse(number: int) -> str:
     return "\n".join(" ".join(rng.choices(WORDS.split(), k=9)) for _ in range(60))
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    """The recipe's module, with invented plays; docstrings and manual are the real ones, which are installed."""
+@pytest.fixture(scope="module", autouse=True)
+def invented_plays():
+    """Invented plays; docstrings and manual are the real ones, which are installed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPES), *sys.path])  # and the recipe adds the examples' folder
-        import rl_separate
-
-        patch.setattr(rl_separate._data, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
-        yield rl_separate
+        patch.setattr(tasks, "plays", lambda: {f"play {n}": verse(n) for n in range(10)})
+        yield
 
 
 @pytest.fixture(scope="module")
-def run(recipe, tmp_path_factory):
+def run(tmp_path_factory):
     """Run it: steps, a folder for the output, further flags."""
     folder = tmp_path_factory.mktemp("recipe")
     TINY["llama"]().save_pretrained(folder / "model")
@@ -55,7 +57,7 @@ def run(recipe, tmp_path_factory):
 
     def called(steps: int, output: str, *flags: str) -> dict:
         paths = [f"--config={folder / 'small.yaml'}", f"--model={folder / 'model'}", f"--output={folder / output}"]
-        recipe.main([*paths, "--smoke", f"--steps={steps}", *flags])
+        rl_separate.main([*paths, "--smoke", f"--steps={steps}", *flags])
         return json.loads((folder / output / "results.json").read_text())
 
     called.folder = folder
@@ -68,16 +70,16 @@ def whole(run):
     return run(3, "whole")
 
 
-def test_variants_have_the_table_and_equal_parameters(run, whole, recipe):
-    found = {"separate": whole} | {v: run(1, v, f"--variant={v}") for v in recipe.VARIANTS[1:]}
+def test_variants_have_the_table_and_equal_parameters(run, whole):
+    found = {"separate": whole} | {v: run(1, v, f"--variant={v}") for v in rl_separate.VARIANTS[1:]}
     for variant, results in found.items():
         assert results["settings"]["variant"] == variant
         off = [] if variant == "shared_adapter" else ["RL off", "preference off"]
         assert list(results["table"]) == ["all on", *off, "all off"]
-        assert all(set(row) == set(recipe.COLUMNS) for row in results["table"].values())
+        assert all(set(row) == set(report.COLUMNS) for row in results["table"].values())
         assert results["table"]["all on"]["plays_loss"] != results["table"]["all off"]["plays_loss"]
     assert all((run.folder / "whole" / f"plots.{kind}").stat().st_size for kind in ("png", "svg"))
-    assert {"loss/lm", "loss/preference", *(f"loss/ppo/{s}" for s in recipe.RL)} <= set().union(*whole["history"])
+    assert {"loss/lm", "loss/preference", *(f"loss/ppo/{s}" for s in rl_separate.RL)} <= set().union(*whole["history"])
     counts = [results["trainable_parameters"] for results in found.values()]
     assert max(counts) < 1.05 * min(counts)
 
@@ -86,19 +88,19 @@ def test_the_forward_table_says_what_text_learns_alone(whole):
     assert "lm: its bundles get the weights of a run without preference, ppo." in whole["promises"]
 
 
-def test_with_all_bundles_off_the_numbers_are_the_base_models(run, whole, recipe):
+def test_with_all_bundles_off_the_numbers_are_the_base_models(run, whole):
     off = whole["table"]["all off"]
     base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32).eval()
-    given, _ = recipe.settings([f"--config={run.folder / 'small.yaml'}", "--smoke"])
-    _, held, _ = recipe._tasks.text(tokenizer(), **given["text"])
-    _, pairs = recipe._tasks.pairs(None, **given["pairs"])
-    _, sums = recipe._tasks.sums(**given["sums"])
-    assert {kind: off[f"{kind}_loss"] for kind in held} == {k: recipe.text_loss(base, ids) for k, ids in held.items()}
+    given, _ = rl_separate.settings([f"--config={run.folder / 'small.yaml'}", "--smoke"])
+    _, held, _ = tasks.text(tokenizer(), **given["text"])
+    _, pairs = tasks.pairs(None, **given["pairs"])
+    _, sums = tasks.sums(**given["sums"])
+    assert {kind: off[f"{kind}_loss"] for kind in held} == {k: text_loss(base, ids) for k, ids in held.items()}
     length = given["ppo"]["max_completion_length"]
-    assert (off["reward"], off["exact"]) == recipe.task_rewards(base, tokenizer(), sums, length)
-    objective = recipe.Preference(pairs, eval_dataset=pairs, max_length=None)
+    assert (off["reward"], off["exact"]) == measure.task_rewards(base, tokenizer(), sums, length)
+    objective = Preference(pairs, eval_dataset=pairs, max_length=None)
     objective.setup(tokenizer(), base)
-    logprobs = recipe.pair_logprobs(base, objective)
+    logprobs = measure.pair_logprobs(base, objective)
     assert off["chosen_likelier"] == float((logprobs[:, 0] > logprobs[:, 1]).float().mean())
     assert off["preference"] == 0.5  # the base model is the reference
 
@@ -143,14 +145,14 @@ def test_two_processes_run_it_to_the_end(run, processes):
     }
 
 
-def test_bundles_are_folders_to_push_with_cards_over_seeds(run, recipe):
+def test_bundles_are_folders_to_push_with_cards_over_seeds(run):
     results = [run(1, f"cards_{seed}", "--cards", f"--seed={seed}", "--base=me/tiny") for seed in (0, 1)]
     folder = run.folder / "cards_0" / "bundles"
     assert sorted(path.name for path in folder.iterdir()) == sorted(results[0]["settings"]["bundles"])
     assert "± " not in (folder / "b_rl_policy" / "README.md").read_text()
-    recipe.cards.main([str(run.folder / f"cards_{seed}") for seed in (0, 1)])
+    cards.main([str(run.folder / f"cards_{seed}") for seed in (0, 1)])
     base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
-    _, held, _ = recipe._tasks.text(tokenizer(), **results[0]["settings"]["text"])
+    _, held, _ = tasks.text(tokenizer(), **results[0]["settings"]["text"])
     for name, measured in results[0]["bundles"].items():
         card = ModelCard.load(folder / name / "README.md")
         assert card.data.base_model == "me/tiny" and card.data.eval_results
@@ -165,7 +167,7 @@ def test_bundles_are_folders_to_push_with_cards_over_seeds(run, recipe):
             assert wanted in card.text, wanted
         assert (folder / name / "sweep.png").read_bytes()[:4] == b"\x89PNG"
         model = peft_bundles.compose(base, [folder / name])  # what the card says it is, loaded as the card says
-        assert recipe.text_loss(model, held["plays"]) == pytest.approx(measured["alone"]["plays_loss"], abs=1e-5)
+        assert text_loss(model, held["plays"]) == pytest.approx(measured["alone"]["plays_loss"], abs=1e-5)
         base = model.unload()
         means = {task: entry["mean"] for task, entry in measured["sweep"]["tasks"].items()}
         off, on = (measured["sweep"]["alphas"].index(alpha) for alpha in (0.0, 1.0))
@@ -180,21 +182,39 @@ def test_bundles_are_folders_to_push_with_cards_over_seeds(run, recipe):
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            recipe.cards.write(wrong, folder)
+            cards.write(wrong, folder)
 
 
-def test_rewards(recipe):
+def test_rewards():
     texts = ["19", "12 + 7 = 19.", "", "20", "about -5"]
-    assert recipe._tasks.bare(texts) == [1, 0, 0, 1, 0]
-    near = recipe._tasks.near(texts, answer=[19] * 5)
+    assert tasks.bare(texts) == [1, 0, 0, 1, 0]
+    near = tasks.near(texts, answer=[19] * 5)
     assert near[:3] == [1, 1, 0] and 0.4 < near[3] < 0.5 and near[4] == 0
-    assert recipe._tasks.near([[{"role": "assistant", "content": "19"}]], answer=[19]) == [1]
+    assert tasks.near([[{"role": "assistant", "content": "19"}]], answer=[19]) == [1]
 
 
-def test_made_pairs_differ_in_order_alone(recipe):
-    train, held = recipe._tasks.pairs(None, train=50, held_out=20)
+def test_made_pairs_differ_in_order_alone():
+    train, held = tasks.pairs(None, train=50, held_out=20)
     prompts = [row["prompt"][1]["content"] for row in train + held]
     assert len({frozenset(p.split(": ")[1].split(", ")) for p in prompts}) == len(prompts) == 70
     for row in train + held:
         chosen, rejected = (row[name][0]["content"].split(", ") for name in ("chosen", "rejected"))
         assert chosen == sorted(rejected) != rejected
+
+
+def test_tables_are_means_over_runs(tmp_path):
+    def write(variant, forward, rate, seed, exact):
+        settings = {"variant": variant, "forward": forward, "training": {"learning_rate": rate}}
+        table = {name: dict.fromkeys(report.COLUMNS, exact) for name in ("all on", "all off")}
+        (tmp_path / f"{variant}_{rate}_{seed}.json").write_text(json.dumps({"settings": settings, "table": table}))
+
+    for seed, exact in enumerate((0.6, 0.8)):
+        write("separate", "owners", 5e-4, seed, exact)
+    write("unrouted", "all", 1e-3, 0, 0.5)
+    main, rates = report.tables(report.read(tmp_path))
+    assert main.heading.endswith("(2 runs)")
+    assert main.rows == [[name, *["0.700 ± 0.141"] * 6] for name in ("all on", "all off")]
+    assert [row[:4] for row in rates.rows] == [
+        ["separate, owners", "0.0005", "2", "0.700 ± 0.141"],
+        ["unrouted, all", "0.001", "1", "0.500"],
+    ]

@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,22 @@ from models import TINY
 from training import tokenizer
 from transformers import AutoModelForCausalLM
 
+from peft_bundles.core.basis import bundle_shapes
 from peft_bundles.taxonomy import TOPICS
+from recipes import semantic
+from studies.measures.text import text_loss
+from studies.semantic import report
+from studies.semantic.cells import bundle_config
+from studies.semantic.report import summary
+from studies.semantic.texts import encoded, write_texts
 
 
+pytestmark = pytest.mark.studies
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPES), *sys.path])
-        import semantic
-
-        yield semantic
-
-
-@pytest.fixture(scope="module")
-def run(recipe, tmp_path_factory):
+def run(tmp_path_factory):
     """Run it: a folder for the output, further flags, settings of the cells."""
     folder = tmp_path_factory.mktemp("semantic")
     TINY["llama"]().save_pretrained(folder / "model")
@@ -45,7 +43,7 @@ def run(recipe, tmp_path_factory):
         "test": {t: [text(t) for _ in range(6)] for t in kinds},
     }
     texts["tau"] = {"lexicon": {t: [[0.9 * (t == k) for k in TOPICS] for _ in range(20)] for t in TOPICS}}
-    recipe.write_texts(texts, folder / "texts.json.gz")
+    write_texts(texts, folder / "texts.json.gz")
     assert not list(folder.glob("*.part"))
 
     def called(output, *flags, cells=None):
@@ -55,7 +53,7 @@ def run(recipe, tmp_path_factory):
         given["smoke"]["sweep"] = {"seeds": [0], "cells": cells or [{}, {"overlap": 0.5}]}
         (folder / "small.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
         paths = [f"--config={folder / 'small.yaml'}", f"--model={folder / 'model'}", f"--output={folder / output}"]
-        return recipe.main([*paths, f"--data={folder / 'texts.json.gz'}", "--smoke", *flags])
+        return semantic.main([*paths, f"--data={folder / 'texts.json.gz'}", "--smoke", *flags])
 
     called.folder = folder
     return called
@@ -75,15 +73,13 @@ def test_the_matrix_has_every_topic_and_column(whole, run):
     assert all((run.folder / "whole" / f"sweeps.{kind}").stat().st_size for kind in ("png", "svg"))
 
 
-def test_base_is_the_base_model_and_a_bundle_moves_its_topic(whole, run, recipe):
+def test_base_is_the_base_model_and_a_bundle_moves_its_topic(whole, run):
     base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32).eval()
     texts = json.loads(gzip.decompress((run.folder / "texts.json.gz").read_bytes()))
-    ids, _ = recipe.encoded(tokenizer(), texts["test"]["law"], 24)
+    ids, _ = encoded(tokenizer(), texts["test"]["law"], 24)
     row = whole[0]["matrix"]["law"]
-    assert row["base"] == recipe.text_loss(base, ids[:4])
+    assert row["base"] == text_loss(base, ids[:4])
     assert len(set(row.values())) == len(row)  # every bundle, and none of them, says something else
-    from studies.semantic.report import summary
-
     assert summary(whole[0]["matrix"])["own"] < 0
 
 
@@ -99,7 +95,7 @@ def test_a_resumed_sweep_runs_what_is_missing_and_is_the_sweep(run, whole):
     assert (run.folder / "parts" / "cells.jsonl").read_bytes() == again
 
 
-def test_every_knob_and_mask_runs(run, recipe):
+def test_every_knob_and_mask_runs(run):
     cells = [{"topics": 2}, {"signal_rank": 0}, {"mask": "rate", "tau": "lexicon"}, {"gate_forward": False}]
     cells += [{"mask": "soft", "tau": "lexicon"}]  # with tags all masks are 0 or 1 and the same
     records = run("knobs", cells=cells)
@@ -110,11 +106,9 @@ def test_every_knob_and_mask_runs(run, recipe):
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
-def test_supports_have_the_overlap_that_is_asked_for(recipe, overlap):
-    from peft_bundles.core.basis import bundle_shapes
-
+def test_supports_have_the_overlap_that_is_asked_for(overlap):
     given = {"topics": 6, "overlap": overlap, "rank": 0.08, "size": 2.0, "signal_rank": 0.1, "seed": 0}
-    shapes = {n: s for n, s in bundle_shapes(recipe.bundle_config(given, 576), 576).items() if n.startswith("b_sem")}
+    shapes = {n: s for n, s in bundle_shapes(bundle_config(given, 576), 576).items() if n.startswith("b_sem")}
     supports = [set(s.support.tolist()) for s in shapes.values()]
     assert {len(s) for s in supports} == {46}
     assert all(abs(len(a & b) / 46 - overlap) <= 0.5 / 46 + 1e-9 for a in supports for b in supports if a is not b)
@@ -139,3 +133,20 @@ def test_bad_settings(run, cell, message):
 def test_only_some_settings(run):
     with pytest.raises(ValueError, match="has 2 settings"):
         run("only", "--only", "2")
+
+
+def test_tables_are_means_over_seeds_and_settings_that_differ_in_one_knob():
+    def cell(seed, own, **changed):
+        matrix = {t: {"base": 3.0, "none": 2.0, "a": 2.1, "b": 2.1, "all": 2.0} for t in ("a", "b", "other")}
+        matrix["a"]["a"] = matrix["b"]["b"] = 2.0 - own
+        settings = {"overlap": 0.0, "size": 1, "rank": 0.1, "topics": 2, "signal_rank": 0.1, **changed}
+        return {"cell": changed, "seed": seed, "settings": settings, "matrix": matrix}
+
+    cells = [cell(0, 0.1), cell(1, 0.3), cell(0, 0.4, overlap=0.5), cell(0, 0.2, mask="soft")]
+    assert summary(cells[0]["matrix"]) | {"neighbours": 0} == pytest.approx(
+        {"own": -0.1, "transfer": 0.1, "neighbours": 0, "all": 0.0, "other": 0.0}
+    )
+    matrix, overlap, others = report.tables(cells)
+    assert matrix.rows[0] == ["a", "3.000", "2.000", "-0.200", "+0.100", "+0.000"]
+    assert [row[:3] for row in overlap.rows] == [["0", "2", "-0.200 ± 0.141"], ["0.5", "1", "-0.400"]]
+    assert [row[0] for row in others.rows] == ["default", "mask: soft"]

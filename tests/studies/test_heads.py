@@ -1,9 +1,8 @@
-"""studies/heads/run.py: that it runs, and that docs/signals.md says what its records say."""
+"""The heads' study: intervals and states are right, every kind of part runs, every committed record has a row."""
 
 import gzip
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +11,21 @@ from meta_rows import made
 from models import TINY
 from training import tokenizer
 
+from peft_bundles.objectives.heads import subspace
+from peft_bundles.objectives.rollout_heads import Curiosity
+from peft_bundles.objectives.tokens import token_logprobs
+from studies.heads import bench as heads_bench
+from studies.heads import make_data, report, rollouts
+from studies.heads import run as heads
 
-ROOT = Path(__file__).resolve().parents[2]
-from peft_bundles.objectives.heads import subspace  # noqa: E402
-from peft_bundles.objectives.rollout_heads import Curiosity  # noqa: E402
-from peft_bundles.objectives.tokens import token_logprobs  # noqa: E402
-from studies.heads import bench as meta_heads_bench  # noqa: E402
-from studies.heads import make_data as meta_heads_data  # noqa: E402
-from studies.heads import report as meta_heads_report  # noqa: E402
-from studies.heads import rollouts as meta_heads_rollouts  # noqa: E402
-from studies.heads import run as meta_heads  # noqa: E402
+
+pytestmark = pytest.mark.studies
 
 
 def test_an_interval_is_that_of_groups_and_not_of_rows():
     marks = np.repeat([0.0, 1.0] * 10, 50)  # twenty groups, each all right or all wrong
-    wide = meta_heads_bench.interval(meta_heads_bench.mean(marks), np.repeat(np.arange(20), 50))
-    narrow = meta_heads_bench.interval(meta_heads_bench.mean(marks), np.arange(1000))
+    wide = heads_bench.interval(heads_bench.mean(marks), np.repeat(np.arange(20), 50))
+    narrow = heads_bench.interval(heads_bench.mean(marks), np.arange(1000))
     assert wide["value"] == narrow["value"] == 0.5
     assert wide["high"] - wide["low"] > 5 * (narrow["high"] - narrow["low"])
 
@@ -37,8 +35,8 @@ def test_auc_is_the_share_of_pairs_in_order():
     scores, marks = rng.integers(0, 9, 60).astype(float), rng.integers(0, 2, 60).astype(float)
     gaps = scores[marks > 0][:, None] - scores[marks < 1][None, :]
     wanted = ((gaps > 0) + 0.5 * (gaps == 0)).mean()
-    assert meta_heads_bench.auc(scores, marks)(np.arange(60)) == pytest.approx(wanted)
-    within = meta_heads_bench.auc_within(100 * marks + scores, marks, marks)  # each kind of one class: nothing to tell
+    assert heads_bench.auc(scores, marks)(np.arange(60)) == pytest.approx(wanted)
+    within = heads_bench.auc_within(100 * marks + scores, marks, marks)  # each kind of one class: nothing to tell
     assert np.isnan(within(np.arange(60)))
 
 
@@ -48,12 +46,12 @@ def bench(tmp_path, monkeypatch):
 
     class Model:
         from_pretrained = staticmethod(lambda *_, **__: TINY["llama"](max_position_embeddings=256))
-        from_config = staticmethod(meta_heads_bench.AutoModelForCausalLM.from_config)
+        from_config = staticmethod(heads_bench.AutoModelForCausalLM.from_config)
 
-    for module in (meta_heads, meta_heads_bench):
+    for module in (heads, heads_bench):
         monkeypatch.setattr(module, "AutoModelForCausalLM", Model)
-    monkeypatch.setattr(meta_heads.AutoTokenizer, "from_pretrained", lambda *_: tokenizer())
-    monkeypatch.setattr(meta_heads_rollouts, "SAMPLES", 2)
+    monkeypatch.setattr(heads.AutoTokenizer, "from_pretrained", lambda *_: tokenizer())
+    monkeypatch.setattr(rollouts, "SAMPLES", 2)
     solutions = [
         {"question": f"{i} + {i}?", "answer": f"It is {2 * i + wrong}", "correct": not wrong, "model": model}
         for i in range(160)
@@ -72,8 +70,8 @@ def bench(tmp_path, monkeypatch):
         given = {"data": tmp_path / "data.json.gz", "output": tmp_path / "cells.jsonl", "model": tmp_path, "seeds": 1,
                  "scale": 0.01, "steps": 2, **options}  # fmt: skip
         flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", ["meta_heads.py", *flags, "--parts", *parts])
-        meta_heads.main()
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags, "--parts", *parts])
+        heads.main()
         return [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
 
     return run
@@ -82,12 +80,12 @@ def bench(tmp_path, monkeypatch):
 def test_what_is_sampled_from_a_cache_is_what_a_forward_says():
     """States, log-probabilities and advantages of completions, against plain forwards of the whole rows."""
     on = made(max_position_embeddings=256)  # bundles that are not the identity: they are off while it samples
-    bench = meta_heads_bench.Bench(on, tokenizer(), {}, 0, 0.01, 2)
+    bench = heads_bench.Bench(on, tokenizer(), {}, 0, 0.01, 2)
     curiosity = Curiosity(subspace(on, "curiosity"), bench.forward.output_embeddings.weight, "x")
-    families = [meta_heads_data.questions(name, 6, 1, 0)[0] for name in ("sums", "products")]
+    families = [make_data.questions(name, 6, 1, 0)[0] for name in ("sums", "products")]
     torch.manual_seed(0)
-    found = meta_heads_rollouts.sampled(bench, curiosity, families)
-    meta_heads_rollouts.with_group(found)
+    found = rollouts.sampled(bench, curiosity, families)
+    rollouts.with_group(found)
     place, rewards = 0, []
     for batch in found.batches:
         outputs = bench.forward.reference(batch)
@@ -101,11 +99,11 @@ def test_what_is_sampled_from_a_cache_is_what_a_forward_says():
         torch.testing.assert_close(said, logs, rtol=1e-4, atol=1e-5)
         assert torch.equal(found.ids[here, 1], batch["input_ids"][:, 1:][mask])
         lengths = mask.sum(1)
-        assert int(found.last[here].sum()) == len(mask) and lengths.max() <= meta_heads_rollouts.LENGTH
+        assert int(found.last[here].sum()) == len(mask) and lengths.max() <= rollouts.LENGTH
         rewards += [row[m][0].item() for row, m in zip(batch["returns"], mask)]
-    assert place == len(found.ids) and len(rewards) == 12 * meta_heads_rollouts.SAMPLES
+    assert place == len(found.ids) and len(rewards) == 12 * rollouts.SAMPLES
     first = np.r_[True, found.last[:-1]]
-    group = meta_heads_rollouts.tokens(found, "group")[first].reshape(12, -1)
+    group = rollouts.tokens(found, "group")[first].reshape(12, -1)
     wanted = np.array(rewards).reshape(12, -1)
     wanted = (wanted - wanted.mean(1, keepdims=True)) / (wanted.std(1, ddof=1, keepdims=True) + 1e-4)
     np.testing.assert_allclose(group, wanted, rtol=1e-3, atol=1e-4)
@@ -114,7 +112,7 @@ def test_what_is_sampled_from_a_cache_is_what_a_forward_says():
 
 def test_a_near_number_is_rewarded_less_than_the_right_one():
     said = [" 50\n", " 45\n", " 50 apples", " x", " -50\n"]
-    assert meta_heads_data.rewarded(said, ["50"] * 5) == pytest.approx([1.2, 0.65, 1.0, 0.0, 0.2])
+    assert make_data.rewarded(said, ["50"] * 5) == pytest.approx([1.2, 0.65, 1.0, 0.0, 0.2])
 
 
 @pytest.mark.slow
@@ -128,14 +126,12 @@ def test_every_kind_of_part_runs_and_what_is_there_is_not_run_again(bench, monke
         right = [eval(prompt.splitlines()[-1].removesuffix(" =")) for prompt in prompts]
         return [[str(number + (i + n) % 2) for i in range(answers)] for n, number in enumerate(right)]
 
-    monkeypatch.setattr(meta_heads_bench.Bench, "sample", own)
-    for module, name, value in ((meta_heads_bench, "STEPS", 4), (meta_heads_bench, "DRAWS", 20),
-                                (meta_heads_rollouts, "EPOCHS", 2)):  # fmt: skip
+    monkeypatch.setattr(heads_bench.Bench, "sample", own)
+    for module, name, value in ((heads_bench, "STEPS", 4), (heads_bench, "DRAWS", 20),
+                                (rollouts, "EPOCHS", 2)):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     records = bench(*parts)
-    wanted = {(part, "frozen") for part in parts} | {
-        (part, "trained") for part in parts if part not in meta_heads.ALONE
-    }
+    wanted = {(part, "frozen") for part in parts} | {(part, "trained") for part in parts if part not in heads.ALONE}
     assert {(r["part"], r["mode"]) for r in records} == wanted
     assert len(bench(*parts)) == len(records)
     for record in records:
@@ -152,16 +148,15 @@ def test_a_head_finds_nothing_in_a_random_model(bench):
         assert found["low"] <= found["value"] <= found["high"] and found["low"] < 0.65
 
 
-def test_the_page_is_the_one_that_the_records_give():
-    assert (ROOT / "docs" / "signals.md").read_text(encoding="utf-8") == meta_heads_report.page()
-    lines = [line for line in meta_heads_report.LINES if line.label in meta_heads_report.table()]
-    parts = {part for part, _ in meta_heads_report.records()}
-    assert parts == {line.part for line in lines}  # no record is left out
+def test_every_committed_record_has_a_row():
+    labels = [row[0] for row in report.table().rows]
+    parts = {part for part, _ in report.records()}
+    assert parts == {line.part for line in report.LINES if line.label in labels}
 
 
 def test_bold_is_what_every_seed_says():
-    line = meta_heads_report.Line("x", "x", ("x",), "AUC", 0.5)
+    line = report.Line("x", "x", ("x",), "AUC", 0.5)
     seeds = [{"value": 0.6, "low": 0.51, "high": 0.7}, {"value": 0.56, "low": 0.52, "high": 0.6}]
-    assert meta_heads_report.shown(seeds, meta_heads_report.beats(line, seeds)) == "**0.58 (0.51 to 0.70)**"
-    assert not meta_heads_report.beats(line, [*seeds, {"value": 0.55, "low": 0.49, "high": 0.6}])
-    assert not meta_heads_report.beats(line._replace(lower=True), seeds) and not meta_heads_report.beats(line, [])
+    assert report.shown(seeds, report.beats(line, seeds)) == "**0.58 (0.51 to 0.70)**"
+    assert not report.beats(line, [*seeds, {"value": 0.55, "low": 0.49, "high": 0.6}])
+    assert not report.beats(line._replace(lower=True), seeds) and not report.beats(line, [])
