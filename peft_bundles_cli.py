@@ -21,9 +21,7 @@ try:
     import typer
     from typer.core import TyperGroup
 except ImportError:
-    raise SystemExit(
-        "error: the command peft-bundles needs typer, which is not installed; run: pip install 'peft-bundles[cli]'"
-    ) from None
+    raise SystemExit('error: typer is not installed; run: pip install "peft-bundles[cli]"') from None
 
 
 CONFIG = "adapter_config.json"

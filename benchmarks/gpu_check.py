@@ -136,7 +136,7 @@ def decoding() -> dict[str, Any]:
     for rows, alphas in ((1, {}), (8, {}), (8, {"b_policy": torch.linspace(0, 1, 8)})):
         hidden = torch.randn(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
         with model.alphas(alphas):
-            D, E = layer._folded("default", torch.float64, None, [])
+            D, E = layer.fold("default", torch.float64, None, [])
             owner = layer.packing("default").owner.cuda()
             alpha = torch.ones(rows, 1, 15, device="cuda", dtype=torch.float64)
             if alphas:

@@ -42,7 +42,7 @@ from studies.data.smollm import model_folder
 from studies.data.split import split_by_document
 from studies.data.text import docstrings
 from studies.records import made_by
-from studies.rl_separate import tasks as _tasks
+from studies.rl_separate import tasks
 
 
 VARIANTS, SEEDS = ("separate", "shared"), (0, 1, 2)
@@ -71,7 +71,7 @@ SMOOTH = 5  # rollouts whose mean is a point of the report's curves
 
 def exact(completions: Any, answer: Any, **_: Any) -> list[float]:
     """1 if the completion is the right number and nothing else; logged, and no part of the reward."""
-    return [float(b + n == 2) for b, n in zip(_tasks.bare(completions), _tasks.near(completions, answer))]
+    return [float(b + n == 2) for b, n in zip(tasks.bare(completions), tasks.near(completions, answer))]
 
 
 def bundle_config(variant: str, given: dict[str, Any], seed: int) -> BundleConfig:
@@ -108,7 +108,7 @@ def run(variant: str, seed: int, given: dict[str, Any], source: Path | None, smo
     model: Any = get_peft_model(base.to("cuda" if cuda else "cpu"), bundle_config(variant, given, seed))
     texts, _ = split_by_document(docstrings(), seed=0)
     peft_bundles.calibrate(model, texts, tokenizer, progress=False, **given["calibration"])
-    train, held = _tasks.sums(train=1500, held_out=given["held_out"])
+    train, held = tasks.sums(train=1500, held_out=given["held_out"])
     with tempfile.TemporaryDirectory() as folder:
         args = BundleTrainingConfig(
             folder,
@@ -126,7 +126,7 @@ def run(variant: str, seed: int, given: dict[str, Any], source: Path | None, smo
             report_to="none",
             disable_tqdm=True,
         )
-        functions, weights = [*_tasks.REWARDS, exact], [*_tasks.WEIGHTS, 0.0]
+        functions, weights = [*tasks.REWARDS, exact], [*tasks.WEIGHTS, 0.0]
         trainer = BundlePPOTrainer(
             model, functions, args, train, tokenizer, eval_dataset=held, reward_weights=weights, **given["ppo"]
         )

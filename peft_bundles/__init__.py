@@ -1,11 +1,21 @@
-"""peft_bundles: many named low-rank bundles per decoder layer, each trained by the signals that own it.
+"""peft_bundles: many named low-rank bundles in a causal LM, each updated only by the signals that own it.
 
-Importing the package registers the tuner type BUNDLE with PEFT.
+Importing the package registers the adapter type BUNDLE with PEFT.
+
+Example:
+    >>> from peft import get_peft_model
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> from peft_bundles import BundleConfig
+    >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+    >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate", task_type="CAUSAL_LM"))
+    >>> list(model.peft_config["default"].bundles)[:3]
+    ['b_ssl_main', 'b_ssl_semantic', 'b_rl_policy']
 """
 
 from peft.utils import register_peft_method
 
-from . import registration  # noqa: F401 - first: the config names PeftType.BUNDLE
+from . import registration  # noqa: F401 - before the config, which names PeftType.BUNDLE
 from .calibration import calibrate, own_samples
 from .config import BundleConfig, BundleSpec, SubBasis
 from .core.dialling import alphas, set_alphas, set_norm_budget
@@ -26,7 +36,7 @@ from .sharing.shared_basis import load_basis, push_basis, save_basis
 from .taxonomy import PRESETS
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",

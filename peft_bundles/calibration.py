@@ -1,6 +1,6 @@
-"""Calibration: measure the base model's residual stream once, before training (design.md section 2).
+"""Calibration: measure the states of the base model once, before training.
 
-Sets mu and sigma of every layer, and U where the config asks for a basis of high or low variance. As EVA does for LoRA
+It sets mu and sigma of every layer, and U where the config asks for directions of high or low variance. As EVA for LoRA
 (PEFT's `initialize_lora_eva_weights`), it needs only forwards.
 """
 
@@ -24,11 +24,16 @@ from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_
 
 
 STATES = 4096  # states of every layer that are kept for `BundleModel.quiet_loss`
-OUTLIER = 3.0  # tokens whose state is this many times longer than the median one are attention sinks and left out
+OUTLIER = 3.0  # a token whose state is this many times longer than the median is an attention sink, and is left out
 
 
 class _Moments:
-    """Running sums of one layer's states in float64 (count, sum, sum of squares or of outer products), and a sample."""
+    """Sums over the states of one layer, in float64, and a sample of the states.
+
+    Attributes:
+        seen: number of states. kept: those that are no outliers.
+        sum: (d,). square: sum of squares (d,), or with `outer` of outer products (d, d).
+    """
 
     def __init__(self, size: int, outer: bool, device: torch.device, tokens: int) -> None:
         self.tokens, self.sample = tokens, list[Tensor]()
@@ -46,7 +51,7 @@ class _Moments:
         self.kept += len(kept)
         self.sum += kept.sum(0)
         self.square += kept.T @ kept if self.outer else kept.square().sum(0)
-        # An even share of every batch, so that the sample has as many kinds of text as the whole.
+        # The same share of every batch, so that the sample has all kinds of text.
         share = torch.linspace(0, len(kept) - 1, min(len(kept), math.ceil(STATES * len(states) / self.tokens)))
         self.sample.append(kept[share.long().to(kept.device)].float())
 
@@ -56,7 +61,7 @@ class _Moments:
         return states[torch.linspace(0, len(states) - 1, min(STATES, len(states))).long().to(states.device)]
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """mu (d,), sigma (d,), and the correlation matrix (d, d) of the standardised stream if it was asked for."""
+        """mu (d,), sigma (d,), and with `outer` the correlation matrix (d, d)."""
         mean = self.sum / self.kept
         centred = self.square / self.kept - (torch.outer(mean, mean) if self.outer else mean.square())
         variance = centred.diagonal() if self.outer else centred
@@ -79,39 +84,53 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure the residual stream without bundles: set mu, sigma and (for "pca" and "null") U of every layer.
+    """Measure the states of the base model, and set mu, sigma and (for "pca" and "null") U of every layer.
 
-    It also keeps a sample of the states, on which `BundleModel.quiet_loss` asks the bundles to be quiet.
+    It also keeps a sample of the states for `BundleModel.quiet_loss`, which penalises what bundles add to them. Run it
+    once, after `get_peft_model` and before training. Bundles are off meanwhile.
 
     Args:
         model: a model with a fresh bundle adapter.
-        texts: text of the kind that must not be disturbed, as many kinds as can be had (docs/learning.md has what each
-            brought). None: samples of the base model itself.
-        tokenizer: needed for `texts`; without texts only for the token to start from, if the model's config has none.
-        adapter: which adapter; needed only when there are several.
-        tokens: stop after about so many tokens.
-        max_length: tokens per sequence, cut or sampled.
-        batch_size: sequences per forward.
-        own_samples: share of the tokens that the base model samples by itself; None is 0 with texts and 1 without.
-        states_only: keep mu, sigma and U and only renew the sample of states: to go on training a loaded adapter.
-        seed: of the sampling.
+        texts: strings that the bundles must not disturb, of as many kinds as possible. None: text that the base model
+            writes itself.
+        tokenizer: for `texts`. Without texts it is only asked for the first token, if the model's config has none.
+        adapter: name of the adapter. None: the only one.
+        tokens: number of tokens to measure, in all.
+        max_length: tokens of a sequence; longer texts are cut.
+        batch_size: sequences of a forward.
+        own_samples: share of the tokens that the base model writes itself, in [0, 1]. None: 0 with texts, 1 without.
+        states_only: leave mu, sigma and U, and only sample new states. Do this to train a loaded adapter further.
+        seed: seed of the text that the base model writes.
         progress: show a progress bar.
 
     Returns:
-        What is also saved in `config.calibration`: tokens, source, share of tokens left out as outliers.
+        `{"tokens": ..., "source": ..., "outliers": ...}`: number of tokens, where they are from, and the share that was
+        left out as outliers. It is also saved, as `config.calibration`.
 
     Raises:
-        ValueError: no adapter or several and none named, texts without a tokenizer, or no usable token.
-        RuntimeError: the adapter has been trained; another basis would make nonsense of its weights.
+        ValueError: no such adapter, or several and none named; an adapter without bundles; texts without tokenizer, or
+            not as strings; too few tokens.
+        RuntimeError: the adapter has been trained, and would be wrong in another basis.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, calibrate
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate", task_type="CAUSAL_LM"))
+        >>> result = calibrate(model, tokens=256, max_length=32, progress=False)
+        >>> result["tokens"], result["source"]
+        (256, "the base model's own samples")
     """
     adapter = resolve_adapter(model, adapter)
     config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
     if not config.bundles:
-        raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate.")
+        raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate; leave calibrate out.")
     if not states_only and any(is_trained(layer, adapter) for layer in layers):
         raise RuntimeError(
-            f"adapter {adapter!r} has been trained, its weights belong to the old basis; calibrate a fresh one, or "
-            "pass states_only=True to go on training this one."
+            f"adapter {adapter!r} has been trained, and its weights belong to its present basis. Calibrate a fresh "
+            "adapter, or pass states_only=True to train this one further."
         )
     own = own_samples if own_samples is not None else float(texts is None)
     if not 0.0 <= own <= 1.0 or (texts is None and own < 1.0):
@@ -119,11 +138,12 @@ def calibrate(
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
     if texts is not None and tokenizer is None:
-        raise ValueError("texts need a tokenizer; pass tokenizer=.")
+        raise ValueError("texts need a tokenizer; pass it as tokenizer=.")
     outer = config.basis_init != "random" and not states_only
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(
-            f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; ask for more."
+            f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; give at least "
+            f"{layers[0].hidden_size}, better ten times as many."
         )
 
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
@@ -140,7 +160,7 @@ def calibrate(
     options: dict[str, Any] = {"use_cache": False}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        options["logits_to_keep"] = 1  # nobody reads them, and the head is a third of a small model
+        options["logits_to_keep"] = 1  # logits are not needed, and the head is a third of a small model
     seen = 0
     with (
         _measuring(model, layers, moments) as mask,
@@ -158,7 +178,7 @@ def calibrate(
                 if seen - before >= wanted:
                     break
     if min(m.kept for m in moments.values()) < 2:
-        raise ValueError("calibration saw no usable token; are the texts empty?")
+        raise ValueError("calibration saw no usable token: the texts are empty; give texts with words in them.")
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
         raise ValueError(
             f"{few} tokens cannot measure a {layers[0].hidden_size}-dimensional covariance; give more text."
@@ -183,7 +203,7 @@ def calibrate(
 
 
 def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, moments: _Moments) -> None:
-    """mu, sigma and, where the config asks for it, U."""
+    """Set mu, sigma and, where the config asks for it, U."""
     mean, scale, correlation = moments.statistics()
     layer.bundle_mean[adapter], layer.bundle_scale[adapter] = mean.float(), scale.float()
     if correlation is not None:
@@ -193,13 +213,16 @@ def _set_statistics(layer: BundleLayer, adapter: str, config: BundleConfig, mome
 
 
 def is_trained(layer: BundleLayer, adapter: str) -> bool:
-    """Whether some bundle adds anything: its last map is no longer zero."""
+    """Whether the last map of some bundle is no longer zero."""
     return any(bool(weight.detach().any()) for weight in layer.bundle_up[adapter].values())
 
 
 @contextmanager
 def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]) -> Iterator[list[Tensor]]:
-    """Bundles off, no gradients, eval mode, and every block's output added to its moments; yields the mask to fill."""
+    """Run the block in eval mode without bundles and gradients, and measure the output of every block.
+
+    Yields a list. While it holds the mask (B, T) of a batch, the states of that batch are added to `moments`.
+    """
     mask: list[Tensor] = []
 
     def measure(layer: BundleLayer) -> Any:
@@ -263,14 +286,34 @@ def own_samples(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict[str, list[int]]]:
-    """Text that the base model writes by itself, bundles off, at temperature 1: rows of `input_ids`.
+    """Let the base model write text, with bundles off and at temperature 1.
 
-    What `calibrate` measures when it has no texts, and what `objectives.Anchor` holds the model to.
+    `calibrate` measures such text when it has no other, and `objectives.Anchor` keeps the model close to it.
 
     Args:
-        model: with bundles attached.
-        tokenizer: only for the token to start from, if the model's config has none.
-        tokens: at least so many in all. max_length: tokens a row. batch_size: rows generated at once. seed: of it.
+        model: a model with bundles.
+        tokenizer: asked for the first token, if the model's config has none.
+        tokens: number of tokens in all; rounded up to whole batches.
+        max_length: tokens of a row.
+        batch_size: rows that are generated together.
+        seed: seed of the sampling.
+
+    Returns:
+        Rows, `{"input_ids": [...]}` each.
+
+    Raises:
+        ValueError: the model has no bundles.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, own_samples
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(task_type="CAUSAL_LM"))
+        >>> rows = own_samples(model, tokens=32, max_length=8, batch_size=4)
+        >>> len(rows), len(rows[0]["input_ids"])
+        (4, 8)
     """
     state_of(model)  # raises where there are no bundles
     device = next(model.parameters()).device
@@ -281,9 +324,9 @@ def own_samples(
 
 @torch.no_grad()
 def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
-    """Rows (N, length) of token ids: prompts (N, P) and what the model goes on with, sampled as it is.
+    """Token ids (N, length): the prompts (N, P), continued with samples of the model's own distribution.
 
-    Instruct models ship with generation settings that make every sample the same.
+    The generation settings of the model are overridden: those of instruct models make all samples the same.
     """
     return model.generate(
         input_ids=prompts,
@@ -303,7 +346,7 @@ def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
 def _own_samples(
     model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Text that the base model writes by itself, from its start token: plain samples of its distribution."""
+    """Batches of text that the base model writes from its start token."""
     config = model.config.get_text_config(decoder=True)
     starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), config.eos_token_id)
     start = next((t for t in starts if t is not None), 0)

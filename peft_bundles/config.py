@@ -1,4 +1,4 @@
-"""`BundleConfig` and the specs it holds: plain dataclasses that check themselves and survive a trip through JSON."""
+"""`BundleConfig`, `BundleSpec` and `SubBasis`: dataclasses that check their fields and can be saved as JSON."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Rank: TypeAlias = int | float
 
 
 def resolve_rank(rank: Rank, hidden_size: int) -> int:
-    """Width in columns of a rank: an int as it is, a fraction of `hidden_size` rounded down, at least 1."""
+    """Number of columns: an int stays, a fraction is that share of `hidden_size`, rounded down, at least 1."""
     # 1e-9: 0.29 * 100 is 28.999999999999996, and the user meant 29.
     return rank if isinstance(rank, int) else max(1, math.floor(rank * hidden_size + 1e-9))
 
@@ -54,11 +54,13 @@ def _check_rank(owner: str, name: str, rank: Any, fraction_up_to: float = 1.0) -
     is_int = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     is_fraction = isinstance(rank, float) and 0.0 < rank <= fraction_up_to
     if not (is_int or is_fraction):
-        raise ValueError(f"{owner}: {name}={rank!r} must be an int >= 1 or a float in (0, {fraction_up_to:g}].")
+        raise ValueError(
+            f"{owner}: {name}={rank!r} is no rank; give an int >= 1 or a float in (0, {fraction_up_to:g}]."
+        )
 
 
 def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
-    """low <= value <= high; NaN, strings and None fail."""
+    """Refuse what is not a number in [low, high]; NaN is refused, too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{owner}: {name}={value!r} must be a number in [{low:g}, {high:g}].")
 
@@ -77,15 +79,15 @@ def _check_name(kind: str, name: Any) -> None:
     # Names become attributes of `nn.ParameterDict` and components of state-dict keys.
     if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ParameterDict, name):
         raise ValueError(
-            f"{kind} name {name!r} cannot be used: take letters, digits and '_', not starting with a digit, and no "
-            "name of a torch.nn.ParameterDict method."
+            f"{kind} name {name!r} cannot be used: give a name of letters, digits and '_' that does not start with a "
+            "digit and is no method of torch.nn.ParameterDict (such as 'keys')."
         )
 
 
 def _from_mapping(cls: type, owner: str, values: Mapping[str, Any]) -> Any:
-    known = [f.name for f in fields(cls)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{owner}: unknown field(s) {unknown}; a {cls.__name__} has {known}.")
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"{owner}: unknown field(s) {unknown}; a {cls.__name__} has {names}.")
     if "rank" not in values:
         raise ValueError(f"{owner}: rank is missing; give an int or a fraction of the hidden size.")
     return cls(**values)
@@ -93,11 +95,19 @@ def _from_mapping(cls: type, owner: str, values: Mapping[str, Any]) -> Any:
 
 @dataclass
 class SubBasis:
-    """A named run of columns of the layer's basis U.
+    """A named part of the basis U of every layer: some of its columns.
 
     Args:
-        rank: number of columns, as an int or as a fraction of the hidden size (rounded down, at least 1).
+        rank: number of columns: an int, or a float as a fraction of the hidden size (rounded down, at least 1).
         name: filled in from the key of `BundleConfig.sub_bases`.
+
+    Raises:
+        ValueError: `rank` is neither an int >= 1 nor a float in (0, 1].
+
+    Example:
+        >>> from peft_bundles import BundleConfig, SubBasis
+        >>> BundleConfig(sub_bases={"facts": SubBasis(64), "style": 0.1}, bundles={}).sub_bases["style"]
+        SubBasis(rank=0.1, name='style')
     """
 
     rank: Rank
@@ -109,25 +119,33 @@ class SubBasis:
 
 @dataclass
 class BundleSpec:
-    """One bundle: the columns of U it may use, its size, and the signals that may update it.
+    """One bundle: its size, the columns of U that it reads and writes (its support), and the signals that update it.
 
     Args:
-        rank: r_k, the size of the bundle (int, or a fraction of the hidden size): the width of its projector W_k where
-            it has one, and what `bottleneck` is a fraction of.
-        sub_bases: names of the sub-bases whose columns make up the support. Not used by `adapter="full"`.
-        overlap: share of the support that is drawn from the sub-basis named "common", in [0, 1).
-        signals: signal name -> weight in [0, 1]: 1 owns, 0 (or absent) is quarantined, between is attenuated.
-        bottleneck: hidden width b_k of the adapter (int, or a fraction of r_k; for "full", of the hidden size).
-            Only "mlp", "linear" and "full" have one. None takes the config's.
-        adapter: "mlp", "linear", "diag" or "full"; None takes the config's.
-        alpha: the gate this bundle has when nobody says otherwise.
-        role: "general", "semantic" or "signal": a label for reports and trainers.
-        topic: what a semantic bundle is about: a label for routers.
-        protected: a label for trainers: no signal but an owner may touch it, attenuated weights are refused.
+        rank: r_k, the size of the bundle: an int, or a float as a fraction of the hidden size. `bottleneck` is a
+            fraction of it, and with `projection="tied"` it is the width of the projector W_k.
+        sub_bases: names of the sub-bases whose columns are the support. Not used by `adapter="full"`.
+        overlap: share of the support that comes from the sub-basis named "common", in [0, 1).
+        signals: signal -> weight in [0, 1]. 1: the signal updates the bundle (it owns it). 0 or absent: it never does.
+            Between: its gradients are multiplied by the weight.
+        bottleneck: hidden width b_k: an int, or a float as a fraction of r_k (for "full": of the hidden size), at most
+            4.0. "diag" has none. None takes the config's.
+        adapter: what the bundle computes of the states x in its support: "mlp" up(gelu(down x)), "linear" up(down x),
+            "diag" one factor a column, "full" an "mlp" on the whole stream without U. None takes the config's.
+        alpha: factor of the bundle's output, unless `alphas` or `set_alphas` say otherwise.
+        role: "general", "semantic" or "signal"; a label for reports and trainers.
+        topic: what a semantic bundle is about; a label for routers.
+        protected: whether only weights of 0 and 1 are allowed in `signals`; a label for trainers, too.
         name: filled in from the key of `BundleConfig.bundles`.
 
     Raises:
-        ValueError: on a value outside the ranges above; the message names field, value and fix.
+        ValueError: a value outside of these ranges. The message names the field, the value and what to write.
+
+    Example:
+        >>> from peft_bundles import BundleSpec
+        >>> spec = BundleSpec(rank=0.1, sub_bases=["style"], signals={"lm": 1.0, "preference": 0.3})
+        >>> spec.alpha
+        1.0
     """
 
     rank: Rank
@@ -143,66 +161,94 @@ class BundleSpec:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        me = f"bundle {self.name!r}"
-        _check_rank(me, "rank", self.rank)
-        _check_choice(me, "role", self.role, ROLES)
+        owner = f"bundle {self.name!r}"
+        _check_rank(owner, "rank", self.rank)
+        _check_choice(owner, "role", self.role, ROLES)
         if self.adapter is not None:
-            _check_choice(me, "adapter", self.adapter, ADAPTERS)
+            _check_choice(owner, "adapter", self.adapter, ADAPTERS)
         if self.bottleneck is not None:
-            _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
+            _check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if not isinstance(self.sub_bases, (list, tuple)):
-            raise ValueError(f"{me}: sub_bases={self.sub_bases!r} must be a list, e.g. ['mem'].")
+            raise ValueError(f"{owner}: sub_bases={self.sub_bases!r} must be a list, e.g. ['mem'].")
         if not isinstance(self.signals, Mapping):
-            raise ValueError(f"{me}: signals={self.signals!r} must be a dict, e.g. {{'lm': 1.0}}.")
+            raise ValueError(f"{owner}: signals={self.signals!r} must be a dict, e.g. {{'lm': 1.0}}.")
         self.sub_bases, self.signals = list(self.sub_bases), dict(self.signals)
         if len(set(self.sub_bases)) != len(self.sub_bases):
-            raise ValueError(f"{me}: sub_bases={self.sub_bases} names a sub-basis twice; name each once.")
-        _check_number(me, "overlap", self.overlap, 0.0, 0.999)
-        _check_number(me, "alpha", self.alpha, -1e6, 1e6)
+            raise ValueError(f"{owner}: sub_bases={self.sub_bases} names a sub-basis twice; name each once.")
+        _check_number(owner, "overlap", self.overlap, 0.0, 0.999)
+        _check_number(owner, "alpha", self.alpha, -1e6, 1e6)
         for signal, weight in self.signals.items():
-            _check_number(me, f"signals[{signal!r}]", weight, 0.0, 1.0)
+            _check_number(owner, f"signals[{signal!r}]", weight, 0.0, 1.0)
             if self.protected and 0.0 < weight < 1.0:
                 raise ValueError(
-                    f"{me} is protected, so signals[{signal!r}]={weight!r} must be 0 or 1, or protected=False."
+                    f"{owner} is protected, so signals[{signal!r}]={weight!r} must be 0 or 1, or protected=False."
                 )
 
 
 @dataclass
 class BundleConfig(PeftConfig):
-    """Configuration of a BUNDLE adapter (design.md sections 2, 3 and 6).
+    """Configuration of a BUNDLE adapter: its bundles, the basis they live in, and how they train.
+
+    Every decoder layer has an orthonormal basis U. A bundle reads x = ((h - mu) / sigma) U in its support, its columns
+    of U, and adds c * alpha * u(x) there. `docs/concepts.md` has the equations.
 
     Args:
-        preset: a name of `taxonomy.PRESETS`; "single_adapter" when neither it nor `bundles` is given.
-        bundles: name -> `BundleSpec` (or a list of named specs). Beside a preset they replace the preset's bundles.
-        sub_bases: name -> `SubBasis` (or a bare rank). Beside a preset they replace the preset's sub-bases.
-        basis_rank: R, the columns of U. None: the sub-bases, rounded up to a multiple of 8. Spare columns are not used.
-        basis_seed: seed of the random basis and of the weights' start; layer l draws from (seed, l), whatever its name.
-        basis_init: "random", "pca" (directions of high variance) or "null" (of low variance). The last two are
-            chosen by `calibrate`; until it has run they are the random basis.
-        adapter: adapter kind of bundles that name none.
-        bottleneck: bottleneck of bundles that name none.
-        projection: "none": a bundle reads and writes its columns of U as they are. "tied" puts a trained projector W_k
-            between, and its transpose behind. W costs parameters that hidden units use better (docs/learning.md).
-        input_norm: "standard" (x is centred and scaled by what `calibrate` measured) or "none".
-        scaling: c, a constant factor of what the bundles add, as lora_alpha / r is for LoRA. Under Adam it is the ratio
-            of the step sizes of the second map (`up`) and the first (`down`), as LoRA+'s (arXiv 2402.12354).
-        quiet: weight of the penalty on what the bundles add to the states that `calibrate` kept; `forward` with labels
-            adds it to the loss while training, other losses add `model.quiet_loss()`. 0 turns it off.
-        dropout: dropout on the adapter's hidden units while training.
-        layers_to_transform: indices of the decoder layers that get bundles; None is all of them.
-        target_modules: names or a regex of the decoder blocks, only for models where they are not found by themselves.
+        preset: a name of `peft_bundles.PRESETS`. Without it and without `bundles`: "single_adapter".
+        bundles: name -> `BundleSpec` (or a dict of its fields), or a list of named ones. Beside a preset they replace
+            the preset's bundles.
+        sub_bases: name -> `SubBasis` (or a bare rank), or a list of named ones. Beside a preset they replace the
+            preset's. They are cut from U in this order.
+        basis_rank: R, the number of columns of U: an int, or a float as a fraction of the hidden size. None: as many as
+            the sub-bases need, rounded up to a multiple of 8.
+        basis_seed: seed of the random basis and of the first weights. Layer l draws from (seed, l).
+        basis_init: "random", or directions that `calibrate` chooses: "pca" (of high variance) or "null" (of low
+            variance). Until `calibrate` has run, these are random, too.
+        adapter: "mlp", "linear", "diag" or "full" for bundles that name none; see `BundleSpec`.
+        bottleneck: hidden width of bundles that name none; see `BundleSpec`.
+        projection: "none": a bundle reads and writes the columns of its support. "tied": a trained projector W_k comes
+            between, and its transpose on the way back, P = W U^T; hidden units use the same parameters better.
+        input_norm: "standard": x is centred and scaled with mu and sigma from `calibrate`. "none": x = h U.
+        scaling: c, a constant factor of what the bundles add, as lora_alpha / r in LoRA. Under Adam it is the ratio of
+            the step sizes of the second map (`up`) and the first (`down`), as in LoRA+ (arXiv 2402.12354).
+        quiet: weight of the penalty on what bundles add to the states that `calibrate` kept. `forward` with labels adds
+            it to the loss while training; to a loss of your own add `model.quiet_loss()`. 0 turns it off.
+        dropout: dropout of the hidden units while training, in [0, 1).
+        layers_to_transform: numbers of the decoder layers that get bundles. None: all.
+        target_modules: names or a regex of the decoder blocks, for models where they are not found automatically.
         exclude_modules: blocks to leave out, as in other PEFT methods.
-        modules_to_save: further modules to train in full and save, as in other PEFT methods.
-        save_basis: store U in the checkpoint. False regenerates it from the seed (only `basis_init="random"`).
-        init_weights: True starts as the base model exactly. False draws random weights (for tests).
+        modules_to_save: further modules to train in full and to save, as in other PEFT methods.
+        save_basis: store U in the checkpoint. False draws it again from the seed (`basis_init="random"` only).
+        init_weights: True: a fresh adapter changes nothing, bit for bit. False: random weights, for tests.
+        task_type: give "CAUSAL_LM" (as in other PEFT methods). Without a task type PEFT calls the base model directly,
+            which leaves out the `quiet` penalty and `generate(..., alphas=)`.
 
-    The remaining fields are filled in by the library and travel with the checkpoint: `base_shape` (hidden size and
-    number of decoder layers), `basis_fingerprint` (a number a layer), `calibration` (how `calibrate` was run),
-    `provenance` (of bundles that `save_bundle` cut out: the basis and the base model they were trained in, a summary of
-    the training) and, in files, `weights_digest` (of the bundles' tensors beside the config).
+    The library fills in the other fields, and they are saved: `base_shape` ([hidden size, number of layers]),
+    `basis_fingerprint` (layer -> a number that tells bases apart), `calibration` (what `calibrate` returned),
+    `provenance` (of bundles that `save_bundle` wrote: their basis, their base model, a summary of their training),
+    `weights_digest` (in files: SHA-256 of the tensors) and `format_version` (of the files; 1 where it is missing, as in
+    files of version 0.1).
 
     Raises:
-        ValueError: at construction, naming field, value and fix.
+        ValueError: a value that does not fit. The message names the field, the value and what to write.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, BundleSpec
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> config = BundleConfig(
+        ...     sub_bases={"facts": 0.5, "style": 8},
+        ...     bundles={
+        ...         "b_facts": BundleSpec(rank=0.5, sub_bases=["facts"], signals={"lm": 1.0}),
+        ...         "b_style": BundleSpec(rank=8, sub_bases=["style"], signals={"preference": 1.0}),
+        ...     },
+        ...     task_type="CAUSAL_LM",
+        ... )
+        >>> config.signals
+        ['lm', 'preference']
+        >>> get_peft_model(base, config).get_nb_trainable_parameters()[0]
+        320
     """
 
     preset: str | None = None
@@ -239,18 +285,20 @@ class BundleConfig(PeftConfig):
         # that was read and whose tensors have not been loaded yet.
         self.digest_to_save: str | None = None
         self.peft_type = PeftType("BUNDLE")
-        me = "BundleConfig"
+        owner = "BundleConfig"
         if not isinstance(self.format_version, int) or self.format_version < 1:
-            raise ValueError(f"{me}: format_version={self.format_version!r} must be an int >= 1; the file is damaged.")
+            raise ValueError(
+                f"{owner}: format_version={self.format_version!r} must be an int >= 1; the file is damaged."
+            )
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"{me}: format_version={self.format_version} was written by a newer version of peft-bundles; this one "
-                f"reads formats up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-bundles."
+                f"{owner}: format_version={self.format_version} was written by a newer version of peft-bundles; this "
+                f"one reads formats up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-bundles."
             )
         if self.preset is None and self.bundles is None:
             self.preset = "single_adapter"
         if self.preset is not None:
-            _check_choice(me, "preset", self.preset, sorted(PRESETS))
+            _check_choice(owner, "preset", self.preset, sorted(PRESETS))
             if self.bundles is None:
                 self.bundles = PRESETS[self.preset]["bundles"]  # type: ignore[assignment]
             if self.sub_bases is None:
@@ -258,45 +306,53 @@ class BundleConfig(PeftConfig):
         self.sub_bases = self._named(self.sub_bases or {}, SubBasis, "sub-basis")
         self.bundles = self._named(self.bundles or {}, BundleSpec, "bundle")
 
-        _check_choice(me, "adapter", self.adapter, ADAPTERS)
-        _check_choice(me, "basis_init", self.basis_init, BASIS_INITS)
-        _check_choice(me, "input_norm", self.input_norm, INPUT_NORMS)
-        _check_choice(me, "projection", self.projection, PROJECTIONS)
-        _check_number(me, "scaling", self.scaling, 1e-6, 1e6)
-        _check_number(me, "quiet", self.quiet, 0.0, 1e6)
-        _check_rank(me, "bottleneck", self.bottleneck, fraction_up_to=4.0)
+        _check_choice(owner, "adapter", self.adapter, ADAPTERS)
+        _check_choice(owner, "basis_init", self.basis_init, BASIS_INITS)
+        _check_choice(owner, "input_norm", self.input_norm, INPUT_NORMS)
+        _check_choice(owner, "projection", self.projection, PROJECTIONS)
+        _check_number(owner, "scaling", self.scaling, 1e-6, 1e6)
+        _check_number(owner, "quiet", self.quiet, 0.0, 1e6)
+        _check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if self.basis_rank is not None:
-            _check_rank(me, "basis_rank", self.basis_rank)
-        _check_number(me, "dropout", self.dropout, 0.0, 0.999)
+            _check_rank(owner, "basis_rank", self.basis_rank)
+        _check_number(owner, "dropout", self.dropout, 0.0, 0.999)
         if not isinstance(self.basis_seed, int) or self.basis_seed < 0:
-            raise ValueError(f"{me}: basis_seed={self.basis_seed!r} must be an int >= 0.")
+            raise ValueError(f"{owner}: basis_seed={self.basis_seed!r} must be an int >= 0.")
         if self.target_parameters:
-            raise ValueError(f"{me}: target_parameters={self.target_parameters!r}: bundles sit on decoder blocks.")
+            raise ValueError(
+                f"{owner}: target_parameters={self.target_parameters!r} cannot be used; bundles sit on decoder blocks, "
+                "which are found automatically."
+            )
         if not self.save_basis and self.basis_init != "random":
             raise ValueError(
-                f"{me}: save_basis=False with basis_init={self.basis_init!r}: only a random basis can be drawn again "
-                "from its seed; use save_basis=True."
+                f"{owner}: save_basis=False with basis_init={self.basis_init!r}: only a random basis can be drawn "
+                "again from its seed; use save_basis=True."
             )
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
         if not all(isinstance(i, int) for i in self.layers_to_transform or []):
-            raise ValueError(f"{me}: layers_to_transform={self.layers_to_transform!r} must be a list of layer numbers.")
+            raise ValueError(
+                f"{owner}: layers_to_transform={self.layers_to_transform!r} must be a list of layer numbers, such as "
+                "[0, 1]."
+            )
         for name, spec in self.bundles.items():
             self._check_bundle(name, spec)
 
     @staticmethod
-    def _named(given: Any, cls: type, kind: str) -> dict[str, Any]:
+    def _named(items: Any, cls: type, kind: str) -> dict[str, Any]:
         """Dict of `cls` by name, from a dict (of instances, field dicts or bare ranks) or a list of named ones."""
-        if not isinstance(given, (Mapping, list, tuple)):
-            raise ValueError(f"BundleConfig: {kind}s={given!r} must be a dict by name, or a list.")
-        if not isinstance(given, Mapping):
-            given = [item if isinstance(item, cls) else _from_mapping(cls, f"{kind} {item}", item) for item in given]
-            names = [item.name for item in given]
+        if not isinstance(items, (Mapping, list, tuple)):
+            raise ValueError(f"BundleConfig: {kind}s={items!r} must be a dict by name, or a list of named ones.")
+        if not isinstance(items, Mapping):
+            items = [item if isinstance(item, cls) else _from_mapping(cls, f"{kind} {item}", item) for item in items]
+            names = [item.name for item in items]
             if twice := sorted({str(n) for n in names if names.count(n) > 1}):
-                raise ValueError(f"BundleConfig: {kind} name(s) {twice} are given twice; names must differ.")
-            given = {item.name: item for item in given}
+                raise ValueError(
+                    f"BundleConfig: {kind} name(s) {twice} are given twice; give every {kind} a name of its own."
+                )
+            items = {item.name: item for item in items}
         named = {}
-        for name, item in given.items():
+        for name, item in items.items():
             _check_name(kind, name)
             if isinstance(item, (int, float)) and cls is SubBasis:
                 item = {"rank": item}
@@ -318,35 +374,37 @@ class BundleConfig(PeftConfig):
         if kind == "full":
             return
         if unknown := [s for s in spec.sub_bases if s not in self.sub_bases]:
-            raise ValueError(f"bundle {name!r}: sub_bases {unknown} are unknown; known are {sorted(self.sub_bases)}.")
+            raise ValueError(f"bundle {name!r}: sub_bases {unknown} are unknown; choose from {sorted(self.sub_bases)}.")
         if not spec.sub_bases:
             raise ValueError(f"bundle {name!r}: sub_bases is empty; name at least one of {sorted(self.sub_bases)}.")
         if spec.overlap and COMMON not in self.sub_bases:
-            raise ValueError(f"bundle {name!r}: overlap={spec.overlap} needs a sub-basis named {COMMON!r}; add one.")
+            raise ValueError(
+                f"bundle {name!r}: overlap={spec.overlap} needs a sub-basis named {COMMON!r}; add one to sub_bases."
+            )
         if spec.overlap and COMMON in spec.sub_bases:
             raise ValueError(
-                f"bundle {name!r}: overlap={spec.overlap} already draws on {COMMON!r}; drop one of the two."
+                f"bundle {name!r}: overlap={spec.overlap} and the sub-basis {COMMON!r} exclude each other; drop one."
             )
 
     @property
     def signals(self) -> list[str]:
-        """Names of all signals that some bundle takes part in, in order of first mention."""
+        """Names of the signals that update some bundle, in the order in which the bundles name them."""
         assert self.bundles is not None
         return list(dict.fromkeys(s for spec in self.bundles.values() for s, w in spec.signals.items() if w > 0))
 
     def column(self, signal: str) -> dict[str, float]:
-        """Routing column of a signal: bundle -> weight in [0, 1] (a row of the S x M table of design.md section 3)."""
+        """bundle -> weight in [0, 1] with which a signal updates it: a row of the table signals x bundles."""
         assert self.bundles is not None
         return {name: float(spec.signals.get(signal, 0.0)) for name, spec in self.bundles.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's own, with bundles and sub-bases as lists: PEFT sorts the keys of the file, and their order matters."""
+        """The fields for the file, bundles and sub-bases as lists: their order matters, and PEFT sorts dicts by key."""
         values = asdict(self)
         values["weights_digest"] = self.digest_to_save or self.weights_digest
         return {**values, "bundles": list(values["bundles"].values()), "sub_bases": list(values["sub_bases"].values())}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's own, through a temporary file: a failed save leaves the earlier config in place."""
+        """Save the config to a folder, as in PEFT. A save that fails leaves the earlier config in place."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file; give a folder.")
         os.makedirs(save_directory, exist_ok=True)
@@ -354,14 +412,14 @@ class BundleConfig(PeftConfig):
             super().save_pretrained(staging, **kwargs)
             os.replace(os.path.join(staging, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         card = os.path.join(save_directory, "README.md")
-        if os.path.isfile(card):  # PEFT's, just written: without our import it could not load the adapter
+        if os.path.isfile(card):  # the card that PEFT has just written does not say which package loads the adapter
             with open(card, "r+") as file:
                 if USAGE not in file.read():
                     file.write(USAGE)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's own, with an error that names the file when it is not a JSON object."""
+        """Read the fields of a file, as in PEFT; the error names a file that is no JSON object."""
         try:
             with open(path_json_file) as file:
                 loaded = json.load(file)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from .config import BundleConfig
 from .core.base import CHILD, PEFT_PREFIX, Injection, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
-from .core.checkpoints import check_digest, check_tensors, weights_digest
+from .core.checkpoints import by_layer, check_digest, check_tensors, weights_digest
 from .core.dialling import alphas, set_alphas
-from .core.inference import prepared
-from .core.layer import MERGE_ERROR, BundleLayer, basis_brought
+from .core.layer import MERGE_ERROR, BundleLayer
 from .core.packing import Packing
+from .core.planning import prepared
 from .core.quiet import loudness
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
-from .core.walking import bundle_layers, bundle_parameters
+from .core.walking import basis_brought, bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
 from .routing import backward, reduction, routes
 
@@ -240,31 +240,22 @@ class BundleModel(BaseTuner):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             if not config.bundles:
                 return remapped
-            names = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer)}
-            names = {name: layer for name, layer in names.items() if adapter_name in layer.bundle_basis}
-            numbers = {name.removeprefix(PEFT_PREFIX): layer.index for name, layer in names.items()}
-            layers: dict[int, dict[str, Tensor]] = {number: {} for number in numbers.values()}
-            others = []
-            for key, tensor in state_dict.items():
-                head, _, tail = key.removeprefix(PEFT_PREFIX).rpartition(f".{CHILD}.")
-                if (number := numbers.get(f"{head}.{CHILD}")) is None:
-                    others.append(key.removeprefix(PEFT_PREFIX))
-                else:
-                    layers[number][tail] = tensor
-            if not config.save_basis:  # drawn from the seed when the adapter was attached
-                for name, layer in names.items():
-                    basis = layer.bundle_basis[adapter_name]
-                    layers[layer.index]["bundle_basis"] = remapped[f"{name}.bundle_basis.{adapter_name}"] = basis
             source = f"the checkpoint of adapter {adapter_name!r}"
-            if others:  # heads that were trained too (`modules_to_save`)
+            layers = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer)}
+            layers = {name: layer for name, layer in layers.items() if adapter_name in layer.bundle_basis}
+            tensors, others = by_layer(state_dict, {name: layer.index for name, layer in layers.items()})
+            if others:  # modules that were trained too (`modules_to_save`)
                 places = {key.removeprefix(PEFT_PREFIX) for key in model.state_dict()}
                 if extra := sorted(set(others) - places):
                     raise ValueError(
                         f"{source} has {len(extra)} tensors that the model has no place for, first {extra[0]!r}; it "
                         "belongs to another base model or another config."
                     )
-            if layers:
-                check_tensors(layers, config, next(iter(names.values())).hidden_size, source)
+            for name, layer in layers.items():
+                if not config.save_basis:  # drawn from the seed when the adapter was attached
+                    basis = remapped[f"{name}.bundle_basis.{adapter_name}"] = layer.bundle_basis[adapter_name]
+                    tensors[layer.index]["bundle_basis"] = basis
+                check_tensors({layer.index: tensors[layer.index]}, config, layer.hidden_size, source)
             check_digest(config, state_dict, source)
         config.weights_digest = None  # state dicts that are set later may be any
         return remapped
@@ -274,32 +265,32 @@ class BundleModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """`PeftModel` enters this around every forward and generate, with the call's arguments."""
-        call, given = self._state.call, kwargs.get("alphas")
+        call, values = self._state.call, kwargs.get("alphas")
         before = call.offered
         try:
-            with self._call(given, kwargs.get("adapter_names")):
-                call.offered = given
+            with self._call(values, kwargs.get("adapter_names")):
+                call.offered = values
                 yield
         except (TypeError, ValueError) as error:
-            if call.offered is not None and "alphas" in str(error):
+            if call.offered is not None and "'alphas'" in str(error):  # an argument that the base model does not know
                 raise ValueError(
-                    "alphas= reached the base model, for this PeftModel has no task type; give one, "
-                    "BundleConfig(task_type='CAUSAL_LM'), or use `with model.alphas(...):`."
+                    "alphas= cannot be given here: without a task type PEFT hands it on to the base model. Make the "
+                    "adapter with BundleConfig(task_type='CAUSAL_LM'), or use `with model.alphas(...):`."
                 ) from error
             raise
         finally:
             call.offered = before
 
-    def _not_set_yet(self, given: Any) -> Any:
-        """These alphas, or None where `PeftModel` has set them for this call: it also hands them on to the tuner."""
+    def _not_set_yet(self, values: Any) -> Any:
+        """The alphas of a call, or None if `PeftModel` has set them: then it hands the same object on to the tuner."""
         call = self._state.call
-        if given is None or given is not call.offered:
-            return given
+        if values is None or values is not call.offered:
+            return values
         call.offered = None
         return None
 
     @contextmanager
-    def _call(self, given: Any, adapter_names: list[str] | None) -> Iterator[None]:
+    def _call(self, values: Any, adapter_names: list[str] | None) -> Iterator[None]:
         """Run the block as one call, with alphas and adapter names of its own where they are given."""
         call = self._state.call
         if adapter_names is not None:
@@ -310,7 +301,7 @@ class BundleModel(BaseTuner):
         before = call.adapter_names
         call.adapter_names = adapter_names if adapter_names is not None else before
         try:
-            own = alphas(self.model, given) if given is not None else nullcontext()
+            own = alphas(self.model, values) if values is not None else nullcontext()
             with self._pinned(adapter_names or ()), own, prepared(self.model, self._layers):
                 yield
         finally:
@@ -352,12 +343,12 @@ class BundleModel(BaseTuner):
         """Delete the replaced adapters that no call runs with any more. The caller must hold `use.swapping`."""
         use = self._state.use
         with use.lock:
-            gone = [a for a in use.retired if use.calls[a] == 0]
-            use.retired.difference_update(gone)
-        for adapter in gone:  # no new call can start with them, for they are not active
+            unused = [a for a in use.retired if use.calls[a] == 0]
+            use.retired.difference_update(unused)
+        for adapter in unused:  # no new call can start with them, for they are not active
             self.delete_adapter(adapter)
-            known = self._state.bundle_names()
-            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in known}
+            remaining = self._state.bundle_names()
+            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in remaining}
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's forward.
@@ -425,9 +416,9 @@ class BundleModel(BaseTuner):
             What the base model returns.
         """
         call = self._state.call
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         before = call.prompts
-        call.prompts = next((t.shape[0] for t in given if isinstance(t, Tensor)), 1)
+        call.prompts = next((t.shape[0] for t in inputs if isinstance(t, Tensor)), 1)
         try:
             with torch.no_grad(), self.folded(), self._call(self._not_set_yet(alphas), adapter_names):
                 return self.model.generate(*args, **kwargs)

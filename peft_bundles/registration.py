@@ -1,4 +1,4 @@
-"""Make BUNDLE known to PEFT, whose `PeftType` is a closed enum without plug-ins (facts: huggingface/peft#2273)."""
+"""Add BUNDLE to `PeftType`. PEFT has no plug-ins, and its enum of types is closed (huggingface/peft#2273)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from peft.utils import PeftType
 
 
 def add_peft_type(name: str) -> None:
-    """Add a member to PEFT's enum of adapter types; does nothing if it is there (a later PEFT, a second import)."""
+    """Add a type of adapter to PEFT's enum, if the enum does not have it."""
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)

@@ -1,4 +1,4 @@
-"""What an adapter consists of, as a table a person can read."""
+"""A table of an adapter's bundles."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from .core.walking import adapter_layers, resolve_adapter, state_of
 
 @dataclass
 class BundleReport:
-    """One row per bundle, the matrix of common supports, and (when asked for) the smallest principal angles.
+    """What `report` returns; printing it gives a table.
 
     Attributes:
-        rows: bundle, kind, rank, hidden, support (columns), parameters (all layers), alpha, signals.
-        overlap: (M, M), share of common support (`basis.support_overlap`).
-        angles: (M, M), smallest principal angle of span(P_j) and span(P_k) in degrees, mean over layers, or None.
+        rows: a dict for each bundle: bundle, kind, rank, hidden (units), support (number of columns), parameters (in
+            all layers), alpha, signals.
+        overlap: (M, M), |S_j and S_k| / min(|S_j|, |S_k|): the share of common support of two bundles.
+        angles: (M, M), smallest principal angle between what two bundles read, in degrees, mean over layers; NaN for a
+            "full" bundle, which reads everything. None unless it was asked for.
         header: lines about the adapter as a whole.
     """
 
@@ -59,10 +61,33 @@ def _text(value: Any) -> str:
 
 
 def report(model: nn.Module, adapter: str | None = None, *, angles: bool = False) -> BundleReport:
-    """Describe one adapter of a model; `angles` also measures principal angles (a few SVDs per layer).
+    """Describe the bundles of one adapter.
+
+    Args:
+        model: a model with bundles.
+        adapter: name of the adapter. None: the only one.
+        angles: also measure principal angles, with an SVD for every two bundles and layer.
+
+    Returns:
+        A `BundleReport`; print it for a table.
 
     Raises:
-        ValueError: the model has no such adapter.
+        ValueError: the model has no bundles, no adapter of this name, or several adapters and none is named.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, report
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> spec = {"rank": 8, "sub_bases": ["main"], "bottleneck": 4, "signals": {"lm": 1.0, "policy": 0.3}}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles={"b_all": spec}))
+        >>> print(report(model))
+        adapter 'default': 1 bundles in 2 layers, 128 parameters
+        basis: 8 of 32 directions, null
+        calibrated: no: run peft_bundles.calibrate(model, texts, tokenizer)
+        bundle  kind  rank  hidden  support  parameters  alpha  signals
+        b_all   mlp   8     4       8        128         1.0    lm policy:0.3
     """
     adapter = resolve_adapter(model, adapter)
     config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
@@ -99,7 +124,7 @@ def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
     for j, (a, left) in enumerate(shapes.items()):
         for k, (b, right) in enumerate(shapes.items()):
             if "full" in (left.kind, right.kind) or k < j:
-                continue  # no projector: spans everything; and the table is symmetric
+                continue  # "full" reads everything, and the table is symmetric
             reads = [(_reads(layer, adapter, a, left), _reads(layer, adapter, b, right)) for layer in layers]
             angles = [principal_angles(x, left.support, y, right.support).min() for x, y in reads]
             table[j, k] = table[k, j] = torch.rad2deg(torch.stack(angles).mean())
@@ -107,7 +132,7 @@ def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
 
 
 def _reads(layer: BundleLayer, adapter: str, name: str, shape: BundleShape) -> Tensor:
-    """Rows that span what a bundle reads of its support: those of W, of `down`, or all of it."""
+    """Rows that span what a bundle reads of its support: those of W, those of `down`, or ("diag") all of it."""
     for table in (layer.bundle_weight[adapter], layer.bundle_down[adapter]):
         if name in table:
             return table[name]

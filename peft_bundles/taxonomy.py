@@ -1,7 +1,7 @@
-"""The named bundles and the presets, as data (design.md section 6).
+"""The presets, as data: which bundles there are, which part of the basis each uses, and which signals update it.
 
-A preset is a pair of tables: sub-bases (name -> rank, as a fraction of the hidden size d) and bundles (name -> the
-fields of a `BundleSpec`). `BundleConfig(preset=...)` reads them; nothing here runs.
+A preset is a pair of tables: `sub_bases` (name -> rank, as a fraction of the hidden size d) and `bundles` (name -> the
+fields of a `BundleSpec`). `BundleConfig(preset=...)` reads them. `docs/concepts.md` explains signals and owners.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 
-SIDE = 0.3  # weight of a signal's side bundles: they are helped along, not owned
+SIDE = 0.3  # weight of a signal in bundles that it updates a little and does not own
 
 TOPICS = ("animals", "ml", "programming", "finance", "law", "medical")
 
@@ -31,7 +31,7 @@ SIGNALS = (
     "kl",
 )
 
-# Ranks are fractions of d: the low end of each range in design.md, so that the six sub-bases sum to 0.85 d.
+# Ranks are fractions of d, small enough that the six sub-bases together take 0.85 d.
 COGNITIVE_SUB_BASES = {
     "mem": 0.30,
     "logic": 0.20,
@@ -137,14 +137,14 @@ def _own(sub_basis: str, rank: float, *signals: str, **fields: Any) -> dict[str,
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # No bundle at all: the trunk itself is trained. The plain fine-tuning control.
+    # No bundle: the base model itself is trained. The control for plain fine-tuning.
     "baseline": {"sub_bases": {}, "bundles": {}},
-    # One adapter that every signal updates: the monolithic control.
+    # One bundle that every signal updates: the control for one common adapter.
     "single_adapter": {
         "sub_bases": {"main": 0.75},
         "bundles": {"b_main": _own("main", 0.75, *SIGNALS)},
     },
-    # Three bundles that share 80% of their support: separate weights, one space.
+    # Three bundles that share 80% of their support: separate weights in one space.
     "all_overlap": {
         "sub_bases": {"ssl": 0.05, "policy": 0.05, "value": 0.05, "common": 0.20},
         "bundles": {
@@ -153,7 +153,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_rl_value": _own("value", 0.20, "value", "advantage", "curiosity", role="signal", overlap=0.8),
         },
     },
-    # Language modelling and RL in orthogonal halves of the basis, one bundle a signal.
+    # Language modelling and RL in orthogonal halves of the basis, and a bundle for each RL signal.
     "ssl_rl_separate": {
         "sub_bases": {"ssl": 0.375, "rl": 0.375},
         "bundles": {
@@ -186,7 +186,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_err_calibration": {**ERRORS["b_err_calibration"], "sub_bases": ["meta", "policy", "abstraction"]},
         },
     },
-    # Each kind of feedback in a space of its own.
+    # Each kind of feedback in its own part of the basis.
     "feedback_isolated": {
         "sub_bases": {"ssl": 0.30, "preference": 0.12, "policy": 0.12, "value": 0.08, "critique": 0.12},
         "bundles": {
@@ -197,7 +197,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_fb_critique": _own("critique", 0.12, "meta_correctness", "calibration", role="signal"),
         },
     },
-    # Semantic supports nested inside the cognitive ones: each cognitive sub-basis has a part its topic shares.
+    # The support of each semantic bundle lies inside that of a cognitive one, which shares that part with its topic.
     "hierarchical": {
         "sub_bases": {
             "mem": 0.25,
@@ -216,7 +216,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_sem_law": {**SEMANTIC["b_sem_law"], "sub_bases": ["abstraction_law"]},
         },
     },
-    # Cognitive and semantic bundles in orthogonal spaces.
+    # Cognitive and semantic bundles in orthogonal parts of the basis.
     "cognitive_semantic_split": {
         "sub_bases": {"mem": 0.30, "logic": 0.20, "abstraction": 0.15, "temporal": 0.10, "semantic": 0.15},
         "bundles": {

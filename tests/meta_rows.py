@@ -83,6 +83,6 @@ def rl(**fields: Any) -> PPO:
 
 
 def whole_table() -> list[Objective]:
-    """Objectives that emit every signal of design.md section 6."""
+    """Objectives that emit every signal of the preset `taxonomy`."""
     objectives = [make() for name, make in HEADS.items() if name != "meta_pairs"]
     return [LM(texts()), LM(completions(), signal="logic"), *objectives, rl(), Preference(pairs())]

@@ -25,7 +25,7 @@ def texts(n: int = 60, length: int = 20) -> list[str]:
 
 
 def states(model, ids):
-    """The base model's block outputs, (N, d) per layer, outliers left out as design.md says."""
+    """The base model's block outputs, (N, d) per layer, outliers left out."""
     found = {}
     handles = []
     for layer in layers(model):

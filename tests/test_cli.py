@@ -339,7 +339,7 @@ def test_without_typer_it_says_how_to_install_it():
     path = str(Path(peft_bundles_cli.__file__).parent)
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path)
     assert made.returncode == 1 and made.stdout == "" and made.stderr.count("\n") == 1
-    assert "pip install 'peft-bundles[cli]'" in made.stderr
+    assert 'pip install "peft-bundles[cli]"' in made.stderr
 
 
 def test_a_plot_without_matplotlib_says_how_to_install_it(folders, tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_plot_without_matplotlib_says_how_to_install_it(folders, tmp_path, mon
     text = f"a={folders / 'a.txt'}"
     options = ["--bundle", "b_mlp", "--values", "0,1", "--rows", 1, "--plot", tmp_path / "sweep.png"]
     message = refused("sweep", folders / "one", "--text", text, *options)
-    assert "pip install 'peft-bundles[analysis]'" in message
+    assert 'pip install "peft-bundles[analysis]"' in message
 
 
 def test_help_does_not_wait_for_torch():

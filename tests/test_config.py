@@ -1,4 +1,4 @@
-"""Configs check themselves at construction and survive JSON; presets are what design.md section 6 says."""
+"""Configs check themselves at construction and survive JSON; presets are the tables of the documentation."""
 
 import json
 import math

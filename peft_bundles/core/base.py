@@ -1,4 +1,4 @@
-"""The base model as bundles see it: its decoder blocks, its shape, and a fingerprint that tells its weights apart."""
+"""The base model: its decoder blocks, its shape, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from ..config import BundleConfig
 
 CHILD = "bundles"  # the name under which a block holds its BundleLayer
 PEFT_PREFIX = "base_model.model."
-SAMPLES = 16  # weights that the fingerprint keeps of a tensor
-VOCABULARY = 64  # rows of the embeddings that are looked at: a model whose vocabulary was enlarged stays the same
+SAMPLES = 16  # weights of a tensor in the fingerprint
+VOCABULARY = 64  # rows of the embeddings in the fingerprint: a larger vocabulary does not change these
 
 
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the decoder blocks, in order.
 
-    First the list of `num_hidden_layers` modules that the model says must not be split; then any list of such modules;
-    then the list of `num_hidden_layers` inside `get_decoder()`. The longest list alone would pick a vision tower.
+    The first that exists of: the list of `num_hidden_layers` modules that the model says must not be split
+    (`_no_split_modules`), any list of such modules, the list of `num_hidden_layers` modules inside `get_decoder()`.
+    Failure mode of a simpler rule: the longest list may be a vision tower.
 
     Raises:
-        ValueError: none found; then `target_modules` has to name them.
+        ValueError: none found; name them with `target_modules`.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -107,7 +108,7 @@ def base_shape(model: nn.Module) -> list[int]:
     """Hidden size and number of layers.
 
     Raises:
-        ValueError: no transformers model.
+        ValueError: it is no transformers model.
     """
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config; bundles need a transformers model.")
@@ -118,27 +119,32 @@ def base_shape(model: nn.Module) -> list[int]:
 def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter") -> None:
     """Refuse an adapter that was made for another base model.
 
+    Args:
+        config: of the adapter. Fields of the base model that it does not have are not compared.
+        model: the base model.
+        what: the adapter, for the message.
+
     Raises:
-        ValueError: another shape, or other weights where the config has their fingerprint; it says what differs.
+        ValueError: the base model has another shape, or other weights than those whose fingerprint is in the config.
     """
-    known = config.base_model_name_or_path
+    name = config.base_model_name_or_path
     if config.base_shape is not None and config.base_shape != (shape := base_shape(model)):
         raise ValueError(
             f"{what} was made for a base model with (hidden size, layers) {tuple(config.base_shape)}, but "
             f"{type(model).__name__} has {tuple(shape)}; load it onto the base model it was trained on"
-            + (f" ({known})." if known else ".")
+            + (f" ({name})." if name else ".")
         )
     provenance = config.provenance or {}
     if provenance.get("base") and (difference := other_base(provenance["base"], model)) is not None:
         revision = f" at revision {provenance['base_revision']}" if provenance.get("base_revision") else ""
         raise ValueError(
             f"{what} was trained on another base model or another revision of it: {difference}. Load "
-            f"{known or 'the base model it was trained on'}{revision}."
+            f"{name or 'the base model it was trained on'}{revision}."
         )
 
 
 def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights of the first, middle and last block by block number and name, and the first rows of the embeddings."""
+    """The first rows of the embeddings, and the weights of the first, middle and last block."""
     embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is not None and getattr(embeddings, "weight", None) is not None:
         yield "embeddings", embeddings.weight[:VOCABULARY]
@@ -148,38 +154,38 @@ def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         blocks = []
     for number in sorted({0, len(blocks) // 2, len(blocks) - 1} if blocks else ()):
         for name, parameter in model.get_submodule(blocks[number]).named_parameters():
-            yield f"{number}.{name.replace('.base_layer.', '.')}", parameter  # LoRA moves the weight one deeper
+            yield f"{number}.{name.replace('.base_layer.', '.')}", parameter  # LoRA adds ".base_layer" to the name
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """A few weights of a model, rounded to bfloat16, as hexadecimal bytes by tensor name.
+    """A few weights of a model by tensor name, rounded to bfloat16, as hexadecimal bytes.
 
-    Rounded, so that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint. Quantised tensors and
-    those on the meta device are left out, as are adapters.
+    They are rounded so that a model has the same fingerprint in float32 and in bfloat16. Quantised tensors, tensors on
+    the meta device and adapters are left out.
     """
-    found = {}
+    sampled = {}
     for name, tensor in _sampled_tensors(model):
         adapter = any(part.startswith(("lora_", "bundle")) for part in name.split("."))
         if adapter or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         flat = tensor.detach().reshape(-1)
         where = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
-        found[name] = flat[where].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes().hex()
-    return found
+        sampled[name] = flat[where].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes().hex()
+    return sampled
 
 
 def other_base(recorded: Mapping[str, str], model: nn.Module) -> str | None:
-    """What tells a model from the one that `recorded` was taken of, or None.
+    """How a model differs from the one with the fingerprint `recorded`; None if it does not.
 
-    A tensor counts as another one if more than half of its samples differ: float16 may differ from bfloat16 in a few.
+    A tensor differs if more than half of its samples do: float16 and bfloat16 may round a few differently.
     """
-    mine = base_fingerprint(model)
-    common = [name for name in recorded if name in mine]
+    present = base_fingerprint(model)
+    common = [name for name in recorded if name in present]
     if not common:
         return f"it has none of the tensors that were recorded, such as {next(iter(recorded), None)!r}"
 
     def differs(name: str) -> bool:
-        pairs = [(recorded[name][i : i + 4], mine[name][i : i + 4]) for i in range(0, len(mine[name]), 4)]
+        pairs = [(recorded[name][i : i + 4], present[name][i : i + 4]) for i in range(0, len(present[name]), 4)]
         return sum(a != b for a, b in pairs) > len(pairs) / 2
 
     different = [name for name in common if differs(name)]

@@ -1,6 +1,6 @@
-"""The shared basis U of a layer: how it is drawn, who may use which columns, and what two bundles have in common.
+"""The basis U (d x R) of a layer: how it is made, which columns each bundle uses, what two bundles have in common.
 
-Equations and names: design.md section 2. Column numbers are those of U (d x R); a *support* is a sorted tensor of them.
+d is the hidden size and R the number of columns. The support of a bundle is the sorted tensor of its column numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..config import COMMON, BundleConfig, resolve_rank
 
 
 SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")  # keys of U, mu and sigma, which no bundle owns
-ALIGN = 8  # matrix sides that are no multiple of 16 bytes send bf16 products to kernels three times slower
+ALIGN = 8  # products of bf16 matrices are three times slower where a side is no multiple of 16 bytes
 
 
 def align(size: int) -> int:
@@ -24,9 +24,15 @@ def align(size: int) -> int:
 
 @dataclass(frozen=True)
 class BundleShape:
-    """A bundle's sizes for one hidden size d: kind, r_k, hidden width b_k, and its support (columns of U).
+    """Sizes of a bundle at one hidden size.
 
-    `width` is what its adapter reads and writes: r_k behind a projector, all columns of the support without one.
+    Attributes:
+        kind: "mlp", "linear", "diag" or "full".
+        rank: r_k.
+        hidden: b_k, the number of hidden units.
+        support: column numbers of U.
+        width: number of values that the adapter reads and writes: r_k with a projector, else the size of the support
+            (d for "full").
     """
 
     kind: str
@@ -37,7 +43,7 @@ class BundleShape:
 
 
 def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tensor]:
-    """Columns of each sub-basis, cut from U in the order of the config.
+    """Column numbers of each sub-basis; they follow each other in the order of the config.
 
     Raises:
         ValueError: the sub-bases need more columns than `basis_rank` or than the hidden size.
@@ -59,7 +65,7 @@ def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tenso
 
 
 def basis_rank(config: BundleConfig, hidden_size: int) -> int:
-    """R: `config.basis_rank` if given, else what the sub-bases need, rounded up to a multiple of `ALIGN`."""
+    """R: `config.basis_rank` if it is given, else what the sub-bases need, rounded up to a multiple of `ALIGN`."""
     assert config.sub_bases is not None
     if config.basis_rank is None:
         needed = sum(resolve_rank(s.rank, hidden_size) for s in config.sub_bases.values())
@@ -71,10 +77,10 @@ def basis_rank(config: BundleConfig, hidden_size: int) -> int:
 
 
 def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleShape]:
-    """Resolve every bundle of the config for hidden size d.
+    """The sizes of every bundle at this hidden size, by name.
 
-    The support is the columns of the bundle's own sub-bases plus, for `overlap` o, as many leading columns of the
-    "common" sub-basis as make up the share o of the whole.
+    The support is the columns of the bundle's sub-bases. With an overlap o, the first columns of the sub-basis "common"
+    are added, as many as make up the share o of the whole support.
 
     Raises:
         ValueError: a rank larger than its support, or a common block too small for the overlap asked for.
@@ -101,7 +107,7 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
         rank = resolve_rank(spec.rank, hidden_size)
         shares = [config.sub_bases[s].rank for s in spec.sub_bases]
         if isinstance(spec.rank, float) and not spec.overlap and spec.rank <= sum(shares) + 1e-9:
-            # Each sub-basis is rounded down by itself: a fraction that equals their sum may be a column or two over.
+            # Each sub-basis is rounded down on its own, so the rank of their sum may exceed them by a column or two.
             rank = min(rank, len(support))
         if rank > len(support):
             raise ValueError(
@@ -146,18 +152,19 @@ def draw_basis(hidden_size: int, rank: int, seed: int, layer: int) -> Tensor:
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     gaussian = torch.randn(hidden_size, rank, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
-    # LAPACK returns column-major; a loaded basis is row-major, and another layout rounds matrix products differently.
+    # LAPACK's result is column-major and a loaded basis row-major: matrix products would be rounded differently.
     return (q * r.diagonal().sign()).float().contiguous()
 
 
 def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int) -> Tensor:
-    """U from the covariance (d, d) of the standardised stream: its top ("pca") or bottom ("null") R eigenvectors.
+    """U (d, R), float32: eigenvectors of the covariance (d, d) of the standardised stream.
 
-    Columns are shuffled (seeded), so that every sub-basis gets the same mix of variances. Returns float32 (d, R).
+    "pca" takes those of the R largest eigenvalues, "null" of the smallest. Columns are shuffled (seeded), so that every
+    sub-basis gets the same mix of variances.
     """
     _, vectors = torch.linalg.eigh(covariance.double())  # ascending eigenvalues
     vectors = vectors[:, -rank:] if init == "pca" else vectors[:, :rank]
-    # An eigenvector's sign is arbitrary: fix it, so that two machines agree.
+    # The sign of an eigenvector is arbitrary. Fix it, so that two machines agree.
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     order = torch.randperm(rank, generator=generator).to(vectors.device)
@@ -165,11 +172,11 @@ def choose_basis(covariance: Tensor, rank: int, init: str, seed: int, layer: int
 
 
 def fingerprint(basis: Tensor) -> float:
-    """One number that tells bases apart: sum_ij cos(i) U_ij cos(j + 1/2), to compare within FINGERPRINT_TOLERANCE."""
+    """A number that tells bases apart, sum_ij cos(i) U_ij cos(j + 1/2); compare it within FINGERPRINT_TOLERANCE."""
     u = basis.detach().float()
     left = torch.cos(torch.arange(u.shape[0], dtype=torch.float64))
     right = torch.cos(torch.arange(u.shape[1], dtype=torch.float64) + 0.5)
-    # Not a matrix product, which may be TF32; and not all of U in float64, which takes five times as long.
+    # No matrix product, which may run in TF32, and not all of U in float64, which takes five times as long.
     return float((left.to(u)[:, None] * u).sum(0).double().cpu() @ right)
 
 
@@ -177,7 +184,7 @@ FINGERPRINT_TOLERANCE = 1e-3  # float32 rounding of U moves it by about 1e-5; an
 
 
 def support_overlap(shapes: dict[str, BundleShape]) -> Tensor:
-    """Share of common support, shape (M, M): |S_j and S_k| / min(|S_j|, |S_k|); 0 where a bundle has no support."""
+    """Share of common support, (M, M): |S_j and S_k| / min(|S_j|, |S_k|); 0 where a bundle has no support."""
     sets = [set(shape.support.tolist()) for shape in shapes.values()]
     share = [[len(a & b) / min(len(a), len(b)) if a and b else 0.0 for b in sets] for a in sets]
     return torch.tensor(share, dtype=torch.float64).reshape(len(sets), len(sets))
@@ -186,7 +193,7 @@ def support_overlap(shapes: dict[str, BundleShape]) -> Tensor:
 def principal_angles(weight_j: Tensor, support_j: Tensor, weight_k: Tensor, support_k: Tensor) -> Tensor:
     """Principal angles between span(P_j) and span(P_k), in radians, ascending; shape (min(r_j, r_k),), float64.
 
-    P = W U^T with U orthonormal, so the angles are those between the row spaces of the two W, and U is not needed.
+    P = W U^T with U orthonormal, so these are the angles between the row spaces of the two W, and U is not needed.
     Bjorck and Golub (1973): orthonormalise both, then arccos of the singular values of the product.
     """
     size = int(max(support_j.max(), support_k.max())) + 1

@@ -1,4 +1,4 @@
-"""An adapter at rest: config and tensors, read from a folder with every check, written so that nothing is lost."""
+"""An adapter outside of a model: its config and tensors, how they are read and checked, and how they are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import BundleConfig
-from .base import CHILD
+from .base import CHILD, PEFT_PREFIX
 from .basis import (
     FINGERPRINT_TOLERANCE,
     SHARED,
@@ -36,12 +36,12 @@ MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 
 @dataclass
 class Checkpoint:
-    """One adapter, in a file or in a model.
+    """One adapter: its config and its tensors.
 
     Attributes:
         config: with `base_shape` and `basis_fingerprint` filled in.
-        layers: number of the layer -> "bundle_up.<bundle>", "bundle_basis", ... -> tensor (shapes in `BundleLayer`).
-        heads: number of the layer -> path of its block, as in PEFT's files.
+        layers: number of the layer -> key ("bundle_up.<bundle>", "bundle_basis", ...) -> tensor (`tensor_shapes`).
+        heads: number of the layer -> path of its block in the keys of PEFT's files.
         source: where it came from, for messages.
     """
 
@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def weights_digest(entries: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a checkpoint's bundle tensors: bytes, names, layer numbers and dtypes, whatever the module path."""
+    """SHA-256 of the bundles' tensors: their bytes, names, layer numbers and dtypes, but not the path of the module."""
     total = hashlib.sha256()
     parts = []
     for key, tensor in entries.items():
@@ -89,9 +89,9 @@ def _update(total: Any, tensor: Tensor) -> None:
 
 
 def basis_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which basis an adapter lives in: {"digest": ..., "sub_bases": [[name, columns], ...]}.
+    """The basis of an adapter: {"digest": ..., "sub_bases": [[name, number of columns], ...]}.
 
-    An adapter that was cut out of another, or joined from such pieces, names the whole basis that it is a part of.
+    For a part of an adapter, and for an adapter joined from such parts, it is the whole basis that they come from.
     """
     config = checkpoint.config
     if config.provenance is not None:
@@ -112,20 +112,24 @@ def basis_digest(layers: Mapping[int, Mapping[str, Tensor]], partition: list[lis
 
 
 def changed(config: BundleConfig, **fields: Any) -> BundleConfig:
-    """A copy of a config with other fields; its bundles and sub-bases stand for themselves, without the preset."""
+    """A copy of a config with other fields, without preset: the copy names its bundles and sub-bases itself."""
     values = {"preset": None, "weights_digest": None, "bundles": config.bundles, "sub_bases": config.sub_bases}
     return replace(config, **{**values, **fields})
 
 
 def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
-    """The config of a bundle folder.
+    """Read the config of a bundle folder.
 
     Raises:
-        ValueError: no config, not valid JSON, an adapter of another type, or values out of range.
+        ValueError: the folder has no config, or it is no valid JSON, of another type of adapter, of a newer version, or
+            has a value out of range.
     """
     source, path = source or str(folder), os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
-        raise ValueError(f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written.")
+        raise ValueError(
+            f"{source} has no {CONFIG_NAME}: it holds no adapter, or is half-written. Give a folder that "
+            "save_bundle or save_pretrained wrote."
+        )
     values = BundleConfig.from_json_file(path)
     if (kind := values.get("peft_type")) != "BUNDLE":
         raise ValueError(f"{source} is an adapter of type {kind!r} and no bundle; load it with peft.PeftModel.")
@@ -157,20 +161,19 @@ def _is_provenance(value: Any) -> bool:
 
 
 def read(folder: str | Path, source: str | None = None) -> Checkpoint:
-    """Read a bundle folder: safetensors only, every tensor checked, nothing executed. The tensors are copies in memory.
+    """Read a bundle folder. Only safetensors are read, every tensor is checked, and the tensors are copies in memory.
 
     Raises:
-        ValueError: files missing, another type of adapter, a damaged or changed file; the message names the source.
+        ValueError: a file is missing, damaged or changed, or the adapter is of another type. The message names the
+            source.
     """
     source = source or str(folder)
     config = read_config(folder, source)
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
+        pickle = f", only {WEIGHTS_NAME}, a pickle, which is never loaded. Save it with safe_serialization=True."
         pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
-        raise ValueError(
-            f"{source} has no {SAFETENSORS_WEIGHTS_NAME}"
-            + (f", only {WEIGHTS_NAME}, a pickle, which is never loaded." if pickled else ": it is half-written.")
-        )
+        raise ValueError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}{pickle if pickled else ': it is half-written.'}")
     tensors = read_tensors(path, source)[0]
     check_digest(config, tensors, source)
     by_head: dict[str, dict[str, Tensor]] = {}
@@ -198,7 +201,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
 
 
 def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (copied out of the file) and metadata of a safetensors file.
+    """The tensors and the metadata of a safetensors file; the tensors are copies in memory.
 
     Raises:
         ValueError: it is no valid safetensors file.
@@ -213,10 +216,35 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
         )
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: the file may be replaced while the model is in use, and tensors inside of it are not aligned.
+            # Copies: the file may be replaced while the model is in use, and tensors inside of a file are not aligned.
             return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{source}: {os.path.basename(path)} is no valid safetensors file ({error}).") from error
+
+
+def by_layer(
+    state_dict: Mapping[str, Tensor], numbers: Mapping[str, int]
+) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
+    """Sort the tensors of a PEFT file.
+
+    Args:
+        state_dict: the file.
+        numbers: name of a bundle layer in the model -> its number.
+
+    Returns:
+        Number of the layer -> key -> tensor, and the names of tensors that belong to none of these layers.
+    """
+    numbers = {name.removeprefix(PEFT_PREFIX): number for name, number in numbers.items()}
+    layers: dict[int, dict[str, Tensor]] = {number: {} for number in numbers.values()}
+    others = []
+    for key, tensor in state_dict.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        head, _, tail = name.rpartition(f".{CHILD}.")
+        if (number := numbers.get(f"{head}.{CHILD}")) is None:
+            others.append(name)
+        else:
+            layers[number][tail] = tensor
+    return layers, others
 
 
 def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -259,8 +287,8 @@ def check_tensors(
         for key, tensor in layer.items():
             if tuple(tensor.shape) != wanted[key]:
                 raise ValueError(
-                    f"{where} has {key!r} of shape {tuple(tensor.shape)}, but its config says {wanted[key]}; it "
-                    "belongs to another base model or another config."
+                    f"{where} has {key!r} of shape {tuple(tensor.shape)} and not {wanted[key]}; it belongs to "
+                    "another base model or another config."
                 )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{where} has NaN or infinity or no floats in {key!r}; the file is damaged.")
@@ -276,15 +304,18 @@ def check_tensors(
 
 
 def write(checkpoint: Checkpoint, folder: str | Path) -> None:
-    """Write a PEFT adapter folder. All of it is written beside first, so a failure leaves what was there before.
+    """Write a PEFT adapter folder. A write that fails leaves the files that were there before.
 
-    The config comes last and has the digest of the tensors: whoever reads the folder in between gets an error, and
-    never half of one checkpoint and half of another.
+    The files are written to a temporary folder and then moved, the config last. It has the digest of the tensors, so
+    reading the folder in between raises an error and never mixes two checkpoints.
+
+    Raises:
+        ValueError: `folder` is a file.
     """
     if os.path.isfile(folder):
         raise ValueError(f"folder={str(folder)!r} is a file; give a folder.")
     os.makedirs(folder, exist_ok=True)
-    # safetensors refuses tensors that share memory, which bundles of one basis may do.
+    # Copies: safetensors refuses tensors that share memory, as bundles of one basis do.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in checkpoint.state_dict().items()}
     config = changed(checkpoint.config, weights_digest=weights_digest(tensors), inference_mode=True, save_basis=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .gates import parse_alphas
-from .walking import check_checkpointing, down_to_blocks, state_of
+from .state import CallAlphas
+from .walking import checked_layers, state_of
 
 
 @contextmanager
@@ -21,38 +22,113 @@ def alphas(
     per: str = "row",
     **by_name: Any,
 ) -> Iterator[None]:
-    """Run the block's forwards with these alphas, in this thread only; bundles not named keep what they had.
+    """Run the forwards of the block with these alphas, in this thread only; bundles not named keep what they had.
 
-    Args: see `parse_alphas`; bundles may also be given as keywords, `alphas(model, b_rl_policy=0.0)`.
+    Args:
+        model: a model with bundles.
+        values: bundle -> a number, one value for each row (B,), for each token (B, T), or with per="layer" for each
+            layer (L,). Or a tensor for all M bundles, whose last axis is M. 0 turns a bundle off.
+        per: what the first axis of a tensor means: "row" of the batch or decoder "layer".
+        by_name: more bundles, as keywords: `alphas(model, b_rl_policy=0.0)`.
+
+    Raises:
+        ValueError: a model without bundles, an unknown bundle, a wrong shape, or a number that is not finite.
+        RuntimeError: blocks are wrapped for activation checkpointing from outside.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> import peft_bundles
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
+        >>> model = get_peft_model(base, config).eval()
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> with torch.no_grad(), peft_bundles.alphas(model, b_style=torch.tensor([0.0, 1.0])):
+        ...     dialled = model(input_ids=ids).logits
+        >>> with torch.no_grad(), model.disable_adapter():
+        ...     plain = model(input_ids=ids).logits
+        >>> [torch.equal(dialled[row], plain[row]) for row in (0, 1)]
+        [True, False]
     """
-    state = state_of(model)
-    check_checkpointing(down_to_blocks(model))
-    given = parse_alphas(values, state, per) if values is not None else {}
-    given.update(parse_alphas(by_name, state, per))
+    state = checked_layers(model)[0].state
+    parsed = parse_alphas(values, state, per) if values is not None else {}
+    parsed.update(parse_alphas(by_name, state, per))
     call = state.call
-    before = call.alphas, call.cache
-    call.alphas, call.cache = {**call.alphas, **given}, {}
+    before, call.own = call.own, CallAlphas({**call.alphas, **parsed})
     try:
         yield
     finally:
-        call.alphas, call.cache = before
+        call.own = before
 
 
 def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
-    """Set alphas for all later forwards of this model, in every thread. Not saved: `BundleSpec.alpha` is what is."""
+    """Set alphas for all later forwards of this model, in every thread. They are not saved; `BundleSpec.alpha` is.
+
+    Args:
+        model: a model with bundles.
+        values: as in `alphas`; bundles not named keep what they had.
+        per: as in `alphas`.
+
+    Raises:
+        ValueError: a model without bundles, an unknown bundle, a wrong shape, or a number that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> import peft_bundles
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
+        >>> model = get_peft_model(base, config).eval()
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> peft_bundles.set_alphas(model, {"b_style": 0.0})
+        >>> with torch.no_grad():
+        ...     off = model(input_ids=ids).logits
+        ...     with model.disable_adapter():
+        ...         plain = model(input_ids=ids).logits
+        >>> torch.equal(off, plain)
+        True
+    """
     state = state_of(model)
     state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
-    state.version += 1  # what any thread has cached of them is out of date
+    state.version += 1  # plans and tensors that threads keep are out of date
 
 
 def set_norm_budget(model: nn.Module, tau: float | None) -> None:
     """Limit what all bundles together add to a token in a layer to `tau` times the length of its residual state.
 
-    For all later forwards of this model, in every thread; None (as a model starts) takes the limit off. Not saved.
-    Updates within the limit are unchanged to the bit, longer ones keep their direction.
+    For all later forwards of this model, in every thread; not saved. Updates within the limit are unchanged to the bit,
+    longer ones keep their direction.
+
+    Args:
+        model: a model with bundles.
+        tau: a share of the residual norm, such as 0.2; None, as a model starts, takes the limit off.
 
     Raises:
-        ValueError: tau is no positive number.
+        ValueError: tau is not a positive number, or the model has no bundles.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> import peft_bundles
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> config = peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles, init_weights=False)
+        >>> model = get_peft_model(base, config).eval()
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> layer, hidden = model.base_model.model.model.layers[0].bundles, torch.randn(1, 3, 32)
+        >>> peft_bundles.set_norm_budget(model, 0.01)
+        >>> with torch.no_grad():
+        ...     added = layer(hidden) - hidden
+        >>> bool((added.norm(dim=-1) <= 0.0101 * hidden.norm(dim=-1)).all())
+        True
     """
     if tau is not None and not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 0):
         raise ValueError(f"tau={tau!r} must be a positive number (a share of the residual norm, such as 0.2) or None.")

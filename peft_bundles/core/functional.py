@@ -1,17 +1,19 @@
-"""The bundle operation on tensors: the plain reference and the stacked form that training uses.
+"""The bundle operation on tensors: a plain reference, and the stacked form that every forward runs.
 
-Both compute design.md section 2,
+Both compute
 
     x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + c sum_k alpha_k (u_k W_k) U^T
 
-(where a bundle has no projector, W_k just picks the columns of its support). The reference is written bundle by bundle
-as it stands there. The stacked form uses that everything left of the activation is linear, and so is everything right
-of it. With all bundles' hidden units side by side (H = sum_k b_k)
+(without a projector, W_k picks the columns of the bundle's support). The reference goes bundle by bundle, like the
+formula. The stacked form puts the hidden units of all bundles side by side (H = sum_k b_k). All that is left of the
+activation is linear, and so is all that is right of it:
 
     s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = c up^T W U^T  (H x d)
 
-so a token pays for two thin matrix products whatever the number of bundles, the rank or the size of the basis. `D` and
-`E` are folded from the bundles' own parameters once a forward (`layer.py`), a cost that does not depend on the tokens.
+So a token pays for two thin matrix products, whatever the number of bundles, their rank or the size of the basis. D and
+E are folded from the bundles' parameters once a forward (packing.py), at a cost that does not depend on the tokens.
+
+Shapes: B rows, T tokens, N = B T, d hidden size, R columns of U, M bundles, H hidden units of all bundles.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,15 @@ from .kernels import centred, units_backward, usable
 
 @dataclass
 class BundleWeights:
-    """What one bundle is made of; a field its adapter kind does not have is None (shapes in `BundleLayer`)."""
+    """The weights of one bundle; None where its adapter kind has no such weight.
+
+    Attributes:
+        kind: "mlp", "linear", "diag" or "full".
+        support: the columns of U that it may use, (|S|,).
+        weight: W_k, (r, |S|).
+        down, up: the maps into and out of its hidden units (shapes in `BundleLayer`).
+        scaling: c.
+    """
 
     kind: str
     support: Tensor
@@ -40,34 +50,55 @@ class BundleWeights:
     scaling: float = field(default=1.0, kw_only=True)
 
 
+@dataclass(eq=False)
+class Gate:
+    """Routing weights of hidden units, for one forward under a route. Read when backward runs.
+
+    `Route.choose` sets the fields anew before each pass over the graph; the graph holds this very object.
+
+    Attributes:
+        weights: (B|1, T|1, H), factors on the gradients of D and E, row by row; None: all are 1.
+        route: the route that made it; `routing.graph.walk` reads it from the graph of a loss.
+        span: (first, last): units before first and from last on have weight 0 in all rows; None: nothing is known.
+        others: units inside of the span with weight 0 in all rows, (n,); None: none.
+    """
+
+    weights: Tensor | None
+    route: Any = None
+    span: tuple[int, int] | None = None
+    others: Tensor | None = None
+
+
 def bundle_reference(
-    hidden: Tensor,
+    hidden_BTd: Tensor,
     bundles: Sequence[BundleWeights],
-    basis: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    alphas: Tensor,
+    basis_dR: Tensor,
+    mean_d: Tensor,
+    scale_d: Tensor,
+    alphas_BTM: Tensor,
 ) -> Tensor:
-    """Design.md section 2, one bundle after another: what the stacked form is tested against.
+    """The formula at the top, bundle by bundle: what the stacked form is tested against.
 
     Args:
-        hidden: h, (B, T, d).
-        basis: U, (d, R). mean, scale: mu and sigma, (d,).
-        alphas: gates, broadcast against (B, T, M).
+        hidden_BTd: h, the output of the block.
+        bundles: M bundles.
+        basis_dR: U.
+        mean_d, scale_d: mu and sigma.
+        alphas_BTM: alphas, broadcast against (B, T, M).
 
     Returns:
         y, (B, T, d).
     """
-    standardised = (hidden - mean) / scale
-    x = standardised @ basis
-    alphas = alphas.expand(*hidden.shape[:-1], len(bundles))
-    out = hidden
+    standardised = (hidden_BTd - mean_d) / scale_d
+    x_BTR = standardised @ basis_dR
+    alphas = alphas_BTM.expand(*hidden_BTd.shape[:-1], len(bundles))
+    out = hidden_BTd
     for k, b in enumerate(bundles):
-        gate = b.scaling * alphas[..., k, None]
+        factor = b.scaling * alphas[..., k, None]
         if b.kind == "full":
-            out = out + gate * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
+            out = out + factor * F.linear(F.gelu(F.linear(standardised, b.down)), b.up)
             continue
-        z = x[..., b.support]
+        z = x_BTR[..., b.support]
         z = z if b.weight is None else F.linear(z, b.weight)
         if b.kind == "mlp":
             u = F.linear(F.gelu(F.linear(z, b.down)), b.up)
@@ -75,12 +106,18 @@ def bundle_reference(
             u = F.linear(F.linear(z, b.down), b.up)
         else:
             u = z * b.up
-        out = out + gate * ((u if b.weight is None else u @ b.weight) @ basis[:, b.support].T)
+        out = out + factor * ((u if b.weight is None else u @ b.weight) @ basis_dR[:, b.support].T)
     return out
 
 
-def activate(s: Tensor, nonlinear: int) -> Tensor:
-    """GELU on the first `nonlinear` hidden units, identity on the rest."""
+def activate(s: Tensor, nonlinear: int | Tensor | None) -> Tensor:
+    """GELU on some hidden units, (..., H); the others are linear.
+
+    Args:
+        nonlinear: GELU is for the units before this one. Or a mask (H,) of the units that it is for; None: for all.
+    """
+    if nonlinear is None or isinstance(nonlinear, Tensor):
+        return F.gelu(s) if nonlinear is None else torch.where(nonlinear, F.gelu(s), s)
     if nonlinear == s.shape[-1]:
         return F.gelu(s)
     if nonlinear == 0:
@@ -89,6 +126,7 @@ def activate(s: Tensor, nonlinear: int) -> Tensor:
 
 
 def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
+    """The gradient for s of `activate(s, nonlinear)`."""
     if nonlinear == s.shape[-1]:
         return torch.ops.aten.gelu_backward(grad, s)
     if nonlinear == 0:
@@ -97,7 +135,7 @@ def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
     return torch.cat([first, grad[..., nonlinear:]], -1)
 
 
-def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
@@ -106,34 +144,61 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return base + (left.flatten(0, -2) @ right).view_as(base)
 
 
-class _Bundles(torch.autograd.Function):
-    """`bundle_forward` with its own backward: row gates on the weight gradients.
+def stacked(
+    hidden_BTd: Tensor,
+    residual_BTd: Tensor,
+    D_dH: Tensor,
+    E_Hd: Tensor,
+    mean_d: Tensor | None,
+    nonlinear: int | Tensor | None,
+    factors: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = residual + (factors * act((h - mu) D)) E, with products in `dtype`. No gradient of its own.
 
-    A weight gradient is a sum over tokens, so scaling a token's term by the gate of its row routes it (design.md
-    section 3, guarantee 3). The gradient that flows on to earlier layers is never gated. Kept for backward are the
-    centred states, where D learns, and the hidden units before the activation.
+    Args:
+        factors: each broadcast against (B, T, H): dropout mask, alphas.
+
+    Returns:
+        y, (B, T, d), and what a backward needs: h - mu, (N, d), and s, (N, H), both in `dtype`.
+    """
+    copy = None
+    if mean_d is None:
+        x = hidden_BTd
+    elif residual_BTd is hidden_BTd and usable(hidden_BTd, dtype):
+        x, copy = centred(hidden_BTd, mean_d)
+    else:
+        x = hidden_BTd - mean_d.to(hidden_BTd.dtype)
+    x_Nd = x.flatten(0, -2).to(dtype)
+    s_NH = x_Nd @ D_dH.to(dtype)
+    a = activate(s_NH, nonlinear)
+    if factors:
+        a = a.view(*hidden_BTd.shape[:-1], -1)
+        for factor in factors:
+            a = a * factor.to(dtype)
+    if copy is None:
+        return add_product(residual_BTd, a, E_Hd.to(dtype)), x_Nd, s_NH
+    copy.flatten(0, -2).addmm_(a.flatten(0, -2), E_Hd.to(dtype))
+    return copy, x_Nd, s_NH
+
+
+class BundleOperation(torch.autograd.Function):
+    """`bundle_forward` with its own backward: gates on the weight gradients, row by row.
+
+    A weight gradient is a sum over tokens, so scaling a token's term by the gate of its row routes it. The gradient
+    that flows on to earlier layers is never gated. Kept for backward are the centred states, where D learns, and the
+    hidden units before the activation.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, D: Tensor, E: Tensor, *rest: Any) -> Tensor:
         mean, alpha, mask, gate, nonlinear, dtype = rest
-        out = None
-        if mean is not None and residual is None and usable(hidden, dtype):
-            x, out = centred(hidden, mean)
-        else:
-            x = hidden if mean is None else hidden - mean.to(hidden.dtype)
-        x = x.flatten(0, -2).to(dtype)
-        s = x @ D.to(dtype)
-        a = activate(s, nonlinear).view(*hidden.shape[:-1], -1)
-        for factor in (mask, alpha):
-            a = a if factor is None else a * factor.to(dtype)
-        if out is not None:
-            out.flatten(0, -2).addmm_(a.flatten(0, -2), E.to(dtype))
-        else:
-            out = _add_product(hidden if residual is None else residual, a, E.to(dtype))
+        factors = [factor for factor in (mask, alpha) if factor is not None]
+        base = hidden if residual is None else residual
+        out, x, s = stacked(hidden, base, D, E, mean, nonlinear, factors, dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
-        # The gate is kept out of `save_for_backward` on purpose: `routed_backward` rewrites it in place between the
-        # passes of one graph (signals.py), which the version check of saved tensors would forbid.
+        # The gate is no saved tensor: `routed_backward` rewrites it in place between the passes over one graph, which
+        # the version check of saved tensors would forbid.
         ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is None
         ctx.hidden_dtype = hidden.dtype
         return out
@@ -141,109 +206,103 @@ class _Bundles(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, s, D_given, E_given, alpha, mask = ctx.saved_tensors
-        needs, dtype, nonlinear = ctx.needs_input_grad, ctx.dtype, ctx.nonlinear
-        D, E = D_given.to(dtype), E_given.to(dtype)
-        dy, shape = grad.flatten(0, -2).to(dtype), (*grad.shape[:-1], -1)
-        da = (dy @ E.T).view(shape)
+        x_Nd, s_NH, D_saved, E_saved, alpha, mask = ctx.saved_tensors
+        needs, dtype, nonlinear, gate = ctx.needs_input_grad, ctx.dtype, ctx.nonlinear, ctx.gate
+        D, E, H = D_saved.to(dtype), E_saved.to(dtype), s_NH.shape[-1]
+        dy_Nd, shape = grad.flatten(0, -2).to(dtype), (*grad.shape[:-1], -1)
+        da = (dy_Nd @ E.T).view(shape)
 
-        # Units outside, and these others, have a gate of 0 in all rows of this pass (`Route.choose`).
-        first, last = getattr(ctx.gate, "units", (0, s.shape[-1]))
-        others = getattr(ctx.gate, "others", None)
+        first, last = (0, H) if gate is None or gate.span is None else gate.span
+        weights = None if gate is None else gate.weights
         fused = alpha is None and mask is None and usable(da, dtype)
-        gate = None if ctx.gate is None or fused else ctx.gate[..., first:last].to(dtype)
+        factor = None if weights is None or fused else weights[..., first:last].to(dtype)
 
-        def learnt(units: Tensor, states: Tensor, like: Tensor) -> Tensor:
-            """units^T states, (H, d), with the gate on the units where it is not there yet."""
+        def weight_gradient(units: Tensor, states_Nd: Tensor, like: Tensor) -> Tensor:
+            """units^T states, (H, d), with the gate on the units where they have it not yet."""
             units = units.view(shape)[..., first:last]
-            units = (units if gate is None else units * gate).flatten(0, -2).T
-            if len(units) == s.shape[-1]:
-                whole = units @ states
+            units_hN = (units if factor is None else units * factor).flatten(0, -2).T
+            if len(units_hN) == H:
+                out_Hd = units_hN @ states_Nd
             else:
-                whole = states.new_zeros(s.shape[-1], states.shape[1])
-                torch.mm(units, states, out=whole[first:last])
-            if others is not None:  # 0 times what is not finite is not 0
-                whole.index_fill_(0, others, 0.0)
-            return whole.to(like.dtype)
+                out_Hd = states_Nd.new_zeros(H, states_Nd.shape[1])
+                torch.mm(units_hN, states_Nd, out=out_Hd[first:last])
+            if gate is not None and gate.others is not None:  # 0 times what is not finite is not 0
+                out_Hd.index_fill_(0, gate.others, 0.0)
+            return out_Hd.to(like.dtype)
 
         a: Any = None
         d_alpha = None
         if fused:
-            a, ds, learning = units_backward(s.view(shape), da, ctx.gate, nonlinear)
+            a, ds, ds_gated = units_backward(s_NH.view(shape), da, weights, nonlinear)
         else:
             if needs[5] or needs[3]:
-                a = activate(s, nonlinear).view(shape)
+                a = activate(s_NH, nonlinear).view(shape)
                 a = a if mask is None else a * mask.to(dtype)
                 d_alpha = (da * a).sum_to_size(alpha.shape).to(alpha.dtype) if needs[5] else None
                 a = a if alpha is None else a * alpha.to(dtype)
-            for factor in (alpha, mask):
-                da = da if factor is None else da * factor.to(dtype)
-            ds = learning = activate_backward(da.flatten(0, -2), s, nonlinear)
-        dE = learnt(a, dy, E_given) if needs[3] else None
+            for each in (alpha, mask):
+                da = da if each is None else da * each.to(dtype)
+            ds = ds_gated = activate_backward(da.flatten(0, -2), s_NH, nonlinear)
+        dE = weight_gradient(a, dy_Nd, E_saved) if needs[3] else None
         d_hidden = d_residual = None
-        if ctx.shared:  # the residual is h itself: one fused product gives both terms
-            d_hidden = _add_product(grad, ds.view(shape), D.T) if needs[0] else None
+        if ctx.shared:  # the residual is h: one fused product gives both terms
+            d_hidden = add_product(grad, ds.view(shape), D.T) if needs[0] else None
         else:
             d_hidden = (ds.flatten(0, -2) @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
             d_residual = grad if needs[1] else None
-        dD = learnt(learning, x, D_given).T if needs[2] else None
+        dD = weight_gradient(ds_gated, x_Nd, D_saved).T if needs[2] else None
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: that of h, or autocast's."""
+    """The dtype of the matrix products: autocast's where it is on, else that of h."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def bundle_forward(
-    hidden: Tensor,
-    D: Tensor,
-    E: Tensor,
+    hidden_BTd: Tensor,
+    D_dH: Tensor,
+    E_Hd: Tensor,
     *,
     nonlinear: int,
     residual: Tensor | None = None,
     mean: Tensor | None = None,
     alpha: Tensor | None = None,
     mask: Tensor | None = None,
-    gate: Tensor | None = None,
-    route: Any = None,
+    gate: Gate | None = None,
 ) -> Tensor:
-    """The stacked bundle operation, y = residual + (alpha * mask * act((h - mu) D)) E.
+    """The stacked bundle operation, y = residual + (alpha * mask * act((h - mu) D)) E, for training.
 
     Args:
-        hidden: h, (B, T, d), any floating dtype; the token-wise products run in that dtype, or in autocast's.
-        D, E: the folded maps, (d, H) and (H, d).
-        nonlinear: hidden units up to this one pass through GELU, the rest are linear.
-        residual: what the result is added to, (B, T, d); None is `hidden` itself.
-        mean: mu, (d,); None is 0. (sigma is folded into D.)
-        alpha: gates of the hidden units, broadcast against (B, T, H); None is 1. Differentiable.
+        hidden_BTd: h, any floating dtype; the products run in that dtype, or in autocast's.
+        D_dH, E_Hd: the folded maps.
+        nonlinear: hidden units before this one pass through GELU, the rest are linear.
+        residual: what the result is added to, (B, T, d); None: h.
+        mean: mu, (d,); None: 0. (sigma is folded into D.)
+        alpha: alphas of the hidden units, broadcast against (B, T, H); None: 1. Differentiable.
         mask: dropout mask of the hidden units, already scaled, broadcast against (B, T, H).
-        gate: routing weights of the hidden units, broadcast against (B, T, H); multiplies the gradients of D and E
-            row by row and touches nothing else. Read during backward. None is 1.
-        route: what made the gate; `walk` finds it in the graph of a loss (of an eager forward).
+        gate: routes the gradients of D and E; touches nothing else. None: they are not routed.
 
     Returns:
-        (B, T, d), in the dtype of `hidden`.
+        (B, T, d), in the dtype of h.
     """
-    dtype, device = compute_dtype(hidden), hidden.device.type
-    # The casts are our own, the same forward and backward. (Entering autocast costs as much as a kernel or two.)
+    dtype, device = compute_dtype(hidden_BTd), hidden_BTd.device.type
+    # The operation casts its inputs, the same in forward and backward; autocast is entered only where it is on, as
+    # that costs as much as a kernel or two.
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        out = _Bundles.apply(hidden, residual, D, E, mean, alpha, mask, gate, nonlinear, dtype)
-    if not torch.compiler.is_compiling() and isinstance(out.grad_fn, _Bundles._backward_cls):  # type: ignore[attr-defined]
-        cast(Any, out.grad_fn).route = route
-    return out
+        return BundleOperation.apply(hidden_BTd, residual, D_dH, E_Hd, mean, alpha, mask, gate, nonlinear, dtype)
 
 
-def within_budget(hidden: Tensor, out: Tensor, tau: float | Tensor) -> Tensor:
+def within_budget(hidden_BTd: Tensor, out_BTd: Tensor, tau: float | Tensor) -> Tensor:
     """`out` with out - hidden scaled, token by token, to at most `tau` times the length of `hidden`; (B, T, d).
 
     A token within the limit is returned as it is.
     """
-    update = (out - hidden).float()
-    size, limit = update.norm(dim=-1, keepdim=True), tau * hidden.float().norm(dim=-1, keepdim=True)
-    scaled = hidden + (update * (limit / size.clamp_min(torch.finfo(torch.float32).tiny))).to(hidden.dtype)
-    return torch.where(size > limit, scaled, out)
+    update = (out_BTd - hidden_BTd).float()
+    size, limit = update.norm(dim=-1, keepdim=True), tau * hidden_BTd.float().norm(dim=-1, keepdim=True)
+    scaled = hidden_BTd + (update * (limit / size.clamp_min(torch.finfo(torch.float32).tiny))).to(hidden_BTd.dtype)
+    return torch.where(size > limit, scaled, out_BTd)
 
 
 # For graphs whose gates are rewritten between backward passes: a compiled graph may have multiplied them in already by

@@ -1,158 +1,144 @@
-"""What a compiled forward reads of the bundles: tensors made before it starts, and nothing that would be compiled in.
+"""The forward without gradients: one plan for each layer, run by one function.
 
-A compiler keeps what it finds while it traces: names of bundles, numbers, shapes. Inference that is compiled therefore
-gets D, E, mu and the gates of every layer as tensors, made eagerly when the call starts (once a `generate`), with the
-number of hidden units marked as variable. Another set of bundles, another size of one or another number for an alpha
-is then other tensors and no other program. What compiles again, once: another number of bases, the first alphas by row,
-the first norm budget, all bundles off. (Training compiles what it finds.)
+A plan holds the tensors that a layer needs: D, E, mu and the alphas of every active adapter. `BundleLayer.plan` makes
+it, and `run_plan` runs it, with the same operation as training (functional.py). Plans are used in three ways:
+
+- an ordinary forward makes a plan for the states it gets, and drops it;
+- inside of `folded()` and `generate` a layer keeps its plan until something changes that it depends on (`for_reuse`);
+- compiled inference gets its plans before the forward starts (`planning.prepared`, `for_compiler`).
+
+A compiler builds into the program whatever it finds while it traces: names of bundles, numbers, sizes. A plan made
+before is tensors only, and its number of hidden units is marked as variable. So other bundles, other sizes and other
+alphas need no other program. What does compile again, once each: another number of adapters, the first alphas by row,
+the first norm budget, all bundles off.
+
+Shapes: B rows, T tokens, d hidden size, H hidden units of all bundles of an adapter. "B|1" is B or 1.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .functional import _add_product, compute_dtype, within_budget
-from .gates import layer_alphas
-
-
-if TYPE_CHECKING:
-    from .layer import BundleLayer
+from .functional import compute_dtype, stacked, within_budget
+from .kernels import FewTokens, fits
 
 
-class Group(NamedTuple):
-    """One adapter in one layer; H its hidden units."""
+class Part(NamedTuple):
+    """What one adapter does in one layer.
 
-    D: Tensor  # (d, H)
-    E: Tensor  # (H, d), with the alphas that are numbers
-    mean: Tensor | None  # (d,)
-    linear: Tensor | None  # (H,), True where a unit has no activation; None: none of them
-    alpha: Tensor | None  # (B|1, T|1, H); None is 1
-    given: tuple[bool, bool]  # whether alpha is by row, and by token: then its size must be the batch's
+    Attributes:
+        D_dH, E_Hd: the folded maps; alphas that are numbers are in E.
+        mean_d: mu; None is 0.
+        nonlinear: hidden units before this one pass through GELU. For a compiler: a mask (H,) of those that do; None:
+            all do.
+        alpha_BTH: (B|1, T|1, H); None is 1.
+        by: for a plan made before the batch is known: whether alpha was given by row, and by token. Then its rows and
+            tokens must be those of the batch. None: alpha fits the batch.
+        few: a GPU kernel for the whole part, where tokens are few; None: plain PyTorch.
+    """
+
+    D_dH: Tensor
+    E_Hd: Tensor
+    mean_d: Tensor | None
+    nonlinear: int | Tensor | None
+    alpha_BTH: Tensor | None
+    by: tuple[bool, bool] | None = None
+    few: FewTokens | None = None
 
 
-class Prepared(NamedTuple):
-    groups: tuple[Group, ...]
-    budget: Tensor | None  # ()
-    generating: bool  # then a batch may be the prompts' beams, and its tokens one at a time
+class Plan(NamedTuple):
+    """What all active adapters do in one layer.
+
+    Attributes:
+        parts: one for every adapter that is on.
+        budget: tau of the norm budget; None: no limit.
+        generating: inside of `generate`: a prompt may have several beams, and tokens may come one at a time.
+    """
+
+    parts: tuple[Part, ...]
+    budget: float | Tensor | None
+    generating: bool
 
 
 class Slot(threading.local):
-    """One layer's `Prepared` for the call that this thread runs."""
+    """One layer's plan for the call that this thread runs; None unless `prepared` made one before the call.
+
+    Attributes:
+        plan: the plan.
+        settings: what it was made for (`BundleState.settings`).
+    """
 
     def __init__(self) -> None:
-        self.ready: Prepared | None = None
-        self.made_of: tuple[Any, ...] = ()  # what `ready` was made for
+        self.plan: Plan | None = None
+        self.settings: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, ()  # a copy of the model starts with no call in progress
 
 
-@contextmanager
-def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
-    """Run the block with what compiled inference reads in this thread's slots, where there is a call that needs it."""
-    if torch.is_grad_enabled() or not layers or not _compiled(model, layers):
-        yield
-        return
-    state, before = layers[0].state, [(layer.slot.ready, layer.slot.made_of) for layer in layers]
-    call = state.call
-    if call.active is None or (layers[0].training and any(state.configs[a].dropout for a in state.configs)):
-        yield  # (dropout is drawn anew in every forward)
-        return
-    # A call inside of a call (in a logits processor, say) may have alphas or adapters of its own.
-    made_of = id(call.alphas), call.adapter_names, call.prompts is not None, state.version, state.budget
-    if before[0][0] is not None and before[0][1][:-1] == made_of:
-        yield
-        return
-    first = next(p for p in model.parameters() if p.is_floating_point())
-    device = first.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
-    try:
-        for layer in layers:
-            layer.slot.ready = prepare(layer, call.active, call.adapter_names, dtype)
-            layer.slot.made_of = (*made_of, call.alphas)  # kept, so that its id stays its own
-        yield
-    finally:
-        for layer, earlier in zip(layers, before):
-            layer.slot.ready, layer.slot.made_of = earlier
+def run_plan(plan: Plan, hidden_BTd: Tensor) -> Tensor:
+    """The bundles of a layer, (B, T, d) -> (B, T, d)."""
+    if not plan.parts:
+        return hidden_BTd
+    out_BTd, dtype = hidden_BTd, compute_dtype(hidden_BTd)
+    for part in plan.parts:
+        if part.few is not None:
+            out_BTd = part.few(hidden_BTd.contiguous(), out_BTd.contiguous())
+            continue
+        alpha = part.alpha_BTH
+        if alpha is not None and part.by is not None:
+            alpha = _fitted(alpha, hidden_BTd, part.by, plan.generating)
+        factors = () if alpha is None else (alpha,)
+        out_BTd, _, _ = stacked(hidden_BTd, out_BTd, part.D_dH, part.E_Hd, part.mean_d, part.nonlinear, factors, dtype)
+    return out_BTd if plan.budget is None else within_budget(hidden_BTd, out_BTd, plan.budget)
 
 
-def _compiled(model: nn.Module, layers: Sequence[BundleLayer]) -> bool:
-    """Whether inference is compiled, as far as one can see before it runs; a forward that was traced says so later."""
-    parts = [model, getattr(model, "base_model", None), *(layer.get_base_layer() for layer in layers)]
-    state = layers[0].state
-    state.compiled |= any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
-    return state.compiled
+def for_reuse(plan: Plan, hidden_BTd: Tensor) -> Plan:
+    """A plan for many states like these: mu in their dtype, and a GPU kernel where tokens are few."""
+    dtype, parts = compute_dtype(hidden_BTd), []
+    for part in plan.parts:
+        mean, alpha, few = part.mean_d, part.alpha_BTH, None
+        mean = None if mean is None else mean.to(hidden_BTd.dtype)
+        if fits(hidden_BTd, dtype) and isinstance(part.nonlinear, int) and (alpha is None or alpha.shape[1] == 1):
+            few = FewTokens(hidden_BTd.shape, mean, part.D_dH, part.E_Hd, part.nonlinear, alpha)
+        parts.append(part._replace(mean_d=mean, few=few))
+    return plan._replace(parts=tuple(parts))
 
 
 @torch.compiler.disable
-def prepare(layer: BundleLayer, adapters: tuple[str, ...], rows: list[str] | None, dtype: torch.dtype) -> Prepared:
-    """One layer's tensors for a call with these adapters, or with `rows` naming one for each row of the batch."""
-    state, groups = layer.state, []
-    for adapter in adapters if rows is None else dict.fromkeys(rows):
-        if adapter not in layer.bundle_basis or not layer.packing(adapter).names:
-            continue
-        packing, basis = layer.packing(adapter), layer.bundle_basis[adapter]
-        values = [state.call.alphas.get(name, state.set_alphas.get(name)) for name in packing.names]
-        shapes = [value.shape for value in values if isinstance(value, Tensor)]
-        # As large as the gates say: whether that fits the batch shows in the forward.
-        batch = max([len(rows or ()), 1, *(shape[0] for shape in shapes if len(shape))])
-        tokens = max([1, *(shape[1] for shape in shapes if len(shape) > 1)])
-        like = basis.new_empty(batch, tokens, 0, dtype=dtype)
-        owner = packing.index(basis.device)["owner"]
-        numbers, alpha = layer_alphas(state, adapter, layer.index, like, (owner, dtype))
-        if numbers is not None and not any(numbers):
-            continue
-        # Tensors of their own: where one lies in a storage is a number too, which would be compiled in.
-        D, E = (tensor.clone() for tensor in layer._folded(adapter, dtype, numbers, packing.names))
-        if rows is not None:
-            mine = layer._row_mask([name == adapter for name in rows], like)
-            alpha = mine.expand(-1, -1, len(owner)) if alpha is None else alpha * mine
-        linear = None
-        if packing.nonlinear < len(owner):
-            linear = torch.arange(len(owner), device=basis.device) >= packing.nonlinear
-        mean = layer.bundle_mean[adapter] if layer._standardised(adapter) else None
-        for tensor, axis in ((D, 1), (E, 0), (linear, 0), (alpha, -1)):
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
-        given = rows is not None or any(map(len, shapes)), any(len(shape) > 1 for shape in shapes)
-        groups.append(Group(D, E, mean, linear, alpha, given))
-    budget = torch.tensor(state.budget, device=groups[0].D.device) if state.budget is not None and groups else None
-    return Prepared(tuple(groups), budget, state.call.prompts is not None)
+def for_compiler(part: Part, by: tuple[bool, bool]) -> Part:
+    """A part as a compiled program takes it: nothing but tensors, with a variable number of hidden units."""
+    # Copies: where a tensor lies in its storage is a number too, which would be built into the program.
+    D, E, nonlinear, alpha = part.D_dH.clone(), part.E_Hd.clone(), part.nonlinear, part.alpha_BTH
+    H = len(E)
+    mask = torch.arange(H, device=E.device) < nonlinear if isinstance(nonlinear, int) and nonlinear < H else None
+    alpha = None if alpha is None else alpha.expand(-1, -1, H)
+    for tensor, axis in ((D, 1), (E, 0), (mask, 0), (alpha, 2)):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return part._replace(D_dH=D, E_Hd=E, nonlinear=mask, alpha_BTH=alpha, by=by)
 
 
-def apply(ready: Prepared, hidden: Tensor) -> Tensor:
-    """The bundles of a layer on hidden, (B, T, d); the same arithmetic as `bundle_forward`, without a backward."""
-    out, dtype = hidden, compute_dtype(hidden)
-    for D, E, mean, linear, alpha, given in ready.groups:
-        x = hidden if mean is None else hidden - mean.to(hidden.dtype)
-        s = x.to(dtype) @ D.to(dtype)
-        a = F.gelu(s) if linear is None else torch.where(linear, s, F.gelu(s))
-        if alpha is not None:
-            a = a * _fitted(alpha, hidden, given, ready.generating).to(dtype)
-        out = _add_product(out, a, E.to(dtype))
-    return out if ready.budget is None else within_budget(hidden, out, ready.budget)
+def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], generating: bool) -> Tensor:
+    """Alphas of a plan made before the batch was known, for this batch.
 
-
-def _fitted(alpha: Tensor, hidden: Tensor, given: tuple[bool, bool], generating: bool) -> Tensor:
-    """Gates by prompt for its beams; new tokens keep the gate of the prompt's last one.
+    Inside of `generate` a prompt's alpha is repeated for its beams, and new tokens keep that of the prompt's last one.
 
     Raises:
-        ValueError: gates by row (by token) for another number of rows (tokens) than `hidden` has.
+        ValueError: alphas by row (by token) for another number of rows (tokens) than the batch has.
     """
-    (rows, length), (batch, tokens) = alpha.shape[:2], hidden.shape[:2]
+    (rows, length), (batch, tokens) = alpha_BTH.shape[:2], hidden_BTd.shape[:2]
     if generating:
-        alpha = alpha if rows in (1, batch) else alpha.repeat_interleave(batch // rows, 0)
-        return alpha if length in (1, tokens) else alpha[:, -1:]
-    if (rows != batch and (given[0] or rows != 1)) or (length != tokens and (given[1] or length != 1)):
+        alpha_BTH = alpha_BTH if rows in (1, batch) else alpha_BTH.repeat_interleave(batch // rows, 0)
+        return alpha_BTH if length in (1, tokens) else alpha_BTH[:, -1:]
+    by_row, by_token = by
+    if (rows != batch and (by_row or rows != 1)) or (length != tokens and (by_token or length != 1)):
         raise ValueError(
             f"alphas or adapter_names are for {rows} rows (of {length} tokens), but the batch has {batch} (of "
-            f"{tokens}); give one value a row (a token)."
+            f"{tokens}); give one value for each row (and each token)."
         )
-    return alpha
+    return alpha_BTH

@@ -1,13 +1,14 @@
-"""Triton kernels for what plain PyTorch does badly on a GPU; benchmarks/kernel_trials.py times each against it.
+"""Triton kernels for what plain PyTorch does slowly on a GPU; benchmarks/kernel_trials.py times each against PyTorch.
 
-`FewTokens` is the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels, where PyTorch
-takes five, rounded where it is rounded there. A program reads its part of D or E for one token, so this is for few of
-them (decoding); with many, matrix products are faster.
+- `FewTokens`: the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels instead of five,
+  with the same roundings. A program reads its part of D or E for one token, so it is for few tokens (decoding); with
+  many, matrix products are faster.
+- `centred`: h - mu and a copy of h (to add the update to, in place) in one pass over h. PyTorch subtracts a row at half
+  of the memory's speed.
+- `units_backward`: the backward of the hidden units in one kernel.
+- `gathered`: a gather and a cast in one kernel.
 
-`centred` is h - mu and a copy of h (to add the update to, in place) in one pass over h: PyTorch's subtraction of a row
-runs at half of the memory's speed.
-
-`units_backward` is what backward does with the hidden units, and `gathered` a gather and a cast, in one kernel each.
+Shapes: B rows, T tokens, N = B T, d hidden size, H hidden units.
 """
 
 from __future__ import annotations
@@ -26,49 +27,55 @@ try:
 except ImportError:  # a PyTorch without GPU support has none
     triton = None
 
-TOKENS = 64  # as many at most; then plain PyTorch is faster for the GPU already, but an eager step waits for the CPU
+TOKENS = (
+    64  # the most that `FewTokens` is for; the GPU prefers PyTorch from fewer on, but an eager step waits for the CPU
+)
 
 
 def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `FewTokens` is for such states, (B, T, d), with products in `dtype`."""
+    """Whether to use `FewTokens` for states like these, (B, T, d), with products in `dtype`."""
     return hidden.is_cuda and hidden.shape[0] * hidden.shape[1] <= TOKENS and usable(hidden, dtype)
 
 
 def usable(hidden: Tensor, dtype: torch.dtype) -> bool:
-    """Whether these states, with products in `dtype`, can have Triton kernels at all."""
+    """Whether Triton kernels can take states like these, with products in `dtype`."""
     return hidden.dtype == dtype and dtype in (torch.bfloat16, torch.float16) and _launches(hidden)
 
 
 def _launches(tensor: Tensor) -> bool:
-    """Whether Triton kernels run where this tensor is, and are right there."""
+    """Whether Triton kernels run on the device of this tensor, with right results."""
     if triton is None or not tensor.is_cuda or torch.compiler.is_compiling():
         return False
-    return tensor.device.index == torch.cuda.current_device() and _right(tensor.device)  # the one it launches on
+    return tensor.device.index == torch.cuda.current_device() and _right(
+        tensor.device
+    )  # Triton launches on the current device
 
 
 _checked: dict[torch.device, bool] = {}
 
 
 def _right(device: torch.device) -> bool:
-    """Whether Triton builds the kernels on this device, and they say what plain PyTorch says; tried once a process."""
+    """Whether Triton builds the kernels on this device, and they agree with plain PyTorch; tried once a process."""
     if device not in _checked:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # not the time to compare numbers; plain PyTorch this once
+            return False  # numbers cannot be compared during a capture: plain PyTorch this once
         try:
-            # Twice: what is built by the first launches is called as it is by the second.
+            # Twice: the first launches build kernels, and the second call the built ones directly.
             error = max(_error(device), _error(device))
             wrong = None if error < 5e-3 else f"they are off by {error:.1e}"
         except Exception as failure:
             wrong = str(failure)
         if wrong is not None:
-            warnings.warn(f"Triton's kernels cannot be used here ({wrong}); plain PyTorch is.", stacklevel=3)
+            warnings.warn(
+                f"Triton's kernels cannot be used here ({wrong}); plain PyTorch is used instead.", stacklevel=3
+            )
         _checked[device] = wrong is None
     return _checked[device]
 
 
 @torch.no_grad()
 def _error(device: torch.device) -> float:
-    """The largest relative error on random numbers, infinite where they should be exact. float16 has its digits."""
+    """The largest relative error on random float16 numbers; infinite if a kernel that should be exact is not."""
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*size: int) -> Tensor:
@@ -88,11 +95,11 @@ def _error(device: torch.device) -> float:
     slope[..., :nonlinear] = torch.ops.aten.gelu_backward(above[..., :nonlinear], wide[..., :nonlinear])
     back = zip(units_backward(s, da, gate, nonlinear), (active * gate, slope, slope * gate))
     pairs, update = [*back], (active * alpha) @ E.double()
-    for many in (slice(0, 2), slice(0, 1)):  # several tokens and one, each as it is built and as it was
+    for many in (slice(0, 2), slice(0, 1)):  # several tokens and one; each as it is built, then as a built kernel
         x, y = h[many, many], residual[many, many].contiguous()
         tokens = FewTokens(x.shape, mean, D, E, nonlinear, alpha[many])
         pairs += [(tokens(x.contiguous(), y).double() - y.double(), update[many, many]) for _ in "ab"]
-    return max(float((found.double() - right).norm() / right.norm()) for found, right in pairs)
+    return max(float((result.double() - right).norm() / right.norm()) for result, right in pairs)
 
 
 if triton is not None:
@@ -102,7 +109,7 @@ if triton is not None:
         h, mean, D, alpha, a, H, d, nonlinear, rows, MEAN: tl.constexpr, ALPHA: tl.constexpr, U: tl.constexpr,
         C: tl.constexpr,
     ):  # fmt: skip
-        """a (N, H) = alpha * act((h - mu) D) of U hidden units and a token a program; D is (H, d) here."""
+        """a (N, H) = alpha * act((h - mu) D); a program does U hidden units of one token. D is (H, d) here."""
         units, token = tl.program_id(0) * U + tl.arange(0, U), tl.program_id(1)
         columns = tl.arange(0, C)
         total = tl.zeros((U, C), tl.float32)
@@ -123,7 +130,7 @@ if triton is not None:
 
     @triton.jit
     def _write(h, a, E, y, H, d, U: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """y (N, d) = h + a E of C columns and a token a program; E is (d, H) here."""
+        """y (N, d) = h + a E; a program does C columns of one token. E is (d, H) here."""
         columns, token = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1)
         total = tl.zeros((C, U), tl.float32)
         for start in range(0, H, U):
@@ -137,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def _centre(h, mean, x, y, d, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """x = h - mean and y = h of a token, all (N, d), a program."""
+        """x = h - mean and y = h, all (N, d); a program does one token."""
         columns = tl.arange(0, C)
         at = tl.program_id(0).to(tl.int64) * d + columns
         value = tl.load(h + at, mask=columns < d)
@@ -147,16 +154,16 @@ if triton is not None:
 
     @triton.jit
     def _gather(values, index, out, n, C: tl.constexpr):  # type: ignore[no-untyped-def]
-        """out (n,) = values[index], C of them a program."""
+        """out (n,) = values[index]; a program does C entries."""
         at = tl.program_id(0) * C + tl.arange(0, C)
-        found = tl.load(values + tl.load(index + at, mask=at < n, other=0), mask=at < n, other=0.0)
-        tl.store(out + at, found.to(out.dtype.element_ty), mask=at < n)
+        entries = tl.load(values + tl.load(index + at, mask=at < n, other=0), mask=at < n, other=0.0)
+        tl.store(out + at, entries.to(out.dtype.element_ty), mask=at < n)
 
     @triton.jit
     def _back(  # type: ignore[no-untyped-def]
         s, gate, da, a, ds, gated, H, nonlinear, length, by_row, by_token, GATE: tl.constexpr, C: tl.constexpr
     ):
-        """Of a token a program: a = act(s) and ds = act'(s) da, (N, H), with the gate on a and in `gated`."""
+        """a = gate act(s), ds = act'(s) da and gated = gate ds, all (N, H); a program does one token."""
         token, units = tl.program_id(0).to(tl.int64), tl.arange(0, C)
         at, inside = token * H + units, units < H
         x = tl.load(s + at, mask=inside, other=0.0)
@@ -179,9 +186,9 @@ _built: dict[tuple[Any, ...], Any] = {}
 
 
 def _alike(pointers: tuple[int, ...]) -> bool:
-    """Whether a kernel that Triton built for these may be called as it is, with others of these dtypes, again.
+    """Whether a kernel that Triton built for these pointers fits any others of the same dtypes.
 
-    It builds anew for a pointer to no multiple of 16 bytes; on AMD's GPUs it tells apart more.
+    Triton builds another kernel for a pointer that is no multiple of 16 bytes; on AMD's GPUs it distinguishes more.
     """
     return not any(pointer % 16 for pointer in pointers) and torch.version.hip is None
 
@@ -189,15 +196,16 @@ def _alike(pointers: tuple[int, ...]) -> bool:
 def _again(
     built: Any, grid: tuple[int, int, int], stream: int, pointers: tuple[int, ...], rest: tuple[Any, ...]
 ) -> None:
-    """Launch what Triton built. `built[grid](*tensors)` takes longer than a kernel: it asks CUDA about each tensor."""
+    """Launch a built kernel. `built[grid](*tensors)` takes longer than the kernel: it asks CUDA about each tensor."""
     built.run(*grid, stream, built.function, built.packed_metadata, None, None, None, *pointers, *rest)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
-    """`kernel` over a grid. Triton looks at every argument of every call, which takes longer than many a kernel.
+    """Launch `kernel` over a grid.
 
-    So one that was built for these very numbers is called as it is. (All tensors have the dtype of the first, but for
-    the second of `_centre` and `_back`, and the last two of `_gather`.)
+    Triton looks at every argument of every call, which takes longer than most kernels here. So a kernel that was built
+    for these numbers is called directly. (All tensors have the dtype of the first, except for the second one of
+    `_centre` and `_back`, and the last two of `_gather`.)
     """
     key = kernel, tensors[0].dtype, tensors[1].dtype, tensors[-1].dtype, tensors[0].device, rest
     pointers = tuple(t.data_ptr() for t in tensors)
@@ -214,7 +222,7 @@ def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *re
 
 
 def centred(hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden - mean and a copy of hidden, both contiguous, for (B, T, d) and (d,); see `usable`."""
+    """hidden - mean and a copy of hidden, both contiguous, for (B, T, d) and (d,). Only where `usable` says so."""
     hidden, d = hidden.contiguous(), hidden.shape[-1]
     x, copy = torch.empty_like(hidden), torch.empty_like(hidden)
     _launch(_centre, (hidden.numel() // d, 1), (hidden, mean.contiguous(), x, copy), d, triton.next_power_of_2(d))
@@ -222,9 +230,16 @@ def centred(hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def units_backward(s: Tensor, da: Tensor, gate: Tensor | None, nonlinear: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of the hidden units in one pass: gate act(s), act'(s) da, gate act'(s) da, each (B, T, H); see `usable`.
+    """Backward of the hidden units in one pass. Only where `usable` says so.
 
-    `s` and `da` are (B, T, H) of one dtype, `gate` is broadcast against them. With a gate of None the last two are one.
+    Args:
+        s: the units before the activation, (B, T, H).
+        da: the gradient of the units after it, (B, T, H), of the same dtype.
+        gate: broadcast against them; None: 1.
+        nonlinear: units before this one pass through GELU, the rest are linear.
+
+    Returns:
+        gate act(s), act'(s) da and gate act'(s) da, each (B, T, H). Without a gate the last two are the same tensor.
     """
     s, da, H = s.contiguous(), da.contiguous(), s.shape[-1]
     a, ds = torch.empty_like(s), torch.empty_like(s)
@@ -234,14 +249,14 @@ def units_backward(s: Tensor, da: Tensor, gate: Tensor | None, nonlinear: int) -
         gate = gate.expand(s.shape)
         gate = gate if gate.stride(-1) == 1 else gate.contiguous()
         by_row, by_token, _ = gate.stride()
-    given = (s, s if gate is None else gate, da, a, ds, gated)
+    tensors = (s, s if gate is None else gate, da, a, ds, gated)
     rest = H, nonlinear, s.shape[1], by_row, by_token, gate is not None, triton.next_power_of_2(H)
-    _launch(_back, (s.shape[0] * s.shape[1], 1), given, *rest, num_warps=1 if H <= 512 else 4)
+    _launch(_back, (s.shape[0] * s.shape[1], 1), tensors, *rest, num_warps=1 if H <= 512 else 4)
     return a, ds, gated
 
 
 def gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """values[index] in `dtype`, (n,), for (N,) and (n,) of int32; plain PyTorch where Triton is not to be used."""
+    """values[index] in `dtype`, (n,); values are (N,), the index int32. Plain PyTorch where Triton cannot run."""
     if _launches(values):
         return _gathered(values, index, dtype)
     values = values.to(dtype) if dtype.itemsize < values.dtype.itemsize else values
@@ -255,15 +270,16 @@ def _gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FewTokens:
-    """residual + (alpha * act((hidden - mean) D)) E for a few tokens of always the same number, without gradients.
+    """residual + (alpha * act((hidden - mean) D)) E for a few tokens, always as many, without gradients.
 
-    Called for every layer and token, where each look-up counts: what can be is settled before.
+    It runs for every layer and every token, so all that does not depend on the states is prepared once.
 
     Args:
-        shape: of hidden and residual, (B, T, d); see `fits`.
-        mean: (d,) or None.
-        D, E: (d, H) and (H, d).
-        alpha: (B|1, 1, H) or None. All of one dtype.
+        shape: of hidden and residual, (B, T, d); only where `fits` says so.
+        mean: mu, (d,); None: 0.
+        D, E: the folded maps, (d, H) and (H, d).
+        nonlinear: units before this one pass through GELU, the rest are linear.
+        alpha: (B|1, 1, H|1); None: 1. All tensors have one dtype.
     """
 
     def __init__(
@@ -272,11 +288,11 @@ class FewTokens:
         batch, length, d = shape
         H, tokens = E.shape[0], batch * length
         D, self.E = D.T.contiguous(), E.T.contiguous()
-        alpha = None if alpha is None else alpha.expand(batch, -1, -1).contiguous()
-        self.given = D if mean is None else mean, D, D if alpha is None else alpha
-        self.pointers = tuple(t.data_ptr() for t in self.given)
-        self.units = D.new_empty(tokens, H)  # (as a pattern: two streams may run at once)
-        # Units and columns a program, and warps: for one token as many programs as there are units.
+        alpha = None if alpha is None else alpha.expand(batch, -1, H).contiguous()
+        self.constants = D if mean is None else mean, D, D if alpha is None else alpha
+        self.pointers = tuple(t.data_ptr() for t in self.constants)
+        self.units = D.new_empty(tokens, H)  # a pattern for new tensors; not reused, as two streams may run at once
+        # Units and columns of a program, and warps: for one token there are as many programs as units.
         U, C, self.warps = (1, 2048, 8) if tokens == 1 else (2, 1024, 4)
         flags = mean is not None, alpha is not None
         self.read = (-(-H // U), tokens, 1), (H, d, nonlinear, length, *flags, U, C)
@@ -284,7 +300,7 @@ class FewTokens:
         self.built: tuple[Any, Any] | None = None
 
     def __call__(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """(B, T, d), for contiguous (B, T, d)."""
+        """The output, (B, T, d); hidden and residual are contiguous, (B, T, d)."""
         a, y = torch.empty_like(self.units), torch.empty_like(residual)
         h, base, units = hidden.data_ptr(), residual.data_ptr(), a.data_ptr()
         if self.built is not None and (h | base) % 16 == 0:
@@ -292,7 +308,7 @@ class FewTokens:
             _again(read, self.read[0], stream, (h, *self.pointers, units), self.read[1])
             _again(write, self.write[0], stream, (base, units, self.E.data_ptr(), y.data_ptr()), self.write[1])
             return y
-        read = _read[self.read[0]](hidden, *self.given, a, *self.read[1], num_warps=self.warps)
+        read = _read[self.read[0]](hidden, *self.constants, a, *self.read[1], num_warps=self.warps)
         write = _write[self.write[0]](residual, a, self.E, y, *self.write[1])
         if read is not None and _alike((h, base, units, *self.pointers, self.E.data_ptr(), y.data_ptr())):
             self.built = read, write

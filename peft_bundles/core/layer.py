@@ -1,18 +1,17 @@
 """`BundleLayer`: the bundles of one decoder block.
 
-It is a child of the block with a prepended forward hook, not a wrapper around it: the block stays what it was for
-everybody else (hidden-state capture, LoRA on its linears, device maps, FSDP units), and what the hook returns is what
-the block outputs.
+It is a child of the block with a forward hook that runs before others, not a wrapper around the block. So the block
+stays the same for everything else that looks at it (hidden-state capture, LoRA on its linears, device maps, FSDP
+units), and what the hook returns is the output of the block.
 
-A block that hides its hidden states in a tuple (GPT-J, Bloom, Falcon, ...) has them first.
+Some blocks return a tuple (GPT-J, Bloom, Falcon, ...); its first entry is the hidden states.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .basis import SHARED, draw_basis, weight_shapes
-from .functional import BundleWeights, activate, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
+from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
-from .inference import Slot, apply
-from .kernels import FewTokens, fits
+from .inference import Part, Plan, Slot, for_reuse, run_plan
 from .packing import Packing
 from .state import BundleState
 
@@ -36,23 +34,23 @@ MERGE_ERROR = (
 
 
 class Bases(BufferDict):
-    """U by adapter, drawn when it is first looked at: what `load_adapter` puts in its place is not drawn first.
+    """U by adapter. A random U is drawn when it is read for the first time, so not before a checkpoint replaces it.
 
-    Drawing takes up to a second a layer (a QR in float64, 3072 x 2304 on two cores), all of a LoRA's loading a fifth.
+    Drawing takes up to a second a layer (QR in float64, 3072 x 2304, two cores), five times as long as loading a LoRA.
     """
 
     def __init__(self, beside: BufferDict) -> None:
         super().__init__(persistent=True)
-        self.beside = (beside,)  # whose tensors say on which device; a tuple, so that it is no child
+        self.beside = (beside,)  # buffers on the same device; in a tuple, so that they are not registered as a child
         self.later: dict[str, tuple[int, int, int, int]] = {}
 
     def draw_later(self, adapter: str, *drawn: int) -> None:
-        """`drawn`: hidden size, rank, seed and layer, as `draw_basis` takes them."""
+        """Draw this adapter's U later. `drawn` are the arguments of `draw_basis`: hidden size, rank, seed, layer."""
         self.register_buffer(adapter, None)
         self.later[adapter] = drawn  # type: ignore[assignment]
 
     def draw(self) -> None:
-        """All that have not been drawn yet."""
+        """Draw every U that has not been drawn yet."""
         for adapter in list(self.later):
             self[adapter]
 
@@ -88,14 +86,24 @@ class Bases(BufferDict):
 
 
 class BundleLayer(nn.Module, BaseTunerLayer):
-    """The bundles of one block, per adapter. Weights are keyed `bundle_<what>.<adapter>.<bundle>`.
+    """The bundles of one decoder block, by adapter. Weights have the names `bundle_<what>.<adapter>.<bundle>`.
 
-    bundle_weight: W_k (r, |support|), with a projection only.
-    bundle_down: (b, w), "mlp" and "linear"; (b, d), "full". bundle_up: (w, b); (d, b), "full"; (w,), "diag". The
-    width w is r behind a projection and |support| without.
-    bundle_basis: U (d, R). bundle_mean, bundle_scale: mu and sigma (d,), 0 and 1 until calibrated. Never trained.
-    bundle_states: (N, R), x of states of calibration text, for the quiet penalty (quiet.py); (N, d), those states minus
-    mu, beside a bundle of kind "full". Only after `calibrate`, never saved.
+    Args:
+        block: the decoder block that the layer hooks.
+        index: its number.
+        hidden_size: d.
+        state: what all bundle layers of the model share.
+
+    Attributes:
+        bundle_weight: W_k, (r, |support|); with a projection only.
+        bundle_down: (b, w) for kinds "mlp" and "linear", (b, d) for "full". The width w is r behind a projection and
+            |support| without.
+        bundle_up: (w, b) for "mlp" and "linear", (d, b) for "full", (w,) for "diag".
+        bundle_basis: U, (d, R). Never trained.
+        bundle_mean, bundle_scale: mu and sigma, (d,); 0 and 1 until calibrated. Never trained.
+        bundle_states: kept states of calibration text, (N, R), in coordinates of U; minus mu only, (N, d), where a
+            bundle is of kind "full". For the quiet penalty (quiet.py). Made by `calibrate`, never saved.
+        slot: this thread's plan for compiled inference (inference.py).
     """
 
     adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
@@ -112,7 +120,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
         super().__init__()
-        self._block = (block,)  # a tuple, so that the parent is not registered as a child
+        self._block = (block,)  # a tuple, so that PyTorch does not register the block, our parent, as a child
         self.index, self.hidden_size, self.state, self.slot = index, hidden_size, state, Slot()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -127,16 +135,17 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return f"layer={self.index}, adapters={self.bundle_adapters()}"
 
     def get_base_layer(self) -> nn.Module:
+        """The decoder block."""
         return self._block[0]
 
     def detach_from_block(self) -> None:
-        """Remove the hook; the block is the base model's again."""
+        """Remove the hook, so that the block runs without bundles."""
         self._handle.remove()
 
     # ---- parameters ----
 
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
-        """Create the weights of an adapter, in the device and dtype of the block (float32 if that is quantised)."""
+        """Create an adapter's weights on the device and in the dtype of the block (float32 if it is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
@@ -160,7 +169,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def take(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Use these tensors ("bundle_up.<bundle>", "bundle_basis", ...) as an adapter's, frozen and without a copy."""
+        """Use these tensors (keys as in `tensor_shapes`) as an adapter's, frozen; without a copy on the same device."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             table = {}
@@ -183,6 +192,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.state.packings.pop((adapter_name, self.hidden_size), None)
 
     def packing(self, adapter: str) -> Packing:
+        """How the adapter's bundles are laid out in D and E."""
         return self.state.packings[adapter, self.hidden_size]
 
     def bundle_adapters(self) -> list[str]:
@@ -196,7 +206,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
-        # Their own dicts: a look-up in a ParameterDict takes longer than all else that is done for a weight.
+        # The dicts inside of the ParameterDicts: a look-up in those takes longer than the rest of the work on a weight.
         weight, down, up = (
             table[adapter]._parameters for table in (self.bundle_weight, self.bundle_down, self.bundle_up)
         )
@@ -224,7 +234,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
-        # `model.to(torch.bfloat16)` must not round the basis: U loses orthogonality (2e-3) and mu its digits.
+        # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu its digits.
         kept = {(n, a): t for n in self.other_param_names for a, t in getattr(self, n).items()}
         super()._apply(fn, recurse)
         for (name, adapter), before in kept.items():
@@ -234,7 +244,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's would also cast what a checkpoint just brought to the base model's dtype, and lose its digits.
+        # PEFT's own would also cast what a checkpoint brought to the dtype of the base model, which loses digits.
         device = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None or adapter_name not in self.bundle_basis:
             return
@@ -257,139 +267,147 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     # ---- the forward ----
 
     def hook(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the block: its hidden states, through the bundles."""
+        """Forward hook of the block: its output, with the bundles' update in the hidden states."""
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (B, T, d), the output of the block; returns the same shape and dtype."""
+        """The output of the block, hidden (B, T, d), with the bundles' update; same shape and dtype."""
         if self._disable_adapters:
             return hidden
-        if not torch.is_grad_enabled() and self.slot.ready is not None:
-            return apply(self.slot.ready, hidden)
-        if not torch.is_grad_enabled() and torch.compiler.is_compiling():
-            self.state.compiled = True  # from the next call on, what a compiled forward reads is prepared
-        call = self.state.call
-        names, active = call.adapter_names, call.active
-        active = self.active_adapters if active is None else active
-        fixed = call.folds is not None and names is None and self.state.budget is None and not self.training
-        if fixed and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._as_planned(hidden, active)
-        out = None
-        for adapter in active if names is None else dict.fromkeys(names):
-            if adapter not in self.bundle_basis or not self.packing(adapter).names:
-                continue
-            out = self._apply_bundles(adapter, hidden, out, names)
-        if out is None or self.state.budget is None:
-            return hidden if out is None else out
-        return within_budget(hidden, out, self.state.budget)
+        if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
+            return run_plan(plan, hidden)
+        return self._training_forward(hidden)
 
-    def _as_planned(self, hidden: Tensor, active: Sequence[str]) -> Tensor:
-        """`forward` where nothing can change: what one-token steps pay for is each look-up, and each small kernel."""
-        call, state, dtype = self.state.call, self.state, compute_dtype(hidden)
-        key: Any = (tuple(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device, call.prompts, state.version)
-        found = call.folds.get(self)  # type: ignore[union-attr]
-        if found is None or found[0] != key or found[1] is not call.alphas:
-            given = {**state.set_alphas, **call.alphas}.values()
-            if any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in given):
-                key = ()  # not kept: an optimizer may move it
-            found = call.folds[self] = key, call.alphas, self._plan(key, hidden, dtype, active)  # type: ignore[index]
-        if not found[2]:
-            return hidden
-        out = hidden
-        for few, mean, D, E, nonlinear, alpha in found[2]:
-            if few is not None:
-                out = few(hidden.contiguous(), out.contiguous())
-                continue
-            flat, base = hidden.flatten(0, -2), out.flatten(0, -2)
-            a = activate((flat if mean is None else flat - mean).to(dtype) @ D, nonlinear)
-            if alpha is not None:  # in place: one look at the shape less than a new tensor
-                (a if alpha.dim() == 2 else a.view(*hidden.shape[:-1], -1)).mul_(alpha)
-            out = (torch.addmm(base, a, E) if base.dtype == dtype else base + a @ E).view(hidden.shape)
-        return out
+    def _plan(self, hidden: Tensor) -> Plan | None:
+        """The plan for states without gradients; None where dropout is drawn anew in every forward."""
+        if self.slot.plan is not None:
+            return self.slot.plan
+        state, call, dtype = self.state, self.state.call, compute_dtype(hidden)
+        if self.training and state.draws_dropout():
+            return None
+        active = tuple(self.active_adapters) if call.active is None else call.active
+        if torch.compiler.is_compiling():
+            state.compiled = True  # from the next call on, `prepared` makes the plans
+        elif call.folds is not None:
+            made_for = *state.settings(active), hidden.shape[:2], hidden.dtype, dtype, hidden.device
+            kept = call.folds.get(self)
+            if kept is not None and kept[0] == made_for:
+                return kept[1]
+            alphas = {**state.set_alphas, **call.alphas}.values()
+            if not any(isinstance(alpha, Tensor) and alpha.requires_grad for alpha in alphas):
+                plan = for_reuse(self.plan(hidden, dtype, active), hidden)
+                call.folds[self] = made_for, plan
+                return plan
+            # An alpha with gradients may be moved by an optimizer, so no plan with it is kept.
+        return self.plan(hidden, dtype, active)
 
-    def _plan(self, key: Any, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> list[tuple[Any, ...]]:
-        """For every adapter that acts: kernels if tokens are few, mu, D, E, the number of non-linear units, alphas."""
-        plan = []
-        for adapter in active:
-            if adapter not in self.bundle_basis or not (names := self.packing(adapter).names):
-                continue
-            packing = self.packing(adapter)
-            numbers, alpha = self._planned_alphas(key, hidden, dtype, adapter)
-            if numbers is None or any(numbers):
-                mean = self.bundle_mean[adapter].to(hidden.dtype) if self._standardised(adapter) else None
-                (D, E), few = self._folded(adapter, dtype, numbers, names), None
-                if fits(hidden, dtype) and (alpha is None or alpha.shape[1] == 1):
-                    few = FewTokens(hidden.shape, mean, D, E, packing.nonlinear, alpha)
-                elif alpha is not None and hidden.shape[1] == 1:
-                    alpha = alpha[:, 0]
-                plan.append((few, mean, D, E, packing.nonlinear, alpha))
-        return plan
+    def plan(self, hidden: Tensor, dtype: torch.dtype, active: Sequence[str]) -> Plan:
+        """What the bundles do to states like `hidden`, (B, T, d), in this thread's call, with products in `dtype`."""
+        parts = [self.part(adapter, hidden, dtype) for adapter in self.acting(active)]
+        return Plan(tuple(part for part in parts if part is not None), self.state.budget, False)
 
-    def _planned_alphas(self, key: Any, hidden: Tensor, dtype: torch.dtype, adapter: str) -> tuple[Any, Tensor | None]:
-        """`layer_alphas`, looked up once for all layers where none has an alpha of its own."""
-        state, call, where = self.state, self.state.call, ("alphas", adapter, self.hidden_size)
-        found = call.folds.get(where)  # type: ignore[union-attr]
-        if not key or found is None or found[0] != key or found[1] is not call.alphas:
-            owner = self.packing(adapter).index(hidden.device)["owner"]
-            numbers, alpha = layer_alphas(state, adapter, self.index, hidden, (owner, dtype))
-            found = key, call.alphas, numbers, None if alpha is None else alpha.to(dtype)
-            given = (*state.set_alphas.values(), *call.alphas.values())
-            if key and not any(isinstance(value, tuple) for value in given):
-                call.folds[where] = found  # type: ignore[index]
-        return found[2], found[3]
+    def acting(self, active: Sequence[str]) -> list[str]:
+        """Of the active adapters, or of those that rows name, those with bundles on this layer."""
+        names = self.state.call.adapter_names
+        adapters = active if names is None else dict.fromkeys(names)
+        return [name for name in adapters if name in self.bundle_basis and self.packing(name).names]
 
-    def _apply_bundles(self, adapter: str, hidden: Tensor, residual: Tensor | None, rows: list[str] | None) -> Tensor:
-        packing, call, config = self.packing(adapter), self.state.call, self.state.configs[adapter]
-        dtype, owner = compute_dtype(hidden), packing.index(hidden.device)["owner"]
-        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
+    def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:
+        """One adapter's part of a plan; None where all its bundles are off."""
+        numbers, alpha = self._alphas(adapter, hidden, dtype)
         if numbers is not None and not any(numbers):
-            return hidden if residual is None else residual
-        live, route, gate = packing.names, call.route if torch.is_grad_enabled() else None, None
+            return None
+        packing = self.packing(adapter)
+        D, E = self.fold(adapter, dtype, numbers, packing.names)
+        return Part(D, E, self._mean(adapter), packing.nonlinear, alpha)
+
+    def _training_forward(self, hidden: Tensor) -> Tensor:
+        """The operation with a backward, one adapter after another."""
+        call, out = self.state.call, hidden
+        active = self.active_adapters if call.active is None else call.active
+        for adapter in self.acting(active):
+            out = self._training_forward_of(adapter, hidden, out)
+        return out if out is hidden or self.state.budget is None else within_budget(hidden, out, self.state.budget)
+
+    def _training_forward_of(self, adapter: str, hidden: Tensor, residual: Tensor) -> Tensor:
+        packing, state, config = self.packing(adapter), self.state, self.state.configs[adapter]
+        dtype, learning = compute_dtype(hidden), torch.is_grad_enabled()
+        numbers, alpha = self._alphas(adapter, hidden, dtype)
+        if numbers is not None and not any(numbers):
+            return residual
+        live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
         if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
             live = [name for name, number in zip(live, numbers) if number]
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden)
-        if torch.is_grad_enabled():
-            self.state.seen.update(zip(itertools.repeat(adapter), live))
-        D, E = self._folded(adapter, dtype, numbers, live)
-        if rows is not None:  # a mixed batch: this adapter only acts on the rows that name it
-            mine = self._row_mask([name == adapter for name in rows], hidden)
-            alpha = mine if alpha is None else alpha * mine
+            if route.deferred:
+                run = eager_bundle_forward
+                if route not in state.waiting:
+                    state.waiting.append(route)
+        if learning:
+            state.seen.update(zip(itertools.repeat(adapter), live))
+        D, E = self.fold(adapter, dtype, numbers, live)
         mask = None
         if config.dropout and self.training:
             keep = torch.rand(*hidden.shape[:-1], D.shape[1], device=hidden.device) >= config.dropout
             mask = keep.to(hidden.dtype) / (1 - config.dropout)
-        run = bundle_forward
-        if route is not None and route.deferred:
-            run = eager_bundle_forward
-            if route not in self.state.waiting:
-                self.state.waiting.append(route)
         return run(
             hidden,
             D,
             E,
             nonlinear=packing.nonlinear,
-            residual=residual,
-            mean=self.bundle_mean[adapter] if self._standardised(adapter) else None,
+            residual=None if residual is hidden else residual,
+            mean=self._mean(adapter),
             alpha=alpha,
             mask=mask,
             gate=gate,
-            route=route,
         )
+
+    def _alphas(
+        self, adapter: str, hidden: Tensor, dtype: torch.dtype
+    ) -> tuple[tuple[float, ...] | None, Tensor | None]:
+        """An adapter's alphas: one number a bundle, and a factor for each hidden unit, (B|1, T|1, H|1); None is 1."""
+        owner, names = self.packing(adapter).index(hidden.device)["owner"], self.state.call.adapter_names
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
+        if names is None:
+            return numbers, alpha
+        rows = self._row_mask([name == adapter for name in names], hidden)  # a mixed batch: only rows that name it
+        return numbers, rows if alpha is None else alpha * rows
+
+    def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
+        """(B, 1, 1): 1 for the chosen rows, 0 for the others."""
+        call, batch = self.state.call, hidden.shape[0]
+
+        def mask() -> Tensor:
+            chosen = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
+            return expand_rows(chosen, call.prompts, batch, "adapter_names").view(-1, 1, 1)
+
+        return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)
+
+    def _mean(self, adapter: str) -> Tensor | None:
+        return self.bundle_mean[adapter] if self._standardised(adapter) else None
 
     def _standardised(self, adapter: str) -> bool:
         config = self.state.configs[adapter]
         return config.calibration is not None and config.input_norm == "standard"
 
-    def _folded(
-        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: list[str]
+    def fold(
+        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: Collection[str]
     ) -> tuple[Tensor, Tensor]:
-        """D and E with the numeric alphas in E; kept while `generate` or `model.folded()` say nothing can change."""
-        call, packing = self.state.call, self.packing(adapter)
-        folds, key = call.folds if not torch.is_grad_enabled() else None, (id(self), adapter, dtype, numbers)
+        """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside of `folded()` and `generate`.
+
+        Args:
+            adapter: name of the adapter.
+            dtype: of the result and of the products.
+            numbers: alphas to multiply into E, one a bundle; None: 1.
+            live: the bundles whose weights get gradients.
+        """
+        call, packing, learning = self.state.call, self.packing(adapter), torch.is_grad_enabled()
+        folds = None if learning or torch.compiler.is_compiling() else call.folds
+        key = self, adapter, dtype, numbers
         if folds is not None and key in folds:
             return folds[key]
         basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
@@ -400,7 +418,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
-                self.joined(adapter) if torch.is_grad_enabled() else None,
+                self.joined(adapter) if learning else None,
                 dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
@@ -413,7 +431,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return D, E
 
     def joined(self, adapter: str) -> dict[Any, Any] | None:
-        """What this call's uses of an adapter's weights share (`Packing.maps`); None where there are no others."""
+        """What this call's uses of an adapter's weights share (`Packing.maps`); None outside of a training forward."""
         joined = self.state.call.joined
         return None if joined is None else joined.setdefault((adapter, self.index), {})
 
@@ -426,28 +444,3 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if not whole:
             states = (states / scale if standardised else states) @ basis
         self.bundle_states[adapter] = states.to(torch.bfloat16)
-
-    def _row_mask(self, rows: list[bool], hidden: Tensor) -> Tensor:
-        """(B, 1, 1): 1 for the rows that are ours."""
-        call, batch = self.state.call, hidden.shape[0]
-
-        def mask() -> Tensor:
-            ours = torch.tensor(rows, device=hidden.device, dtype=hidden.dtype)
-            return expand_rows(ours, call.prompts, batch, "adapter_names").view(-1, 1, 1)
-
-        return call.cached(("adapter_names", tuple(rows), batch), hidden, mask)
-
-
-@contextmanager
-def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
-    """The block puts a U of its own where one is still to be drawn; if it fails, that one is to be drawn again."""
-    layers = [m for m in model.modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis.later]
-    drawn = [layer.bundle_basis.later[adapter] for layer in layers]
-    for layer, how in zip(layers, drawn):
-        layer.bundle_basis[adapter] = torch.empty(how[:2], device=layer.bundle_mean[adapter].device)
-    try:
-        yield
-    except Exception:
-        for layer, how in zip(layers, drawn):
-            layer.bundle_basis.draw_later(adapter, *how)
-        raise

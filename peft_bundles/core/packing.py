@@ -1,7 +1,11 @@
-"""Folding many small bundles into the two stacked maps D and E (see functional.py) with few kernels.
+"""Folding many small bundles into the two stacked maps D and E (functional.py) with few kernels.
 
 The bundles' weights are parameters of their own, so that an optimizer can skip one. A forward needs them side by side:
-one `cat` joins them, one gather lays them out as block matrices, one product with U folds them, whatever their number.
+one `cat` joins them, one gather lays them out as block matrices, and one product with U folds them, however many there
+are.
+
+Shapes: d hidden size, R columns of U, H hidden units of all bundles, K the ranks of all projectors W together, or R
+without projectors.
 """
 
 from __future__ import annotations
@@ -22,64 +26,69 @@ from .kernels import gathered
 _ORDER = ("mlp", "full", "linear", "diag")
 
 
-class _Join(torch.autograd.Function):
-    """Many weights and a 0 and a 1 as one flat tensor; gradients go to those flagged in `learn`, None to the rest.
+class JoinWeights(torch.autograd.Function):
+    """Many weights, a 0 and a 1 as one flat tensor. Weights flagged in `learns` get a gradient, the others None.
 
-    One node for all of them: a node or two per weight is what many small bundles would spend their time on.
+    One node for all of them: with a node or two for each weight, many small bundles would spend their time on nodes.
     """
 
     @staticmethod
-    def forward(ctx: Any, learn: Sequence[bool], constants: Tensor, *parts: Tensor) -> Tensor:
-        ctx.learn, ctx.parts = learn, parts
-        constants = constants.to(parts[0].dtype)
+    def forward(ctx: Any, learns: Sequence[bool], constants: Tensor, *weights: Tensor) -> Tensor:
+        ctx.learns, ctx.weights = learns, weights
+        constants = constants.to(weights[0].dtype)
         if torch.compiler.is_compiling():
-            return torch.cat([*(part.reshape(-1) for part in parts), constants])
-        return _flatten_dense_tensors((*parts, constants))
+            return torch.cat([*(weight.reshape(-1) for weight in weights), constants])
+        return _flatten_dense_tensors((*weights, constants))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.compiler.is_compiling():
-            pieces = grad.split([*(part.numel() for part in ctx.parts), 2])
-            found = [piece.view(part.shape) for piece, part in zip(pieces, ctx.parts)]
+            pieces = grad.split([*(weight.numel() for weight in ctx.weights), 2])
+            gradients = [piece.view(weight.shape) for piece, weight in zip(pieces, ctx.weights)]
         else:
-            found = _unflatten_dense_tensors(grad[:-2], ctx.parts)
-        return None, None, *(found if all(ctx.learn) else (g if is_on else None for g, is_on in zip(found, ctx.learn)))
+            gradients = _unflatten_dense_tensors(grad[:-2], ctx.weights)
+        if not all(ctx.learns):
+            gradients = [gradient if learns else None for gradient, learns in zip(gradients, ctx.learns)]
+        return None, None, *gradients
 
 
 class _Lay(torch.autograd.Function):
-    """The entries of joined weights (n,) at `place` (m,), in `dtype`: (m,). `index` (n,) is where each went.
+    """Put entries of the joined weights (n,) where they belong in a block matrix (m,), in `dtype`.
 
-    An entry has one place, so the way back is a gather too, and no sum. The constants' gradients are read by nobody.
+    `place` (m,) says which entry each place gets, `back` (n,) where each entry went. An entry has one place, so the
+    backward is a gather too, without sums. The gradients of the constants are never read.
     """
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, place: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.index, ctx.dtype = index, flat.dtype
+    def forward(ctx: Any, flat: Tensor, place: Tensor, back: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.back, ctx.dtype = back, flat.dtype
         return gathered(flat, place, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return gathered(grad, ctx.index, ctx.dtype), None, None, None
+        return gathered(grad, ctx.back, ctx.dtype), None, None, None
 
 
 class _Fold(torch.autograd.Function):
-    """What bundles read and write in coordinates of U, (2, H, R), as D (d, H) and E (H, d): one product with U.
+    """D (d, H) and E (H, d) from what bundles read and write in coordinates of U, (2, H, R): one product with U.
 
-    U is cast anew in backward: a copy in every layer would be kept until then.
+    U is cast again in backward: a copy in every layer would be kept until then.
     """
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, basis: Tensor, scale: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(basis, scale)
-        ctx.scaling, ctx.shape = scaling, maps.shape
-        folded = (maps.flatten(0, 1) @ basis.to(maps.dtype).T).view(*maps.shape[:2], len(basis))
-        reads, writes = folded.unbind(0)
-        if scale is not None:
-            reads.div_(scale)
+    def forward(
+        ctx: Any, maps_2HR: Tensor, basis_dR: Tensor, scale_d: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(basis_dR, scale_d)
+        ctx.scaling, ctx.shape = scaling, maps_2HR.shape
+        folded = (maps_2HR.flatten(0, 1) @ basis_dR.to(maps_2HR.dtype).T).view(*maps_2HR.shape[:2], len(basis_dR))
+        reads_Hd, writes_Hd = folded.unbind(0)
+        if scale_d is not None:
+            reads_Hd.div_(scale_d)
         if scaling != 1.0:
-            writes.mul_(scaling)
-        return reads.T, writes
+            writes_Hd.mul_(scaling)
+        return reads_Hd.T, writes_Hd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,13 +102,23 @@ class _Fold(torch.autograd.Function):
 class Packing:
     """Where each weight of each bundle goes in the block matrices; the same for every layer of an adapter.
 
-    With projectors, adapters read and write rows of a stacked W (total rank x R); without, columns of U directly.
+    With projectors, bundles read and write rows of a stacked W (K x R); without, columns of U.
+
+    Args:
+        shapes: bundle -> its sizes, in the order of the config.
+        basis_rank: R.
+        projected: whether bundles have a projector W.
+        groups: a number for each bundle; bundles that learn from the same signals have the same one. None: all differ.
 
     Attributes:
-        names: bundles in the order of the config (the order of alphas and gates).
-        nonlinear: number of leading hidden units that pass through the activation.
+        names: bundles in the order of the config, which is the order of alphas.
+        projected: bundles that act in coordinates of U, in the order of their hidden units.
+        full: bundles of kind "full", which act on the whole stream.
+        nonlinear: number of hidden units that pass through the activation; they come first.
         owner: bundle number of every hidden unit, (H,).
-        groups: names of bundles that learn from the same signals, and where their hidden units are, as (start, size).
+        padding: number of hidden units at the end that make H a good size for a GPU. Their columns of D and rows of E
+            are 0; `owner` counts them as units of bundle 0.
+        groups: for each group, its bundles and where their hidden units lie, as (start, size).
     """
 
     def __init__(
@@ -116,18 +135,17 @@ class Packing:
         self.nonlinear = self.before_full + sum(shapes[n].hidden for n in self.full)
         owners = [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered]
         used = sum(shapes[n].hidden for n in ordered)
-        # Units that pad the matrices to a good size: their columns of D and rows of E are zero, whoever owns them.
         self.padding = align(used) - used
         self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
         self.groups: list[tuple[list[str], list[tuple[int, int]]]] = []
         for number in dict.fromkeys(group.values()):
-            mine = [name for name in ordered if group[name] == number]
-            starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in mine}
+            members = [name for name in ordered if group[name] == number]
+            starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in members}
             spans: list[tuple[int, int]] = []
-            for name in mine:  # side by side, within a kind
+            for name in members:  # within a kind they lie side by side, as one span
                 last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
                 spans.append((last[0], last[1] + shapes[name].hidden))
-            self.groups.append((mine, spans))
+            self.groups.append((members, spans))
         if self.nonlinear == used:
             self.nonlinear += self.padding
         self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
@@ -138,7 +156,7 @@ class Packing:
         up: list[Tensor] = []
         ones: list[Tensor] = []
         r0 = h0 = 0
-        second = self.total_hidden * self.width  # what is written lies behind what is read
+        second = self.total_hidden * self.width  # entries of E come after those of D
         for name in self.projected:
             shape = shapes[name]
             r, b = shape.rank, shape.hidden
@@ -155,21 +173,24 @@ class Packing:
                 up.append(second + block.diagonal())
             r0, h0 = r0 + r, h0 + b
 
-        def joined(parts: list[Tensor]) -> Tensor:
+        def concatenated(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts) if parts else torch.arange(0)
 
         def laid(index: Tensor, size: int, ones: Tensor) -> dict[str, Tensor]:
-            """Which entry of the joined weights, the 0 and the 1 behind them, each place gets; and the way back."""
+            """`place` and `back` of `_Lay`, for weights joined with a 0 and a 1 behind them."""
             place = torch.full((size,), len(index)).index_fill_(0, ones, len(index) + 1)
             place.index_copy_(0, index, torch.arange(len(index)))
             back = torch.cat([index, index.new_zeros(2)]) if size else index.new_zeros(0)
-            return {"place": place.int(), "back": back.int()}  # half of what a gather reads is its indices
+            return {"place": place.int(), "back": back.int()}  # int32: half of what a gather reads is its indices
 
         self._index = {
             "owner": self.owner,
             "constants": torch.tensor([0.0, 1.0]),
-            **{f"maps_{k}": v for k, v in laid(joined([*down, *up]), 2 * second, joined(ones)).items()},
-            **{f"weight_{k}": v for k, v in laid(joined(weight), self.width * basis_rank, joined([])).items()},
+            **{f"maps_{k}": v for k, v in laid(concatenated([*down, *up]), 2 * second, concatenated(ones)).items()},
+            **{
+                f"weight_{k}": v
+                for k, v in laid(concatenated(weight), self.width * basis_rank, concatenated([])).items()
+            },
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -182,7 +203,7 @@ class Packing:
         return self._on_device[device]
 
     def span(self, chosen: Tensor) -> tuple[int, int]:
-        """Where the hidden units of the chosen bundles, (M,) bool begin and end, to multiples of `ALIGN`."""
+        """Where the hidden units of the chosen bundles, (M,) bool, begin and end, to multiples of `ALIGN`."""
         units = chosen[self.owner[: len(self.owner) - self.padding]].nonzero().flatten()
         if not len(units):
             return 0, 0
@@ -200,17 +221,20 @@ class Packing:
     ) -> Tensor:
         """What the projected bundles read and write in coordinates of U, (2, H, R), in `dtype`.
 
-        `joined` is for several uses of these very weights in one graph: they share what it keeps, so that each weight
-        gets one gradient and not one from every use to be added up.
-
-        A bundle that is not `live` (None: all are) gets no gradient at all, so that autograd leaves its `.grad` None:
-        AdamW moves a parameter whose gradient is merely zero.
+        Args:
+            weight, down, up: bundle -> weight.
+            device: of the result.
+            dtype: of the result and of the product with W.
+            live: bundles that get a gradient; None: all. The others get None: AdamW moves a parameter whose gradient is
+                merely 0.
+            joined: what several uses of these weights in one graph share, so that each weight gets one gradient instead
+                of a sum of one from each use.
         """
         # Names and no `id`, which Dynamo of torch 2.11 cannot trace.
         key = tuple(name for name in self.projected if live is None or name in live)
-        joined, laid = {} if joined is None else joined, (key, dtype)
-        if laid in joined:
-            return joined[laid]
+        joined, with_dtype = {} if joined is None else joined, (key, dtype)
+        if with_dtype in joined:
+            return joined[with_dtype]
         index = self.index(device)
 
         def lay(flat: Tensor, what: str, *size: int) -> Tensor:
@@ -223,18 +247,18 @@ class Packing:
         maps = lay(flat, "maps", 2, self.total_hidden, self.width)
         if projectors:
             maps = maps @ lay(projectors[0], "weight", 1, self.width, self.basis_rank)
-        joined[laid] = maps
+        joined[with_dtype] = maps
         return maps
 
     def _join(self, tables: Sequence[Mapping[str, Tensor]], live: Collection[str], constants: Tensor) -> Tensor:
-        """The projected bundles' weights of some tables side by side, (n + 2,)."""
+        """The projected bundles' weights of some tables side by side, then 0 and 1, (n + 2,)."""
         names = [[name for name in self.projected if name in table] for table in tables]
         if not any(names):
             return constants
-        parts = [table[name] for table, mine in zip(tables, names) for name in mine]
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # where it cannot trace the node
-            return torch.cat([*(part.reshape(-1) for part in parts), constants.to(parts[0].dtype)])
-        return _Join.apply([name in live for mine in names for name in mine], constants, *parts)
+        weights = [table[name] for table, held in zip(tables, names) for name in held]
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # Dynamo cannot trace the node there
+            return torch.cat([*(weight.reshape(-1) for weight in weights), constants.to(weights[0].dtype)])
+        return JoinWeights.apply([name in live for held in names for name in held], constants, *weights)
 
     def fold(
         self,
@@ -248,21 +272,27 @@ class Packing:
         joined: dict[Any, Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """D (d, H) and E (H, d) in `dtype` (None: that of `basis`), differentiable in the weights of `live` bundles.
+        """D (d, H) and E (H, d), differentiable in the weights of `live` bundles.
 
-        `live` and `joined`: see `maps`.
+        Args:
+            weight, down, up: bundle -> weight.
+            basis: U, (d, R).
+            scale: sigma, (d,); None: 1.
+            scaling: c.
+            live, joined: as in `maps`.
+            dtype: of the result and of the products; None: that of `basis`.
         """
         dtype = basis.dtype if dtype is None else dtype
         maps = self.maps(weight, down, up, basis.device, dtype, live, joined)
         D, E = _Fold.apply(maps, basis, scale, scaling)
         if self.full:
 
-            def alone(table: Mapping[str, Tensor], name: str) -> Tensor:
+            def learning(table: Mapping[str, Tensor], name: str) -> Tensor:
                 return table[name] if live is None or name in live else table[name].detach()
 
             m = self.before_full
-            reads = [alone(down, name).T for name in self.full]
+            reads = [learning(down, name).T for name in self.full]
             reads = reads if scale is None else [each / scale[:, None] for each in reads]
             D = torch.cat([D[:, :m], *(each.to(dtype) for each in reads), D[:, m:]], 1)
-            E = torch.cat([E[:m], *(scaling * alone(up, name).T.to(dtype) for name in self.full), E[m:]])
+            E = torch.cat([E[:m], *(scaling * learning(up, name).T.to(dtype) for name in self.full), E[m:]])
         return D, E

@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from .state import BundleState
+from .state import BundleState, CallAlphas
 
 
 HOOKS_RUN_AGAIN = Version(transformers.__version__) < Version("5.23.dev0")
@@ -33,7 +33,7 @@ class CheckpointWithCall:
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Context managers of a block's forward and of its recomputation; called when the forward starts."""
         call = self.state.call
-        kept = {**vars(call), "cache": {}, "joined": None if call.joined is None else {}}
+        kept = {**vars(call), "own": CallAlphas(call.alphas), "joined": None if call.joined is None else {}}
         return nullcontext(), _with(self.state, kept)
 
 

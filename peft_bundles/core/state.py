@@ -1,7 +1,7 @@
-"""The state that one model's bundle layers share, and what holds for the forwards that a thread runs now.
+"""What the bundle layers of one model share, and what holds for the forwards that one thread runs now.
 
-A call's own alphas, its route and its folded weights belong to the thread that runs the call, so that two threads can
-serve one model with different alphas. Nothing is a module global.
+A call's alphas, route and kept plans belong to the thread that runs the call, so that two threads can serve one model
+with different alphas. Nothing is a module global.
 """
 
 from __future__ import annotations
@@ -17,84 +17,138 @@ import torch
 from torch import Tensor
 
 from ..config import BundleConfig
+from .functional import Gate
 from .packing import Packing
 
 
-# A gate for one bundle: a number, a tensor (B,) or (B, T) or (), or one number a layer.
+# The alpha of one bundle: a number, a tensor of shape (B,), (B, T) or (), or one number for each layer.
 AlphaValue: TypeAlias = float | Tensor | tuple[float, ...]
 
 
 class OpenRoute(Protocol):
-    """What a bundle layer asks of the route that is open around a forward (`routing.routes.Route`)."""
+    """What a bundle layer asks of the route around a forward (`routing.routes.Route`)."""
 
     deferred: bool
 
     def live(self, adapter: str) -> set[str]: ...
 
-    def gate(self, adapter: str, hidden: Tensor) -> Tensor | None: ...
+    def gate(self, adapter: str, hidden: Tensor) -> Gate: ...
 
 
-class _Call(threading.local):
-    """What holds for the forwards that this thread runs now."""
+@dataclass(eq=False)
+class CallAlphas:
+    """The alphas of one `with alphas(...)` block. Equal only to itself, so it can tell what a plan was made for.
+
+    Attributes:
+        values: bundle -> alpha; bundles not named keep what `set_alphas` or the config says.
+        tensors: tensors made from them once a call instead of once a layer (`Call.cached`).
+    """
+
+    values: dict[str, AlphaValue] = field(default_factory=dict)
+    tensors: dict[Any, Tensor] = field(default_factory=dict)
+
+
+class Call(threading.local):
+    """What holds for the forwards that this thread runs now.
+
+    Attributes:
+        own: the alphas of this call.
+        route: the route around the forward; None outside of `route(...)`.
+        adapter_names: one adapter name for each row of a mixed batch; None otherwise.
+        active: the adapters of this call, fixed from its start to its end; None outside of a call.
+        prompts: inside of `generate`, the number of its prompts; each may have several beams.
+        folds: inside of `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
+            change there.
+        joined: during a training forward, (adapter, layer) -> joined weights that its quiet penalty uses again.
+        offered: alphas that `PeftModel` has set for this call and may hand on to the tuner too.
+    """
 
     def __init__(self) -> None:
-        self.alphas: dict[str, AlphaValue] = {}
+        self.own = CallAlphas()
         self.route: OpenRoute | None = None
         self.adapter_names: list[str] | None = None
-        self.active: tuple[str, ...] | None = None  # the adapters it runs with, from its start to its end
-        self.prompts: int | None = None  # inside generate: its prompts, each of which may have several beams
-        self.folds: dict[Any, Any] | None = None  # (layer, adapter) -> folded weights, while they cannot change
-        self.joined: dict[Any, dict[Any, Any]] | None = None  # of a training forward, for its quiet penalty
-        self.cache: dict[Any, Tensor] = {}
-        self.offered: Any = None  # alphas that PeftModel has set for this call and may hand on to the tuner, too
+        self.active: tuple[str, ...] | None = None
+        self.prompts: int | None = None
+        self.folds: dict[Any, Any] | None = None
+        self.joined: dict[Any, dict[Any, Any]] | None = None
+        self.offered: Any = None
+
+    @property
+    def alphas(self) -> dict[str, AlphaValue]:
+        return self.own.values
 
     def cached(self, key: tuple[Any, ...], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns for this key, device and dtype, made once a call and not once a layer."""
+        """What `make` returns, made once a call for this key and the device and dtype of `like`."""
         if torch.compiler.is_compiling():
-            return make()  # the compiler keeps it
-        key = (*key, like.device, like.dtype)
-        if key not in self.cache:
-            if len(self.cache) > 256:  # alphas that stay while the shapes of the batches change
-                self.cache = {}
+            return make()  # the compiled program keeps it
+        tensors, key = self.own.tensors, (*key, like.device, like.dtype)
+        if key not in tensors:
+            if len(tensors) > 256:  # alphas that stay while the shapes of the batches change
+                tensors.clear()
             # A tensor made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False):
-                self.cache[key] = make()
-        return self.cache[key]
+                tensors[key] = make()
+        return tensors[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Call, ()  # a copy of the model starts with no call in progress
+        return Call, ()  # a copy of the model starts with no call in progress
 
 
-class _InUse:
-    """Which adapters the calls in flight run with, in all threads, and those to be deleted when the last one ends."""
+class InUse:
+    """Which adapters the running calls of all threads use, and which to delete when the last such call ends.
+
+    Attributes:
+        lock: held for a moment, while a call starts or ends and while the set of active adapters changes.
+        swapping: held for long: one thread at a time builds the next set of adapters.
+        calls: adapter -> number of running calls that use it.
+        retired: adapters to delete once no running call uses them.
+        built: number of adapters that `compose` has made; their names are never used again.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # short: held while a call starts or ends, and while the active set changes
-        self.swapping = threading.Lock()  # long: one thread at a time builds the next set
+        self.lock = threading.RLock()
+        self.swapping = threading.Lock()
         self.calls: Counter[str] = Counter()
         self.retired: set[str] = set()
-        self.built = 0  # adapters made by `compose` so far; their names are never used again
+        self.built = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _InUse, ()  # a copy of the model has no call in flight
+        return InUse, ()  # a copy of the model has no running call
 
 
 @dataclass
 class BundleState:
-    """Shared by all `BundleLayer`s of one model."""
+    """Shared by all `BundleLayer`s of one model.
+
+    Attributes:
+        configs, packings: by adapter; packings by (adapter, hidden size).
+        num_layers: number of decoder blocks, with bundles or without.
+        set_alphas: what `set_alphas` has set, bundle -> alpha.
+        version: raised by everything that changes `set_alphas` or the adapters behind a name.
+        budget: tau of `set_norm_budget`; None: no limit.
+        nested: some block with bundles lies inside of another.
+        call: what holds for the calling thread.
+        use: which adapters running calls use.
+        compiled: some forward without gradients was compiled. Set by `planning.is_compiled` and by a layer that is
+            being compiled; never taken back. From then on plans are made before the forward.
+        seen: (adapter, bundle) that a forward with gradients has let learn since the last `finalize_grads`. Layers add
+            to it; `BundleModel.forward` reads it for the quiet penalty; `finalize_grads` empties it.
+        waiting: deferred routes whose forwards still wait for their losses. Layers add to it; `routed_backward` takes
+            its routes out; `finalize_grads` refuses to go on while some are left.
+    """
 
     configs: dict[str, BundleConfig] = field(default_factory=dict)
     packings: dict[tuple[str, int], Packing] = field(default_factory=dict)
     num_layers: int = 0
     set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
-    call: _Call = field(default_factory=_Call)
-    version: int = 0  # of set_alphas
-    nested: bool = False  # some block with bundles lies inside another
-    budget: float | None = None  # `set_norm_budget`
-    compiled: bool = False  # some inference was (prepared.py)
-    use: _InUse = field(default_factory=_InUse)
-    seen: set[tuple[str, str]] = field(default_factory=set)  # (adapter, bundle) that a grad-mode forward let learn
-    waiting: list[OpenRoute] = field(default_factory=list)  # routes whose forwards wait for `routed_backward`
+    call: Call = field(default_factory=Call)
+    version: int = 0
+    nested: bool = False
+    budget: float | None = None
+    compiled: bool = False
+    use: InUse = field(default_factory=InUse)
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    waiting: list[OpenRoute] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.
@@ -110,3 +164,12 @@ class BundleState:
         """Names of the bundles of all adapters, each once."""
         # A list first: another thread may add an adapter meanwhile.
         return list(dict.fromkeys(name for config in list(self.configs.values()) for name in config.bundles or ()))
+
+    def settings(self, active: tuple[str, ...]) -> tuple[Any, ...]:
+        """What decides, beside the weights, how bundles act in this thread's call: equal settings, equal plans."""
+        call = self.call
+        return active, call.adapter_names, call.own, call.prompts, self.version, self.budget
+
+    def draws_dropout(self) -> bool:
+        """Whether some adapter has dropout, which training mode draws anew in every forward."""
+        return any(config.dropout for config in list(self.configs.values()))

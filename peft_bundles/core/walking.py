@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from .state import BundleState
 
 
 def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """What `model.modules()` gives, but of a block with bundles the bundle layer only.
+    """The modules of a model, as `model.modules()`; of a block with bundles only its bundle layer.
 
-    Every step asks before its first kernel, when the GPU waits: for 16 blocks 8 us against 350.
+    Every step walks the model before its first kernel, while the GPU waits: with 16 blocks 8 us instead of 350.
     """
     seen: set[nn.Module] = set()
     stack: list[nn.Module | None] = [model]
@@ -39,8 +40,40 @@ def bundle_layers(model: nn.Module) -> list[BundleLayer]:
     return [module for module in down_to_blocks(model) if isinstance(module, BundleLayer)]
 
 
+def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
+    """The bundle layers of a model that have this adapter, in order."""
+    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
+
+
+def checked_layers(model: nn.Module) -> list[BundleLayer]:
+    """The bundle layers of a model, made safe for a forward with alphas or a route of its own.
+
+    With gradient checkpointing a block may run its hook again in backward, when both are gone. Blocks that transformers
+    checkpoints get them back (`recompute_with_call`); blocks wrapped from outside are refused.
+
+    Raises:
+        ValueError: the model has no bundle layer.
+        RuntimeError: gradients are on, and blocks are wrapped by torch's `checkpoint_wrapper`.
+    """
+    modules = list(down_to_blocks(model))
+    layers = [module for module in modules if isinstance(module, BundleLayer)]
+    if not layers:
+        raise ValueError(_no_bundles(model))
+    if not torch.is_grad_enabled():
+        return layers
+    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
+    if any(CheckpointWrapper in type(module).__mro__ for module in modules):
+        raise RuntimeError(
+            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP), which runs their bundles "
+            "again in backward, without this call's alphas and route. Leave the wrapper out and call "
+            "model.gradient_checkpointing_enable()."
+        )
+    recompute_with_call(((layer.get_base_layer(), layer.state) for layer in layers), required=True)
+    return layers
+
+
 def state_of(model: nn.Module) -> BundleState:
-    """The `BundleState` of a model that has bundles, whichever way they were attached.
+    """What the bundle layers of a model share, whichever way they were attached.
 
     Raises:
         ValueError: the model has no bundle layer.
@@ -48,14 +81,7 @@ def state_of(model: nn.Module) -> BundleState:
     for module in down_to_blocks(model):
         if isinstance(module, BundleLayer):
             return module.state
-    raise ValueError(
-        f"{type(model).__name__} has no bundles; attach some with get_peft_model(model, BundleConfig(...))."
-    )
-
-
-def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
-    """The bundle layers that hold an adapter, in order."""
-    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
+    raise ValueError(_no_bundles(model))
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str | None = None) -> str:
@@ -85,41 +111,15 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str
     return names[0]
 
 
-def check_checkpointing(modules: Iterable[nn.Module]) -> None:
-    """Make gradient checkpointing safe for a forward with alphas or a route of its own.
-
-    A block whose hook runs again in backward would find neither. Blocks that transformers checkpoints get them back
-    (`recompute_with_call`); blocks wrapped from outside are refused.
-
-    Args:
-        modules: what `down_to_blocks` gives.
-
-    Raises:
-        RuntimeError: gradients are on, and blocks are wrapped by torch's `checkpoint_wrapper`.
-    """
-    if not torch.is_grad_enabled():
-        return
-    modules = list(modules)
-    # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.
-    if any(CheckpointWrapper in type(module).__mro__ for module in modules):
-        raise RuntimeError(
-            "blocks are wrapped by torch's checkpoint_wrapper (as accelerate does for FSDP), which runs their bundles "
-            "again in backward, without this call's alphas and route. Leave the wrapper out and call "
-            "model.gradient_checkpointing_enable()."
-        )
-    layers = (module for module in modules if isinstance(module, BundleLayer))
-    recompute_with_call(((layer.get_base_layer(), layer.state) for layer in layers), required=True)
-
-
 def bundle_parameters(model: nn.Module) -> dict[tuple[str, str], list[nn.Parameter]]:
-    """(adapter, bundle) -> its parameters over all layers."""
+    """The parameters of every bundle over all layers, by (adapter, bundle)."""
     table: dict[tuple[str, str], list[nn.Parameter]] = {}
     for layer in bundle_layers(model):
         for adapter in layer.bundle_adapters():
             for name in layer.packing(adapter).names:
                 table.setdefault((adapter, name), [])
-            for kind in layer.tables(adapter):
-                for name, parameter in kind.items():
+            for weights in layer.tables(adapter):
+                for name, parameter in weights.items():
                     table[adapter, name].append(parameter)
     return table
 
@@ -132,3 +132,22 @@ def active_adapters(model: nn.Module) -> list[str]:
     """
     configs = state_of(model).configs
     return [adapter for adapter in bundle_layers(model)[0].active_adapters if adapter in configs]
+
+
+@contextmanager
+def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Run a block that loads U from a file: bases that were not drawn yet are empty inside, and drawn if it fails."""
+    layers = [layer for layer in adapter_layers(model, adapter) if adapter in layer.bundle_basis.later]
+    drawn = [layer.bundle_basis.later[adapter] for layer in layers]
+    for layer, how in zip(layers, drawn):
+        layer.bundle_basis[adapter] = torch.empty(how[:2], device=layer.bundle_mean[adapter].device)
+    try:
+        yield
+    except Exception:
+        for layer, how in zip(layers, drawn):
+            layer.bundle_basis.draw_later(adapter, *how)
+        raise
+
+
+def _no_bundles(model: nn.Module) -> str:
+    return f"{type(model).__name__} has no bundles; attach some with get_peft_model(model, BundleConfig(...))."

@@ -98,7 +98,7 @@ def _active_bundles(model: nn.Module) -> list[tuple[str, str]]:
 def _spans(layer: BundleLayer, adapter: str, bundle: str) -> tuple[Tensor, Tensor]:
     """Orthonormal bases (d, m), float64, of what a bundle reads (columns of D) and writes (rows of E) in a layer."""
     with torch.no_grad():
-        D, E = layer._folded(adapter, torch.float32, None, [])
+        D, E = layer.fold(adapter, torch.float32, None, [])
         packing = layer.packing(adapter)
         used = (packing.owner == packing.names.index(bundle)).to(D.device)
         return _orthonormal(D[:, used].double()), _orthonormal(E[used].T.double())

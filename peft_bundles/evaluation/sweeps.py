@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.dialling import alphas
 from ..core.gates import parse_alphas
 from ..core.walking import state_of
+from ..extras import require
 
 
 Batch = Mapping[str, Any]  # the model's inputs: tensors (B, ...); and lists of length B that only `eval_fn` reads
@@ -141,14 +142,7 @@ class AlphaSweep:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "a plot needs matplotlib, which is not installed; run: pip install 'peft-bundles[analysis]'"
-            ) from error
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = require("matplotlib.figure", "analysis").Figure(figsize=(6, 4), layout="constrained")
         self.draw(figure.subplots())
         figure.savefig(path, dpi=150)
         return Path(path)

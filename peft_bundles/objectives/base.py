@@ -116,8 +116,8 @@ class Objective(ABC):
             return Dataset.from_list(rows)
         except (TypeError, ValueError) as error:  # pyarrow's errors are subclasses of these
             raise ValueError(
-                f"objective {self.name!r}: the {split} rows do not make one table ({error}); give each column the same "
-                "kind of value in all rows, such as {} and not [] beside dicts."
+                f"objective {self.name!r}: the {split} rows do not make one table ({error}); give a column "
+                "one kind of value in all rows, such as {} and not [] beside dicts."
             ) from error
 
     # ---- batches, every step ----

@@ -222,7 +222,7 @@ class PPO(Objective):
         if limit is not None and longest + self.max_completion_length > limit:
             raise ValueError(
                 f"{prefix}: a prompt of {longest} tokens and max_completion_length={self.max_completion_length} exceed "
-                f"the {limit} positions of the model; lower max_prompt_length or max_completion_length."
+                f"the model's {limit} positions; lower max_prompt_length or max_completion_length."
             )
         if self.advantages == "gae":
             width = model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
@@ -303,7 +303,7 @@ class PPO(Objective):
             rows: prepared rows, one a prompt.
             key: seeds the sampling.
             chunk: rows of one forward.
-            reduce: take means over all processes, not over this one.
+            reduce: take means over all processes, not over this one alone.
         """
         rows = [row for row in rows for _ in range(self.num_generations)]
         options = {

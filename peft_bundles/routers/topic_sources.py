@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import require
+
 
 SOURCES = ("lexicon", "embedding", "clusters")
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # on the Hub, Apache-2.0
@@ -112,21 +114,11 @@ def fit_topics(
         raise ValueError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
     if source == "lexicon":
         return Lexicon(topics, LEXICON if lexicon is None else lexicon)
-    require_sklearn(source)
+    require("sklearn", "analysis")
     table = label_table(topics, texts, labels)
     if source == "embedding":
         return Embedding(topics, texts, table, embed or sentence_encoder(), seed)
     return Clusters(topics, texts, table, embed, clusters, seed)
-
-
-def require_sklearn(source: str) -> None:
-    """Raise ImportError with the command that installs scikit-learn, if it is missing."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            f"source={source!r} needs scikit-learn: pip install 'peft-bundles[analysis]' (source='lexicon' does not)."
-        ) from None
 
 
 def label_table(topics: Sequence[str], texts: Sequence[str], labels: Labels) -> np.ndarray:

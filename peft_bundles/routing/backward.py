@@ -1,4 +1,4 @@
-"""Several losses on the same rows: one pass over the graph per distinct routing column, each into its owners only."""
+"""Several losses on the same rows: one pass over the graph for each distinct routing column, into its owners only."""
 
 from __future__ import annotations
 
@@ -19,42 +19,58 @@ from .routes import Route, check_signals, routing_column
 def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> None:
     """Backward of several losses, each into the owners of its signal only; `.grad` accumulates, as in `.backward()`.
 
-    Losses whose routing columns are equal are added first. Where the forward ran under `route(...)` with the signals
-    of every row, losses on different rows share a pass, and only the graph that a further pass reaches is walked again.
-    Where it ran outside any `route`, every distinct column takes a pass and the weights scale whole gradients.
-    Parameters of no bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
+    Losses whose routing columns are equal are added first. If the forward ran under `route(...)` with the signals of
+    every row, losses on different rows share a pass, and a further pass walks only the graph that it reaches. If it ran
+    outside of any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
+    bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
 
     Args:
+        model: a model with bundles.
         losses: signal -> scalar loss.
         retain_graph: keep the graph after the last pass too.
 
     Raises:
-        ValueError: an unknown signal, a loss that is no scalar or has no graph, a loss of rows routed otherwise.
-        RuntimeError: no owner of a signal takes part in its loss (for one: re-entrant gradient checkpointing); by then
-            the others have their gradients. A compiled forward outside `route((...))` and attenuated weights, which
-            would not be found in its graph.
+        ValueError: an unknown signal; a loss that is no scalar or has no graph; a loss of rows routed otherwise.
+        RuntimeError: no owner of a signal takes part in its loss (with re-entrant gradient checkpointing, for one); by
+            then the other owners have their gradients. Or a forward was compiled outside of `route((...))` and weights
+            are attenuated, which its graph does not show.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, route, routed_backward
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> signals = {"b_lm": {"lm": 1.0}, "b_rl": {"policy": 1.0}}
+        >>> bundles = {name: {"rank": 8, "sub_bases": ["main"], "signals": signals[name]} for name in signals}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles=bundles))
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> with route(model, ("lm", "policy")):  # both losses on every row
+        ...     out = model(input_ids=ids, labels=ids)
+        >>> routed_backward(model, {"lm": out.loss, "policy": out.logits.logsumexp(-1).mean()})
+        >>> all(any(p.grad is not None for p in model.bundle_parameters(name)) for name in bundles)
+        True
     """
     state = state_of(model)
     check_signals(state.configs, list(losses))
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:
-            raise ValueError(f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)}.")
+            raise ValueError(
+                f"losses[{signal!r}] must be a scalar with a graph, got shape {tuple(loss.shape)} and grad_fn "
+                f"{loss.grad_fn}; give a mean over tokens, computed with gradients on."
+            )
     reached = dict(zip(losses, walk(list(losses.values()))))
     routes = {signal: _routes(state, signal, reach) for signal, reach in reached.items()}
-    owners = {signal: _owners(state, signal, found) for signal, found in routes.items()}
+    owners = {signal: _owners(state, signal, under) for signal, under in routes.items()}
     owner_of = {id(p): key for key, parameters in bundle_parameters(model).items() for p in parameters}
-    used = list(dict.fromkeys(r for found in routes.values() for r in found))
+    all_routes = list(dict.fromkeys(r for under in routes.values() for r in under))
     passes = _plan_passes(state, routes)
-    # Where weights are reached through D and E alone, whose gradients are gated already, passes add those up, and they
-    # are folded back once. Not where one lies behind the other (an alpha that is a number other than 1 is multiplied
-    # into E), nor with projectors: what is not finite in one bundle's rows would reach the others' W.
-    once = len(passes) > 1 and all(routes.values()) and all(c.projection == "none" for c in state.configs.values())
-    once = once and not any(r.nested or r.beside & owner_of.keys() for r in reached.values())
-    folds: dict[Edge, Tensor] = {}
-    learnt: set[int] = set()
+    once = len(passes) > 1 and _can_fold_once(state, routes, reached, owner_of)
+    fold_gradients: dict[Edge, Tensor] = {}
+    learned: set[int] = set()
     try:
         for number, signals in enumerate(passes):
-            for r in used:
+            for r in all_routes:
                 r.choose(set(signals))
             total = torch.stack([losses[s].reshape(()) for s in signals]).sum()
             weights = {key: weight for s in signals for key, weight in owners[s].items()}
@@ -63,38 +79,64 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
             keep = retain_graph or number < len(passes) - 1
             gradients = _gradients(total, leaves, edges, keep)
             scale = {} if any(routes[s] for s in signals) else weights
-            learnt |= _add(leaves, gradients, [scale.get(owner_of.get(id(p), ("", "")), 1.0) for p in leaves])
+            learned |= _add(leaves, gradients, [scale.get(owner_of.get(id(p), ("", "")), 1.0) for p in leaves])
             for edge, gradient in zip(edges, gradients[len(leaves) :]):
                 if gradient is not None:
-                    folds[edge] = gradient if edge not in folds else folds[edge].add_(gradient)
-        if folds:
-            mine = {i: p for s, r in reached.items() for i, p in r.leaves.items() if owner_of.get(i) in owners[s]}
-            roots, leaves = [GradientEdge(*edge) for edge in folds], list(mine.values())
-            learnt |= _add(
-                leaves, torch.autograd.grad(roots, leaves, list(folds.values()), retain_graph, allow_unused=True)
+                    before = fold_gradients.get(edge)
+                    fold_gradients[edge] = gradient if before is None else before.add_(gradient)
+        if fold_gradients:
+            owned = {i: p for s, r in reached.items() for i, p in r.leaves.items() if owner_of.get(i) in owners[s]}
+            roots, leaves = [GradientEdge(*edge) for edge in fold_gradients], list(owned.values())
+            gradients = torch.autograd.grad(
+                roots, leaves, list(fold_gradients.values()), retain_graph, allow_unused=True
             )
+            learned |= _add(leaves, gradients)
     finally:
-        for r in used:
+        for r in all_routes:
             r.choose(None)
     for signal, of in owners.items():
-        if of and not any(owner_of.get(leaf) in of for leaf in learnt & reached[signal].leaves.keys()):
+        if of and not any(owner_of.get(leaf) in of for leaf in learned & reached[signal].leaves.keys()):
             raise RuntimeError(
-                f"the loss of {signal!r} reached none of its bundles {sorted(of)}. Is their alpha 0, is the adapter "
-                "inactive, or is gradient checkpointing re-entrant? Use use_reentrant=False."
+                f"the loss of {signal!r} reached none of its bundles {sorted(of)}. Set an alpha other than 0 and "
+                "activate the adapter; with gradient checkpointing, use use_reentrant=False."
             )
-    state.waiting = [r for r in state.waiting if r not in used]
+    state.waiting = [r for r in state.waiting if r not in all_routes]
+
+
+def _can_fold_once(
+    state: BundleState,
+    routes: Mapping[str, list[Route]],
+    reached: Mapping[str, Reach],
+    owner_of: Mapping[int, tuple[str, str]],
+) -> bool:
+    """Whether the passes may add up the gradients of D and E, which then go back to the bundles' weights once.
+
+    It needs weights that are reached through D and E alone, whose gradients are gated already. Not so where one of D
+    and E lies behind the other (an alpha that is a number other than 1 is multiplied into E), nor with projectors: what
+    is not finite in one bundle's rows would reach the W of others.
+    """
+    return (
+        all(routes.values())
+        and all(config.projection == "none" for config in state.configs.values())
+        and not any(reach.nested or reach.beside & owner_of.keys() for reach in reached.values())
+    )
 
 
 def _routes(state: BundleState, signal: str, reach: Reach) -> list[Route]:
-    """The routes of the forwards that a loss comes from; none if they ran outside any."""
+    """The routes of the forwards that a loss comes from; none if they ran outside of any."""
     routes = [r for r in reach.routes if r is not None]
     if routes and None in reach.routes:
-        raise ValueError(f"losses[{signal!r}] mixes forwards inside and outside route(); use one loss for each.")
+        raise ValueError(
+            f"losses[{signal!r}] mixes forwards inside and outside of route(); give one loss for each of them."
+        )
     if stray := [r.signals for r in routes if signal not in r.signals]:
-        raise ValueError(f"losses[{signal!r}] belong to no row of its forward, whose signals are {stray[0]}.")
+        raise ValueError(
+            f"losses[{signal!r}] come from a forward whose rows have the signals {stray[0]}; name {signal!r} for the "
+            "rows in route(...)."
+        )
     if reach.compiled and not routes and any(0 < w < 1 for w in routing_column(state.configs, signal)):
         raise RuntimeError(
-            f"losses[{signal!r}] comes from a compiled forward, whose graph does not tell how it was routed, and the "
+            f"losses[{signal!r}] comes from a compiled forward, whose graph does not show how it was routed, and the "
             "signal has attenuated owners. Run the forward under route() with a tuple of signals, or use .backward()."
         )
     return routes
@@ -104,24 +146,24 @@ def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[
     """Group signals into passes: in one pass no row may see two different columns."""
 
     def clash(a: str, b: str) -> bool:
-        if not (routes[a] and routes[b]):  # outside a route, weights scale the gradients of a whole pass
+        if not (routes[a] and routes[b]):  # outside of a route, weights scale the gradients of a whole pass
             return bool(routes[a] or routes[b]) or routing_column(state.configs, a) != routing_column(state.configs, b)
         return any(r.clash(a, b) for r in routes[a] if r in routes[b])
 
     passes: list[list[str]] = []
     for signal in routes:
-        home = next((p for p in passes if not any(clash(signal, other) for other in p)), None)
-        passes.append([signal]) if home is None else home.append(signal)
+        fitting = next((p for p in passes if not any(clash(signal, other) for other in p)), None)
+        passes.append([signal]) if fitting is None else fitting.append(signal)
     return passes
 
 
 def _owners(state: BundleState, signal: str, routes: Sequence[Route]) -> dict[tuple[str, str], float]:
-    """(adapter, bundle) -> weight of those that learn from a signal, in forwards under these routes (if any)."""
+    """(adapter, bundle) -> weight of the bundles that learn from a signal, in forwards under these routes (if any)."""
     return {
         (adapter, name): weight
         for adapter, config in state.configs.items()
         for name, weight in config.column(signal).items()
-        # A bundle that the weights of all rows shut out (topics) is not missed.
+        # A bundle that the weights of all rows shut out (topics) need not be reached.
         if weight > 0 and (not routes or any(name in r.live(adapter) for r in routes))
     }
 
@@ -129,7 +171,7 @@ def _owners(state: BundleState, signal: str, routes: Sequence[Route]) -> dict[tu
 def _leaves(
     reached: Sequence[Reach], owner_of: Mapping[int, tuple[str, str]], owners: Mapping[tuple[str, str], float]
 ) -> list[Tensor]:
-    """What losses reach: parameters of these owners and of no bundle at all."""
+    """The leaves that losses reach: parameters of these owners, and of no bundle at all."""
     leaves = {number: leaf for reach in reached for number, leaf in reach.leaves.items()}
     return [leaf for number, leaf in leaves.items() if number not in owner_of or owner_of[number] in owners]
 
@@ -137,17 +179,17 @@ def _leaves(
 def _gradients(
     loss: Tensor, leaves: Sequence[Tensor], edges: Sequence[Edge], retain_graph: bool
 ) -> Sequence[Tensor | None]:
-    """Of leaves, then of what the edges lead to; None where the loss does not reach."""
+    """Gradients of the leaves, then at the edges; None where the loss does not reach."""
     inputs: Any = [*leaves, *(GradientEdge(*edge) for edge in edges)]
     return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True) if inputs else ()
 
 
 def _add(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], weights: Sequence[float] = ()) -> set[int]:
-    """Add gradients to the leaves' `.grad`, times weights (none: 1); ids of the leaves that got one."""
-    learnt = set()
+    """Add gradients to the `.grad` of the leaves, times weights (none: 1); ids of the leaves that got one."""
+    learned = set()
     for leaf, gradient, weight in zip(leaves, gradients, weights or itertools.repeat(1.0)):
         if gradient is not None:
             gradient = gradient if weight == 1.0 else gradient * weight
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-            learnt.add(id(leaf))
-    return learnt
+            learned.add(id(leaf))
+    return learned

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..core.functional import _Bundles
-from ..core.packing import _Join
+from ..core.functional import BundleOperation
+from ..core.packing import JoinWeights
 
 
-Edge: TypeAlias = tuple[Any, int]  # as `next_functions` has them
+Edge: TypeAlias = tuple[Any, int]  # a node and which of its outputs, as in `next_functions`
 
 
 @dataclass
@@ -20,22 +20,26 @@ class Reach:
     """What a graph reaches.
 
     Attributes:
-        nodes: all but what only lies behind the D and E of bundle operations.
-        leaves: all that may get a gradient, by id. beside: ids of those that are reached beside D and E (too).
-        folds: where the D and E of bundle operations come from, as `next_functions` has it.
-        nested: whether one of those lies behind another (E comes from what D comes from, and alphas).
-        routes: of bundle operations. compiled: whether parts are.
+        nodes: its nodes, but not those that lie behind the D and E of bundle operations only.
+        leaves: all tensors that may get a gradient, by id.
+        beside: ids of the leaves that are reached other than through D and E (or that way too).
+        folds: the edges that the D and E of bundle operations come from.
+        routes: the routes of the bundle operations; None stands for outside of any.
+        nested: whether the D or E of one operation lies behind that of another (E depends on what D depends on, and on
+            alphas).
+        compiled: whether parts of the graph are compiled; what lies in them is not seen.
     """
 
     nodes: set[Any] = field(default_factory=set)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     beside: set[int] = field(default_factory=set)
-    folds: dict[tuple[Any, int], None] = field(default_factory=dict)
+    folds: dict[Edge, None] = field(default_factory=dict)
     routes: dict[Any, None] = field(default_factory=dict)
     nested: bool = False
     compiled: bool = False
 
     def update(self, other: Reach) -> None:
+        """Add what another part of the graph reaches."""
         self.nodes |= other.nodes
         self.leaves.update(other.leaves)
         self.beside |= other.beside
@@ -46,57 +50,61 @@ class Reach:
 
 
 def walk(losses: Sequence[Tensor]) -> list[Reach]:
-    """What the graph of each loss reaches. What several share below one node is walked once for all but the first."""
+    """What the graph of each loss reaches.
+
+    The parts below a node that several losses share are walked once for all losses after the first.
+    """
     kinds: dict[type, str] = {}
-    known: dict[Any, Reach] = {}
-    behind: dict[Any, Reach] = {}  # what a fold reaches
-    seen: set[Any] = set()
+    below: dict[Any, Reach] = {}  # shared node -> what it reaches
+    behind: dict[Any, Reach] = {}  # node that D or E comes from -> what it reaches
+    seen: set[Any] = set()  # nodes of earlier losses
 
     def kind_of(node: Any) -> str:
-        if isinstance(node, _Bundles._backward_cls):  # type: ignore[attr-defined]
+        if isinstance(node, BundleOperation._backward_cls):  # type: ignore[attr-defined]
             return "bundles"
-        if isinstance(node, _Join._backward_cls):  # type: ignore[attr-defined]
+        if isinstance(node, JoinWeights._backward_cls):  # type: ignore[attr-defined]
             return "join"
         if hasattr(node, "variable"):
             return "leaf"
         return "compiled" if "CompiledFunction" in type(node).__name__ else ""
 
-    def reach(root: Any, fresh: bool) -> Reach:
-        found, stack = Reach(), [root]
+    def reach_of(root: Any, share: bool) -> Reach:
+        """What `root` reaches; with `share`, nodes of earlier losses are looked up in `below`."""
+        reach, stack = Reach(), [root]
         while stack:
             node = stack.pop()
-            if node is None or node in found.nodes:
+            if node is None or node in reach.nodes:
                 continue
-            if fresh and node in seen:
-                known[node] = known.get(node) or reach(node, False)
-                found.update(known[node])
+            if share and node in seen:
+                below[node] = below.get(node) or reach_of(node, False)
+                reach.update(below[node])
                 continue
-            found.nodes.add(node)
+            reach.nodes.add(node)
             kind = kinds.get(type(node))
             kind = kinds.setdefault(type(node), kind_of(node)) if kind is None else kind
             edges = node.next_functions
             if kind == "bundles":
-                found.routes[cast(Any, node).route] = None
-                first = 1 if cast(Any, node).shared else 2  # behind hidden, and residual where there is one
-                found.folds.update((edge, None) for edge in edges[first : first + 2] if edge[0] is not None)
+                reach.routes[None if node.gate is None else node.gate.route] = None
+                first = 1 if node.shared else 2  # D and E come after hidden, and after residual where there is one
+                reach.folds.update((edge, None) for edge in edges[first : first + 2] if edge[0] is not None)
                 edges = edges[:first] + edges[first + 2 :]
-            elif kind == "join":  # those that do not learn get none
-                edges = [edge for edge, learns in zip(edges[1:], cast(Any, node).learn) if learns]
+            elif kind == "join":  # weights that do not learn get no gradient
+                edges = [edge for edge, learns in zip(edges[1:], node.learns) if learns]
             elif kind == "leaf":
-                found.leaves.setdefault(id(node.variable), node.variable)
-                found.beside.add(id(node.variable))
-            found.compiled |= kind == "compiled"
+                reach.leaves.setdefault(id(node.variable), node.variable)
+                reach.beside.add(id(node.variable))
+            reach.compiled |= kind == "compiled"
             stack.extend(child for child, _ in edges)
-        folds = {node for node, _ in found.folds}
+        folds = {node for node, _ in reach.folds}
         for node in folds:
-            behind[node] = behind.get(node) or reach(node, False)
-            found.leaves.update(behind[node].leaves)
-            found.nested |= not behind[node].nodes.isdisjoint(folds - {node})
-            found.compiled |= behind[node].compiled
-        return found
+            behind[node] = behind.get(node) or reach_of(node, False)
+            reach.leaves.update(behind[node].leaves)
+            reach.nested |= not behind[node].nodes.isdisjoint(folds - {node})
+            reach.compiled |= behind[node].compiled
+        return reach
 
     reached = []
     for loss in losses:
-        reached.append(reach(loss.grad_fn, bool(seen)))
+        reached.append(reach_of(loss.grad_fn, bool(seen)))
         seen |= reached[-1].nodes
     return reached

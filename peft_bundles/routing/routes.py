@@ -1,9 +1,11 @@
-"""Which bundles the rows of a forward may update (design.md section 3).
+"""Which bundles the rows of a forward may update.
 
 The signal table is the config's: `config.column(signal)` gives a weight in [0, 1] for every bundle. `with route(model,
 ...)` around a forward says which signal each row carries. A bundle's weight gradients are sums over rows, so one gate
-per row inside the bundle's own backward routes a mixed batch in one forward and one backward. Off-owner bundles get no
-gradient from the forward at all, so their `.grad` stays None.
+per row inside the bundle's own backward routes a mixed batch in one forward and one backward. A bundle that no row may
+update takes no part in the graph, so its `.grad` stays None.
+
+Shapes: B rows, T tokens, M bundles of an adapter, H their hidden units. "B|1" is B or 1.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BundleConfig
-from ..core.layer import BundleLayer
+from ..core.functional import Gate
 from ..core.packing import Packing
-from ..core.walking import check_checkpointing, down_to_blocks, state_of
+from ..core.walking import checked_layers
 
 
 Signals: TypeAlias = str | tuple[str, ...]  # one signal, or several losses that will be computed on the same row
@@ -29,9 +31,20 @@ Segments: TypeAlias = list[tuple[Signals, int]]  # a packed row: (signals, numbe
 class Route:
     """The signals of the rows of one forward, as gates on the bundles.
 
+    Args:
+        configs: adapter -> its config.
+        signals: as in `route`.
+        packings: (adapter, device) -> how its bundles are laid out there, and the dtype of the gate.
+        weights: as in `route`.
+
     Attributes:
-        deferred: some row carries signals with different columns, so the gates are not known before `routed_backward`
-            (NaN until then: a plain `.backward()` cannot go unnoticed).
+        signals: all signals, each once.
+        rows: for each row, its segments as (signals, number of tokens).
+        uniform: one entry stands for all rows.
+        packed: some row has segments of several signals.
+        deferred: some row carries signals with different columns, so the gates are not known before `routed_backward`.
+            Until then they are NaN, so that a plain `.backward()` cannot go unnoticed.
+        tokens: the number of tokens of packed rows; 1 otherwise.
     """
 
     def __init__(
@@ -46,48 +59,51 @@ class Route:
         if self._weights and isinstance(signals, (str, tuple)):
             signals = [signals] * len(next(iter(self._weights.values())))
         self.uniform = isinstance(signals, (str, tuple))
-        given: Sequence[Any] = [signals] if self.uniform else signals
-        self.packed = any(isinstance(row, list) for row in given)
-        if not given:
-            raise ValueError("route([]) names no row; give one signal per row of the batch.")
-        segments = [row if isinstance(row, list) else [(row, 0)] for row in given]
+        entries: Sequence[Any] = [signals] if self.uniform else signals
+        self.packed = any(isinstance(row, list) for row in entries)
+        if not entries:
+            raise ValueError("route([]) names no row; give one signal for each row of the batch.")
+        segments = [row if isinstance(row, list) else [(row, 0)] for row in entries]
         self.rows: list[list[tuple[tuple[str, ...], int]]] = [
             [(s if isinstance(s, tuple) else (s,), n) for s, n in row] for row in segments
         ]
         self.signals = list(dict.fromkeys(s for row in self.rows for segment, _ in row for s in segment))
         check_signals(configs, self.signals)
         if len(lengths := {sum(n for _, n in row) for row in self.rows}) > 1:
-            raise ValueError(f"packed rows have {sorted(lengths)} tokens; the segments of every row must add up alike.")
+            raise ValueError(
+                f"the segments of packed rows add up to {sorted(lengths)} tokens; all rows must have the same number."
+            )
         if wrong := {name: len(w) for name, w in self._weights.items() if len(w) != len(self.rows)}:
-            raise ValueError(f"weights have {wrong} values, but there are {len(self.rows)} rows; give one a row.")
+            raise ValueError(
+                f"weights have {wrong} values, but there are {len(self.rows)} rows; give one value for each row."
+            )
         self._shares = {adapter: {s: c.column(s) for s in self.signals} for adapter, c in configs.items()}
         self._columns = {s: tuple(w for of in self._shares.values() for w in of[s].values()) for s in self.signals}
-        segments_met = {signals for row in self.rows for signals, _ in row}
-        self.deferred = any(len({self._columns[s] for s in signals}) > 1 for signals in segments_met)
-        # Every signal is some row's: where rows have no weights of their own, one row with all of them says as much.
-        rows_met = list(enumerate(self.rows if self._weights else [[(tuple(self.signals), 0)]]))
-        self._live = {
-            adapter: {
-                name
-                for i, row in rows_met
-                for s in dict.fromkeys(s for segment, _ in row for s in segment)
-                for name, w in of[s].items()
-                if w > 0 and (name not in self._weights or self._weights[name][i] > 0)
-            }
-            for adapter, of in self._shares.items()
-        }
+        combinations = {signals for row in self.rows for signals, _ in row}
+        self.deferred = any(len({self._columns[s] for s in signals}) > 1 for signals in combinations)
+        self._live = {adapter: self._live_bundles(adapter) for adapter in configs}
         # Made here and not in the forward: a compiled graph only looks them up.
-        self._gates: dict[tuple[str, torch.device], tuple[Packing, Tensor]] = {}
-        self._places: set[tuple[str, torch.device]] = set()
+        self._gates: dict[tuple[str, torch.device], tuple[Packing, Gate]] = {}
         self.tokens = 1
         for (adapter, device), (packing, dtype) in packings.items():
-            table, live = self._table(adapter, None), self._live[adapter]
+            table, live, gate = self._table(adapter, None), self._live[adapter], Gate(None, self)
             self.tokens = table.shape[1]
-            self._places.add((adapter, device))
-            ones = (table == 1.0).flatten(0, -2).all(0).tolist()
-            if self.deferred or not all(one or name not in live for name, one in zip(packing.names, ones)):
-                gate = _sent(table.to(dtype), device).index_select(-1, packing.index(device)["owner"])
-                self._gates[adapter, device] = packing, gate  # (bundles that are not live are constants)
+            all_one = (table == 1.0).flatten(0, -2).all(0).tolist()
+            # (Bundles that are not live are constants, and need no gate.)
+            if self.deferred or not all(one or name not in live for name, one in zip(packing.names, all_one)):
+                gate.weights = _sent(table.to(dtype), device).index_select(-1, packing.index(device)["owner"])
+            self._gates[adapter, device] = packing, gate
+
+    def _live_bundles(self, adapter: str) -> set[str]:
+        # Every signal is that of some row: without weights by row, one row with all signals says as much.
+        rows = list(enumerate(self.rows if self._weights else [[(tuple(self.signals), 0)]]))
+        return {
+            name
+            for i, row in rows
+            for s in dict.fromkeys(s for segment, _ in row for s in segment)
+            for name, weight in self._shares[adapter][s].items()
+            if weight > 0 and (name not in self._weights or self._weights[name][i] > 0)
+        }
 
     def live(self, adapter: str) -> set[str]:
         """Bundles of the adapter that some row may update."""
@@ -97,40 +113,54 @@ class Route:
         """Weights (B|1, T|1, M) for the chosen signals (None: all); NaN where a row's signals disagree."""
         shares, names = self._shares[adapter], list(self._configs[adapter].bundles or ())
 
-        def weights(signals: tuple[str, ...]) -> list[float]:
+        def weights_of(signals: tuple[str, ...]) -> list[float]:
             columns = [shares[s].values() for s in signals if chosen is None or s in chosen]
             return [w[0] if len({*w}) == 1 else float("nan") for w in zip(*columns)] or [0.0] * len(names)
 
-        known = {signals: weights(signals) for signals in {signals for row in self.rows for signals, _ in row}}
-        rows = [[known[signals] for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
+        by_signals = {signals: weights_of(signals) for signals in {signals for row in self.rows for signals, _ in row}}
+        rows = [[by_signals[signals] for signals, n in row for _ in range(max(n, 1))] for row in self.rows]
         table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]), len(names))
         for name in (n for n in names if n in self._weights):
             table[..., names.index(name)] *= torch.tensor(self._weights[name], dtype=torch.float64)[:, None]
         return table
 
-    def gate(self, adapter: str, hidden: Tensor) -> Tensor | None:
-        """Gate of the hidden units (B|1, T|1, H) for a forward of `hidden` (B, T, d); None if all live ones are 1."""
+    def gate(self, adapter: str, hidden: Tensor) -> Gate:
+        """The gate for a forward of `hidden` (B, T, d).
+
+        Raises:
+            ValueError: another number of rows or tokens than the route was given.
+            RuntimeError: the adapter was moved to another device inside of the route.
+        """
         if not self.uniform and len(self.rows) != hidden.shape[0]:
-            raise ValueError(f"route() was given {len(self.rows)} rows, but the batch has {hidden.shape[0]}.")
+            raise ValueError(
+                f"route() was given {len(self.rows)} rows, but the batch has {hidden.shape[0]}; give one signal for "
+                "each row."
+            )
         if self.packed and self.tokens != hidden.shape[1]:
-            raise ValueError(f"route() was given {self.tokens} tokens a row, but the batch has {hidden.shape[1]}.")
-        if (adapter, hidden.device) not in self._places:
-            raise RuntimeError(f"the bundles of {adapter!r} were not on {hidden.device} when route() was entered.")
-        found = self._gates.get((adapter, hidden.device))
-        return None if found is None else found[1]
+            raise ValueError(
+                f"route() was given segments of {self.tokens} tokens a row, but the batch has {hidden.shape[1]}; give "
+                "segments that add up to the length of the rows."
+            )
+        if (adapter, hidden.device) not in self._gates:
+            raise RuntimeError(
+                f"the bundles of {adapter!r} were not on {hidden.device} when route() was entered; move the model "
+                "first."
+            )
+        return self._gates[adapter, hidden.device][1]
 
     def choose(self, signals: set[str] | None) -> None:
         """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""
         for (adapter, device), (packing, gate) in self._gates.items():
+            if gate.weights is None:
+                continue
             table = self._table(adapter, signals)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
-            gate.data.copy_(_sent(table.to(gate.dtype), device)[..., packing.index(device)["owner"]])
-            # Weight gradients of units that no row lets learn are not computed, or 0 if they lie between others.
+            gate.weights.data.copy_(_sent(table.to(gate.weights.dtype), device)[..., packing.index(device)["owner"]])
+            # Weight gradients of units that no row lets learn are not computed, or are 0 if they lie between others.
             learns = (table != 0).flatten(0, -2).any(0)
-            first, last = packing.span(learns)
+            gate.span = first, last = packing.span(learns)
             others = (~learns[packing.owner[first:last]]).nonzero().flatten() + first
-            vars(gate)["units"] = first, last
-            vars(gate)["others"] = _sent(others, device) if len(others) else None
+            gate.others = _sent(others, device) if len(others) else None
 
     def clash(self, a: str, b: str) -> bool:
         """Whether some row carries both signals, and they want different gates on it."""
@@ -139,32 +169,32 @@ class Route:
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """A table made on the CPU, on the device. Sent as it is, it would hold up the CPU until the GPU gets there."""
+    """A CPU table on the device. It is pinned first: without that, the CPU would wait until the GPU gets there."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def check_signals(configs: Mapping[str, BundleConfig], signals: Sequence[str]) -> None:
     """Raise ValueError for a signal that no bundle takes part in (without any bundle, all signals train the trunk)."""
-    known = list(dict.fromkeys(s for config in configs.values() for s in config.signals))
-    unknown = [s for s in signals if s not in known]
+    names = list(dict.fromkeys(s for config in configs.values() for s in config.signals))
+    unknown = [s for s in signals if s not in names]
     if unknown and any(config.bundles for config in configs.values()):
-        raise ValueError(f"no bundle takes part in signal(s) {unknown}; the config's signals are {known}.")
+        raise ValueError(f"no bundle takes part in signal(s) {unknown}; the config's signals are {names}.")
 
 
 def _row_weights(
     configs: Mapping[str, BundleConfig], weights: Mapping[str, Tensor | Sequence[float]]
 ) -> dict[str, list[float]]:
-    """The rows' own weights as lists; raises ValueError for an unknown bundle or a weight outside [0, 1]."""
-    known = list(dict.fromkeys(name for config in configs.values() for name in config.bundles or ()))
-    found = {}
+    """The weights by row as lists; raises ValueError for an unknown bundle or a weight outside of [0, 1]."""
+    names = list(dict.fromkeys(name for config in configs.values() for name in config.bundles or ()))
+    lists = {}
     for name, values in weights.items():
-        if name not in known:
-            raise ValueError(f"weights name the bundle {name!r}; known are {known}.")
+        if name not in names:
+            raise ValueError(f"weights name the bundle {name!r}, which no adapter has; the bundles are {names}.")
         row = torch.as_tensor(values, dtype=torch.float64)
         if row.dim() != 1 or not len(row) or not bool(((row >= 0) & (row <= 1)).all()):
-            raise ValueError(f"weights[{name!r}]={values!r} must be one number in [0, 1] a row of the batch.")
-        found[name] = row.tolist()
-    return found
+            raise ValueError(f"weights[{name!r}]={values!r} must be one number in [0, 1] for each row of the batch.")
+        lists[name] = row.tolist()
+    return lists
 
 
 def routing_column(configs: Mapping[str, BundleConfig], signal: str) -> tuple[float, ...]:
@@ -180,25 +210,42 @@ def route(
     weights: Mapping[str, Tensor | Sequence[float]] | None = None,
     block_diagonal: bool = False,
 ) -> Iterator[None]:
-    """Route the gradients of the block's forwards. Rows are those of the batch; forward values do not change.
+    """Route the gradients of the forwards inside of the block. What the forwards return does not change.
 
     Args:
-        signals: one signal for all rows; or a list with one entry a row: a signal, a tuple of signals whose losses will
-            be computed on that row (then call `routed_backward`), or a packed row's segments `[(signal, tokens)]`.
-        weights: bundle -> one number in [0, 1] a row, a factor on what the signal's table says of that bundle (topics:
-            `routers.topics`); bundles not named have 1. One that is 0 in all rows gets no gradient, not a zero.
+        model: a model with bundles.
+        signals: one signal for all rows of the batch; or a list with one entry for each row: a signal, a tuple of
+            signals whose losses will be computed on that row (then call `routed_backward`), or the segments of a packed
+            row, `[(signal, tokens)]`.
+        weights: bundle -> one number in [0, 1] for each row, a factor on what the signal table says of that bundle
+            (topics: `routers.topics`). Bundles not named have 1. A bundle with 0 in all rows gets no gradient, not a
+            gradient of zeros.
         block_diagonal: say that packed segments do not attend to each other. Only then is a gate per segment exact.
 
     Raises:
-        ValueError: a signal that no bundle takes part in; rows that do not fit the batch; weights of no bundle, or
-            outside [0, 1].
-        RuntimeError: activation checkpointing from outside of the blocks (`alphas.check_checkpointing`).
+        ValueError: a signal that no bundle takes part in; rows that do not fit the batch; weights for an unknown
+            bundle, or outside of [0, 1]; a model without bundles.
+        RuntimeError: blocks are wrapped for activation checkpointing from outside (`core.walking.checked_layers`).
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from peft_bundles import BundleConfig, route
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> signals = {"b_lm": {"lm": 1.0}, "b_rl": {"policy": 1.0}}
+        >>> bundles = {name: {"rank": 8, "sub_bases": ["main"], "signals": signals[name]} for name in signals}
+        >>> model = get_peft_model(base, BundleConfig(sub_bases={"main": 8}, bundles=bundles))
+        >>> ids = torch.arange(8).view(2, 4)
+        >>> with route(model, "lm"):
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        >>> [any(p.grad is not None for p in model.bundle_parameters(name)) for name in bundles]
+        [True, False]
     """
-    modules = list(down_to_blocks(model))  # once: the GPU waits for a step to begin
-    check_checkpointing(modules)
-    state = state_of(model)
+    layers = checked_layers(model)
+    state = layers[0].state
     packings: dict[tuple[str, torch.device], tuple[Packing, torch.dtype]] = {}
-    for layer in (module for module in modules if isinstance(module, BundleLayer)):
+    for layer in layers:
         for adapter, basis in layer.bundle_basis.items():
             if (adapter, basis.device) not in packings:
                 packings[adapter, basis.device] = layer.packing(adapter), basis.dtype
@@ -206,7 +253,7 @@ def route(
     if new.packed and not block_diagonal:
         warnings.warn(
             "A gate per segment is exact only where segments do not attend to each other; with ordinary attention it "
-            "is a heuristic. Pass block_diagonal=True if the attention mask is.",
+            "is a heuristic. Pass block_diagonal=True if the attention mask is block-diagonal.",
             stacklevel=3,
         )
     before, state.call.route = state.call.route, new

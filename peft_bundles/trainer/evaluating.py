@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives.base import Objective, Share
-from ..objectives.forward import Forward, seeded
+from ..objectives.base import Objective
+from ..objectives.batches import Share
+from ..objectives.forward import Forward
+from ..objectives.seeding import seeded
 
 
 @torch.no_grad()

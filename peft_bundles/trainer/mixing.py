@@ -1,4 +1,4 @@
-"""Which objectives take part in which step: a pure function of the step, so that a resumed run needs no state."""
+"""Which objectives take part in which step: a pure function of the step, so a resumed run needs no saved state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ MIXINGS = ("together", "ratio", "alternate")
 class MixingPlan:
     """The objectives of every optimizer step.
 
-    "together": all of them, each with rows of its own. "alternate": one after the other. "ratio": one, drawn by weight.
-
     Args:
         names: the objectives.
-        kind: one of the above.
-        weights: objective -> weight, for "ratio"; those not named weigh 1.
+        kind: "together", all in every step, each with rows of its own; "alternate", one a step, in turn; "ratio", one a
+            step, drawn by weight.
+        weights: objective -> weight, for "ratio"; an objective not named weighs 1.
         seed: of the draws.
+
+    Raises:
+        ValueError: an unknown kind or name, a weight that is not positive, or weights for another kind than "ratio".
     """
 
     def __init__(
@@ -29,13 +31,13 @@ class MixingPlan:
         if kind not in MIXINGS:
             raise ValueError(f"mixing={kind!r} is unknown; choose one of {', '.join(MIXINGS)}.")
         if unknown := sorted(set(weights) - set(names)):
-            raise ValueError(f"mixing_weights names {unknown}; the objectives are {list(names)}.")
+            raise ValueError(f"mixing_weights names {unknown}; it takes some of {list(names)}.")
         if wrong := {n: w for n, w in weights.items() if not w > 0}:
             raise ValueError(
-                f"mixing_weights={wrong} must be positive; leave an objective out instead of weighing it 0."
+                f"mixing_weights={wrong} must be positive; to give an objective no steps, leave it out of objectives."
             )
         if weights and kind != "ratio":
-            raise ValueError(f"mixing_weights belong to mixing='ratio', not {kind!r}.")
+            raise ValueError(f"mixing_weights belong to mixing='ratio'; mixing is {kind!r}.")
         self.names, self.kind = list(names), kind
         self._weights = torch.tensor([float(weights.get(n, 1.0)) for n in names], dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
@@ -47,7 +49,7 @@ class MixingPlan:
         return self._drawn[:steps]
 
     def objectives(self, step: int) -> list[str]:
-        """Names of those that take part in a step."""
+        """The objectives that take part in a step."""
         if self.kind == "together":
             return self.names
         if self.kind == "alternate":
@@ -55,7 +57,7 @@ class MixingPlan:
         return [self.names[self._draws(step + 1)[step]]]
 
     def used(self, name: str, step: int) -> int:
-        """In how many steps before `step` an objective took part: its own step number."""
+        """The number of steps before `step` that an objective took part in: its own step number."""
         if self.kind == "together":
             return step
         index = self.names.index(name)
@@ -64,7 +66,7 @@ class MixingPlan:
         return self._draws(step).count(index)
 
     def share(self, name: str) -> float:
-        """Part of the steps that an objective takes part in, on average."""
+        """The share of all steps that an objective takes part in, on average."""
         if self.kind == "together":
             return 1.0
         if self.kind == "alternate":

@@ -14,16 +14,29 @@ from .trainer import BundleTrainer
 
 
 class BundlePPOTrainer(BundleTrainer):
-    """PPO (or GRPO, RLOO) on a bundled model, policy, value, entropy and KL each in its own bundles.
+    """PPO (or GRPO, RLOO) on a bundled model; policy, value, entropy and KL each train their own bundles.
+
+    It is `BundleTrainer` with `PPO` as its only objective; with several objectives use that.
 
     Args:
         model: from `get_peft_model(base, BundleConfig(...))`.
-        reward_funcs: TRL-style reward functions.
+        reward_funcs: one or several TRL-style reward functions: keyword arguments `completions`, `prompts` and the
+            dataset's other columns in, a list of numbers out.
         args: a `BundleTrainingConfig`.
         train_dataset, eval_dataset: rows with a `prompt`.
         processing_class: the tokenizer.
         callbacks, optimizers: as in `transformers.Trainer`.
-        ppo: further arguments of `PPO`.
+        ppo: further arguments of `peft_bundles.objectives.PPO`.
+
+    Raises:
+        ValueError: as `BundleTrainer` and `PPO`.
+
+    Example:
+        >>> args = BundleTrainingConfig("outputs", report_to="none")
+        >>> BundlePPOTrainer(None, [], args, [{"prompt": "1+1="}], None)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: objective 'ppo': 0 reward_funcs and 0 reward_weights...
     """
 
     _name = "BundlePPO"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives.base import Batch
+from ..objectives.batches import Batch
 
 
 class RunLog:

@@ -1,7 +1,7 @@
-"""The two tables of a run: who is updated by a signal (the config's), and who is on in an objective's rows.
+"""The two tables of a run: the bundles that a signal updates (the config's), and those that are on in which rows.
 
-Parameters isolated is not function isolated: a bundle that is on changes the forward of every row. From both tables
-follows what a run promises, which `untouched_by` works out.
+Isolated parameters are not an isolated function: a bundle that is on changes the forward of every row. What a run
+promises follows from both tables (`untouched_by`).
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from ..config import BundleConfig
 
 
 def forward_table(
-    config: BundleConfig, signals: Mapping[str, tuple[str, ...]], given: Mapping[str, Any] | None
+    config: BundleConfig, signals: Mapping[str, tuple[str, ...]], entries: Mapping[str, Any] | None
 ) -> dict[str, dict[str, float]]:
-    """Objective -> bundle -> alpha in that objective's rows; bundles not named keep what they have.
+    """Objective -> bundle -> alpha in that objective's rows; bundles not named keep the alpha that they have.
 
     Args:
+        config: of the adapter.
         signals: objective -> the signals it emits.
-        given: by objective, or by a signal of it: "all", "owners" (the bundles that its signals update, and those of
-            role "general"), a list of the bundles that are on, or bundle -> alpha.
+        entries: objective, or a signal of it -> "all", "owners" (the bundles that its signals update, and those of role
+            "general"), a list of the bundles that are on, or bundle -> alpha. None: "all" everywhere.
 
     Raises:
-        ValueError: unknown names; two entries for one objective that differ; a signal none of whose owners is on.
+        ValueError: an unknown name, two entries for one objective that differ, or a signal whose owners are all off.
     """
     bundles = config.bundles or {}
     home = {s: name for name, emitted in signals.items() for s in emitted} | {name: name for name in signals}
     chosen: dict[str, Any] = {}
-    for key, value in (given or {}).items():
+    for key, value in (entries or {}).items():
         if key not in home:
-            raise ValueError(f"forward[{key!r}] is no objective or signal; those are {sorted(home)}.")
+            raise ValueError(f"forward[{key!r}] is no objective or signal; use some of {sorted(home)}.")
         if chosen.setdefault(home[key], value) != value:
             raise ValueError(
                 f"forward[{key!r}]={value!r}, but other signals of objective {home[key]!r} have "
-                f"{chosen[home[key]]!r}; they share rows, give one entry for the objective."
+                f"{chosen[home[key]]!r}. They share rows: give one entry, forward[{home[key]!r}]."
             )
     table = {}
     for name, emitted in signals.items():
@@ -43,13 +44,14 @@ def forward_table(
             owners = updated(config, (signal,))
             if bundles and all(table[name].get(b, bundles[b].alpha) == 0 for b in owners):
                 raise ValueError(
-                    f"forward[{name!r}] turns off all bundles that signal {signal!r} updates, {sorted(owners)}; a "
-                    "bundle that is off learns nothing. Leave one of them on."
+                    f"forward[{name!r}] turns off all bundles that signal {signal!r} updates, {sorted(owners)}. A "
+                    "bundle that is off learns nothing; leave one of them on."
                 )
     return table
 
 
 def _alphas(name: str, value: Any, owners: set[str], config: BundleConfig) -> dict[str, float]:
+    """One row of the forward table."""
     bundles = config.bundles or {}
     if value == "all":
         return {}
@@ -60,53 +62,66 @@ def _alphas(name: str, value: Any, owners: set[str], config: BundleConfig) -> di
             f"forward[{name!r}]={value!r} must be 'all', 'owners', a list of bundles or a dict bundle -> alpha."
         )
     if unknown := [b for b in value if b not in bundles]:
-        raise ValueError(f"forward[{name!r}] names bundle(s) {unknown}; known are {list(bundles)}.")
+        raise ValueError(f"forward[{name!r}] names bundle(s) {unknown}; it takes some of {list(bundles)}.")
     if isinstance(value, Mapping):
         return {b: float(a) for b, a in value.items()}
     return {b: 0.0 for b in bundles if b not in value}
 
 
 def updated(config: BundleConfig, signals: Sequence[str]) -> set[str]:
-    """Bundles that some of the signals update."""
+    """The bundles that at least one of the signals updates."""
     return {b for s in signals for b, w in config.column(s).items() if w > 0}
 
 
 def untouched_by(
     config: BundleConfig, signals: Mapping[str, tuple[str, ...]], table: Mapping[str, Mapping[str, float]]
 ) -> dict[str, list[str]]:
-    """Objective -> the objectives without which its bundles would get the very same weights (frozen trunk).
+    """Objective -> the others that cannot change what its bundles learn, with a frozen trunk.
 
-    Objective A feels B if a bundle that B updates is on in A's rows or updated by A too, or if A feels someone who
-    feels B.
+    B can change what A's bundles learn if a bundle that B updates is on in A's rows or is updated by A too, or if B can
+    change what another objective's bundles learn, and that one A's.
+
+    Args:
+        config: of the adapter.
+        signals: objective -> the signals it emits.
+        table: from `forward_table`.
     """
     bundles = config.bundles or {}
-    learns = {name: updated(config, emitted) for name, emitted in signals.items()}
-    reads = {name: {b for b, spec in bundles.items() if table[name].get(b, spec.alpha)} for name in signals}
-    feels = {a: {b for b in signals if learns[b] & (reads[a] | learns[a])} | {a} for a in signals}
+    updates = {name: updated(config, emitted) for name, emitted in signals.items()}
+    on = {name: {b for b, spec in bundles.items() if table[name].get(b, spec.alpha)} for name in signals}
+    changed_by = {a: {b for b in signals if updates[b] & (on[a] | updates[a])} | {a} for a in signals}
     for _ in signals:
-        feels = {a: set().union(*(feels[b] for b in near)) for a, near in feels.items()}
-    return {a: [b for b in signals if b not in feels[a]] for a in signals}
+        changed_by = {a: set().union(*(changed_by[b] for b in direct)) for a, direct in changed_by.items()}
+    return {a: [b for b in signals if b not in changed_by[a]] for a in signals}
 
 
 def promises(
     config: BundleConfig, signals: Mapping[str, tuple[str, ...]], table: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """What the tables promise, a sentence an objective."""
-    said = []
+    """What the tables promise: one or two sentences for each objective."""
+    sentences = []
     for name, others in untouched_by(config, signals, table).items():
-        felt = [b for b in signals if b not in others and b != name]
+        changing = [b for b in signals if b not in others and b != name]
         if others:
-            said.append(f"{name}: its bundles get the weights of a run without {', '.join(others)}.")
-        if felt:
-            said.append(f"{name}: its bundles feel {', '.join(felt)}: see `forward` to turn bundles off in its rows.")
-    return said
+            sentences.append(f"{name}: its bundles get the weights of a run without {', '.join(others)}.")
+        if changing:
+            sentences.append(
+                f"{name}: what its bundles learn depends on {', '.join(changing)} too; `forward` can turn bundles off "
+                "in its rows."
+            )
+    return sentences
 
 
 def at_full_rate(config: BundleConfig, penalties: Sequence[str], multipliers: Mapping[str, float]) -> list[str]:
-    """Bundles that only these signals update, and that have no learning-rate multiplier.
+    """The bundles that only penalties update and that have no learning-rate multiplier.
 
-    Adam's step does not depend on the scale of a gradient, so a penalty moves a bundle of its own as far as the main
-    loss moves its own, however small the coefficient (docs/decisions.md).
+    Adam's step does not depend on the scale of a gradient. So a penalty moves a bundle of its own as far as the main
+    loss moves its bundles, however small the penalty's coefficient is (docs/decisions.md).
+
+    Args:
+        config: of the adapter.
+        penalties: signals that are penalties.
+        multipliers: bundle -> factor on the learning rate.
     """
     bundles = config.bundles or {}
     owners = updated(config, penalties)

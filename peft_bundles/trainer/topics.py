@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from ..config import BundleConfig
-from ..objectives.base import Batch, Objective, has_topics
+from ..objectives.base import Objective
+from ..objectives.batches import Batch, has_topics
 from ..objectives.topical import COLUMN, RowTopics
 from ..routers.topics import TopicRouting
 from .tables import updated

@@ -22,9 +22,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..objectives.base import Batch, Objective, Share
-from ..objectives.forward import Forward, seeded
+from ..objectives.base import Objective
+from ..objectives.batches import Batch, Share
+from ..objectives.forward import Forward
 from ..objectives.kl_clamp import KLClamp
+from ..objectives.seeding import seeded
 from ..routing.backward import routed_backward
 from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
 from ..routing.routes import routing_column
@@ -84,8 +86,10 @@ class BundleTrainer(_BaseTrainer):
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>")
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=21))
-        >>> bundles = {"b_text": {"rank": 8, "signals": {"lm": 1.0}}, "b_other": {"rank": 8, "signals": {"kl": 1.0}}}
-        >>> model = get_peft_model(base, BundleConfig(bundles=bundles, task_type="CAUSAL_LM"))
+        >>> bundles = {name: {"rank": 8, "sub_bases": ["u"], "signals": {signal: 1.0}}
+        ...     for name, signal in (("b_text", "lm"), ("b_other", "logic"))}
+        >>> config = BundleConfig(bundles=bundles, sub_bases={"u": 16}, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     args = BundleTrainingConfig(folder, max_steps=2, logging_steps=1, learning_rate=1e-2, use_cpu=True,
         ...         report_to="none", save_strategy="no", disable_tqdm=True)

@@ -1,10 +1,10 @@
-"""Training the base model itself, each signal's gradient on it held in a subspace of that signal.
+"""Training the trunk (the base model's own weights), each signal in a subspace of its own.
 
-With trunk="full" the trunk gets the sum of all losses' gradients. With a rank for a signal, that signal's gradient G
-of a weight matrix becomes P P^T G (or G P P^T, on the shorter side), where P are the first R left (right) singular
-vectors of the signal's own gradient (of a step's first micro-batch, over all processes) when the subspace was last
-chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one a signal. What is no matrix (norms) gets no
-gradient of such a signal.
+With trunk="full" the trunk gets the sum of all losses' gradients. For a signal with a rank R, its gradient G of a
+weight matrix becomes P P^T G (or G P P^T, on the shorter side). P holds the first R left (right) singular vectors of
+the signal's own gradient in the first micro-batch, over all processes, of the step in which the subspace was last
+chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one for each signal. Weights that are no matrices
+(norms) get no gradient from such a signal.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..routing.backward import routed_backward
 
 
 def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating parameters that belong to no bundle, by name."""
-    own = {id(p) for parameters in bundle_parameters(model).values() for p in parameters}
-    return {n: p for n, p in model.named_parameters() if id(p) not in own and p.is_floating_point()}
+    """The floating-point parameters that belong to no bundle, by name."""
+    of_bundles = {id(p) for parameters in bundle_parameters(model).values() for p in parameters}
+    return {n: p for n, p in model.named_parameters() if id(p) not in of_bundles and p.is_floating_point()}
 
 
 class TrunkProjection:
-    """The trunk and the subspaces of signals on it.
+    """The trunk and the subspaces that signals train it in.
 
     Args:
         parameters: of the trunk, by name.
-        ranks: signal -> R_S; the others' gradients stay whole.
+        ranks: signal -> rank R of its subspace; gradients of other signals are not projected.
         refresh: steps after which a subspace is chosen anew.
     """
 
@@ -40,7 +40,13 @@ class TrunkProjection:
         self._chosen: dict[str, int] = {}
 
     def backward(self, model: nn.Module, losses: Mapping[str, Tensor], step: int) -> None:
-        """`routed_backward`, a pass a signal; adds each signal's projected gradient to the trunk's `.grad`."""
+        """One `routed_backward` for each signal; adds its projected gradient to the trunk's `.grad`.
+
+        Args:
+            model: with bundles.
+            losses: signal -> loss of the micro-batch.
+            step: number of the optimizer step.
+        """
         total = {name: p.grad for name, p in self.parameters.items()}
         for number, (signal, loss) in enumerate(losses.items()):
             for parameter in self.parameters.values():
@@ -50,9 +56,9 @@ class TrunkProjection:
             choose = signal in self.ranks and self._chosen.get(signal) != period
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
-                    own = self._project(signal, name, parameter.grad, choose)
-                    if own is not None:
-                        total[name] = own if (before := total[name]) is None else before + own
+                    projected = self._project(signal, name, parameter.grad, choose)
+                    if projected is not None:
+                        total[name] = projected if (before := total[name]) is None else before + projected
             self._chosen[signal] = period
         for name, parameter in self.parameters.items():
             parameter.grad = total[name]
@@ -65,21 +71,21 @@ class TrunkProjection:
         tall = gradient.shape[0] > gradient.shape[1]
         matrix = gradient.T if tall else gradient  # the short side first
         if choose:
-            whole = matrix.float().clone()
+            summed = matrix.float().clone()
             if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(whole)  # one subspace for all processes
-            u, _, _ = torch.linalg.svd(whole, full_matrices=False)
+                dist.all_reduce(summed)  # all processes choose the same subspace
+            u, _, _ = torch.linalg.svd(summed, full_matrices=False)
             self.projectors[signal, name] = u[:, : self.ranks[signal]].contiguous().to(gradient.dtype)
         p = self.projectors[signal, name]
-        held = p @ (p.T @ matrix)
-        return held.T if tall else held
+        projected = p @ (p.T @ matrix)
+        return projected.T if tall else projected
 
     def state_dict(self) -> dict[str, Tensor]:
         """The projectors, by "signal|parameter"."""
         return {f"{s}|{n}": p for (s, n), p in self.projectors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take up the projectors; `step` is the one they were saved after."""
+        """Take up the projectors that were saved after `step` steps."""
         self.projectors = {}
         for key, projector in state.items():
             signal, _, name = key.partition("|")

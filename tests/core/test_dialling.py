@@ -224,7 +224,7 @@ def test_functions_work_where_there_is_no_bundle_model():
         ({"b_four": 1.0}, {}, r"unknown bundle\(s\) \['b_four'\].*b_one"),
         ({"b_one": float("nan")}, {}, "b_one.*finite"),
         ({"b_one": torch.tensor([1.0, float("inf")])}, {}, "b_one.*NaN or infinity"),
-        (torch.ones(2), {}, r"shape \(2,\) must end in one value per bundle, 3"),
+        (torch.ones(2), {}, r"shape \(2,\) must have one value for each of the 3 bundles in the last axis"),
         (torch.ones(2, 4), {}, r"shape \(2, 4\)"),
         (torch.ones(3, 3), {"per": "layer"}, "3 values, but the model has 2 layers"),
         ({"b_one": torch.ones(2, 2, 2)}, {}, r"shape \(2, 2, 2\)"),
@@ -319,7 +319,7 @@ def test_what_is_remembered_of_alphas_does_not_grow_without_end():
         for rows in range(1, 7):
             model.set_alphas({"b_one": torch.rand(rows)})
             logits(model, batch(rows, length % 9 + 1))
-    assert len(state.call.cache) <= 257
+    assert len(state.call.own.tensors) <= 257
 
 
 @pytest.mark.parametrize("input_norm", ["standard", "none"])

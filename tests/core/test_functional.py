@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peft_bundles.config import BundleConfig, BundleSpec
 from peft_bundles.core.basis import bundle_shapes, draw_basis
-from peft_bundles.core.functional import BundleWeights, bundle_forward, bundle_reference
+from peft_bundles.core.functional import BundleWeights, Gate, bundle_forward, bundle_reference
 from peft_bundles.core.packing import Packing
 from peft_bundles.routing.graph import walk
 
@@ -96,7 +96,7 @@ def test_gate_weighs_rows_in_weight_gradients_and_nothing_else():
     D_, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (5, 6)))
     gate = torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64).view(3, 1, 1).expand(3, 1, 5)
     target = torch.randn(3, 4, 6, dtype=torch.float64)
-    gated = bundle_forward(hidden, D_, E, nonlinear=5, gate=gate)
+    gated = bundle_forward(hidden, D_, E, nonlinear=5, gate=Gate(gate))
     free = bundle_forward(hidden, D_, E, nonlinear=5)
     assert torch.equal(gated, free)
     grads = torch.autograd.grad((gated * target).sum(), (hidden, D_, E))
@@ -111,7 +111,7 @@ def test_gate_is_read_when_backward_runs():
     hidden = torch.randn(2, 1, 6, dtype=torch.float64)
     D_, E = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 3), (3, 6)))
     gate = torch.full((2, 1, 3), float("nan"), dtype=torch.float64)
-    loss = bundle_forward(hidden, D_, E, nonlinear=3, gate=gate).square().sum()
+    loss = bundle_forward(hidden, D_, E, nonlinear=3, gate=Gate(gate)).square().sum()
     assert torch.autograd.grad(loss, E, retain_graph=True)[0].isnan().all()
     gate.data.zero_()
     assert not torch.autograd.grad(loss, E, retain_graph=True)[0].any()
@@ -127,10 +127,10 @@ def test_units_outside_of_a_gates_span_get_a_gradient_of_0():
     found = []
     for chosen in ([0], [1], [1, 4], [3, 2], []):
         live = torch.tensor([k in chosen for k in range(5)])
-        gate = torch.rand(2, 1, 5, dtype=torch.float64).masked_fill_(~live, 0.0)[..., packing.owner]
+        gate = Gate(torch.rand(2, 1, 5, dtype=torch.float64).masked_fill_(~live, 0.0)[..., packing.owner])
         for spanned in (False, True):
             if spanned:
-                vars(gate)["units"] = first, last = packing.span(live)
+                gate.span = first, last = packing.span(live)
                 assert bool((packing.owner[:first, None] != torch.tensor(chosen)).all())
                 assert bool((packing.owner[last : -packing.padding, None] != torch.tensor(chosen)).all())
             D_, E = packing.fold(*tables.values(), basis, None)

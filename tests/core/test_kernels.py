@@ -24,7 +24,7 @@ import itertools
 import torch
 from peft_bundles.core.kernels import FewTokens, _gathered, centred, units_backward
 import peft_bundles.core.functional as functional
-from peft_bundles.core.functional import activate, activate_backward, bundle_forward
+from peft_bundles.core.functional import Gate, activate, activate_backward, bundle_forward
 
 torch.manual_seed(0)
 cases = itertools.product([(1, 1, 64, 8, 8), (2, 2, 72, 12, 5)], *[(True, False)] * 3)
@@ -35,6 +35,8 @@ for (B, T, d, H, nonlinear), middle, gated, own in [*cases, ((1, 1, 1100, 70, 0)
     mean = new(d) + 3 if middle else None
     alpha = torch.rand(B, 1, H).half() if gated else None
     residual = hidden if own else new(B, T, d)
+    if gated and not own:
+        alpha = alpha[..., :1]  # of a row, as adapter_names gives it
     found = FewTokens(hidden.shape, mean, D, E, nonlinear, alpha)(hidden, residual)
     x = (hidden if mean is None else hidden - mean).double()
     exact = bundle_forward(
@@ -74,15 +76,14 @@ def gradients(usable, gate, own):
     functional.centred = lambda hidden, mean: (hidden - mean, hidden.clone())
     given = [t.clone().requires_grad_() for t in (h, D, E)]
     y = bundle_forward(
-        given[0], *given[1:], nonlinear=7, residual=None if own else h, mean=mean, gate=gate, route=None
+        given[0], *given[1:], nonlinear=7, residual=None if own else h, mean=mean, gate=gate
     )
     return torch.autograd.grad(y, given, weights)
 
 h, D, E, mean, weights = new(3, 4, 40), new(40, 24) / 6, new(24, 40), new(40), new(3, 4, 40)
 some = torch.rand(3, 1, 24).half()
 some[..., :8] = some[..., 16:] = 0
-vars(some)["units"] = 8, 16
-gates = None, torch.rand(3, 1, 24).half(), torch.rand(1, 4, 24).half(), some
+gates = [None, *map(Gate, (torch.rand(3, 1, 24).half(), torch.rand(1, 4, 24).half())), Gate(some, span=(8, 16))]
 for gate, own in itertools.product(gates, (True, False)):
     for found, exact in zip(gradients(True, gate, own), gradients(False, gate, own)):
         assert torch.isfinite(exact).all() and (found - exact).norm() <= 2e-3 * exact.norm(), (gate is None, own)
@@ -157,7 +158,7 @@ def test_a_planned_step_calls_what_it_built(monkeypatch, stream):
     (*_, first), (*_, second), (*_, read), (*_, write) = log[:4]
     assert [len(given) for given in (first, second)] == [len(given) for given in (read, write)]
     assert first[4] is second[1] and first[5:] == read[5:] and second[4:] == write[4:]
-    given = [t.data_ptr() for t in (h, *few.given)]
+    given = [t.data_ptr() for t in (h, *few.constants)]
     assert [*read[:4]] == given and read[4] == write[1] and write[0] == given[0] and write[2] == few.E.data_ptr()
     assert log[2][1:3] == ((2, 2, 1), 7) and log[3][1:3] == ((1, 2, 1), 7)
 
@@ -223,8 +224,8 @@ def test_they_get_contiguous_states(monkeypatch):
             seen.append((hidden.is_contiguous(), residual.is_contiguous()))
             return residual
 
-    monkeypatch.setattr("peft_bundles.core.layer.fits", lambda *_: True)
-    monkeypatch.setattr("peft_bundles.core.layer.FewTokens", Few)
+    monkeypatch.setattr("peft_bundles.core.inference.fits", lambda *_: True)
+    monkeypatch.setattr("peft_bundles.core.inference.FewTokens", Few)
     model = attached()
     with torch.no_grad(), model.folded():
         layers(model)[0](torch.randn(2, 5, 64)[:, -1:])

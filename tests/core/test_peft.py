@@ -124,7 +124,7 @@ def test_target_modules_that_match_nothing():
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.o_proj", "all-linear"])
 def test_target_modules_of_lora_are_refused(targets):
-    with pytest.raises(ValueError, match=r"target_modules=.* no decoder block.*; leave it out, the blocks are found"):
+    with pytest.raises(ValueError, match=r"target_modules=.* whole decoder blocks\. Leave target_modules out"):
         get_peft_model(TINY["llama"](), bundle_config(target_modules=targets))
 
 

@@ -140,7 +140,7 @@ def test_a_forward_and_its_penalty_reach_each_weight_by_one_path():
         if (node := stack.pop()) is not None and node not in nodes:
             nodes.add(node)
             stack.extend(child for child, _ in node.next_functions)
-    joins = sum("_Join" in type(node).__name__ for node in nodes)
+    joins = sum("JoinWeights" in type(node).__name__ for node in nodes)
     assert joins == len(layers(model))  # down and up together
 
 

@@ -282,17 +282,17 @@ def test_in_a_browser(tab, tmp_path):
     tab.locator("#go").click()
     expect(tab.locator("#dialled span[style*='rgba']").first).to_be_visible(timeout=30_000)
 
-    # What is typed is text, never a part of the page.
+    # Enter submits. A prompt is shown as text and never becomes a part of the page.
     hostile = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} `"
     tab.get_by_label("Prompt").fill(hostile)
-    tab.locator("#go").click()
+    tab.get_by_label("Prompt").press("Enter")
     expect(text("dialled").locator(".prompt")).to_have_text(hostile, timeout=30_000)
     assert tab.locator("#dialled img").count() == 0
 
     # An empty prompt is answered with what to do.
     tab.get_by_label("Prompt").fill("")
     tab.locator("#go").click()
-    expect(tab.get_by_text("The prompt is empty; give some text to go on with.")).to_be_visible(timeout=30_000)
+    expect(tab.get_by_text("The prompt is empty; give some text to continue.")).to_be_visible(timeout=30_000)
 
 
 @needs_browser

@@ -9,8 +9,6 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from studies.data.split import long_lines, pieces
-
 
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
 WORDS = LINE.split()
@@ -51,52 +49,11 @@ def tiny(modules, tmp_path):
     return folder
 
 
-def test_train_and_held_out_share_no_document_and_no_line(modules):
-    _, data = modules
-    documents = {f"play {n}": verse(n) for n in range(10)}
-    documents["play 4"] = verse(0) + verse(4)  # held out, and half of it copied from a training document
-    train, held_out = data.split_by_document(documents, seed=0)
-    assert train and held_out
-    for piece in train:
-        assert all(line not in verse(4) and line not in verse(9) for line in piece.splitlines())
-    for piece in held_out:
-        assert any(piece in documents[name] for name in ("play 4", "play 9"))
-    lines = [{line for piece in part for line in long_lines(piece)} for part in (train, held_out)]
-    assert lines[0].isdisjoint(lines[1])
-    assert data.split_by_document(documents, seed=0) == (train, held_out)
-    assert data.split_by_document(documents, seed=1) != (train, held_out)
-
-
-def test_installed_texts_are_enough_for_the_default_run(modules):
-    _, data = modules
-    texts = data.load_texts(seed=0)
-    assert len(texts["docs"][0]) > 500 and len(texts["docs"][1]) > 50
-    assert len(texts["manual"][0]) > 500 and len(texts["manual"][1]) > 20
-
-
-def test_pieces_are_whole_lines_of_the_text():
-    found = list(pieces(verse(1), 400))
-    assert all(piece in verse(1) and len(piece) >= 400 for piece in found)
-    assert len("".join(found)) > 0.95 * len(verse(1)) - 400
-
-
-def test_interrupted_download_leaves_no_cache(modules, tmp_path):
-    _, data = modules
-    with pytest.raises(KeyboardInterrupt), data.staged(tmp_path / "cache" / "model") as new:
-        (new / "half").write_text("half")
-        raise KeyboardInterrupt
-    assert list((tmp_path / "cache").iterdir()) == []
-    for text in ("first", "second"):  # the second run finds the first one's folder, and keeps it
-        with data.staged(tmp_path / "cache" / "model") as new:
-            (new / "whole").write_text(text)
-    assert (tmp_path / "cache" / "model" / "whole").read_text() == "first"
-
-
 def test_main_checks_hold(modules, tiny, tmp_path, capsys):
     quickstart, _ = modules
     quickstart.main(["--model", str(tiny), "--steps", "20", "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert printed.count("check") >= 9 and "All checks held" in printed
+    assert printed.count("check ") == 9 and "All checks passed" in printed
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -111,7 +68,7 @@ def test_a_leak_between_the_bundles_raises(modules, tiny, tmp_path, monkeypatch)
     leaky = quickstart.bundle_config(0)
     leaky.bundles["b_docs"].signals["plays"] = 0.1  # its alpha is 0 in those rows, but a zero gradient moves it too
     monkeypatch.setattr(quickstart, "bundle_config", lambda seed: leaky)
-    with pytest.raises(RuntimeError, match="b_plays moved, the other bundle by not one bit"):
+    with pytest.raises(RuntimeError, match="2 steps on plays only changed b_plays"):
         quickstart.main(["--model", str(tiny), "--steps", "2", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -123,9 +80,10 @@ def test_bundle_learns_in_mixed_batches_what_it_learns_alone(modules, tiny):
     probe, outputs = torch.randint(2, 400, (2, 16), generator=generator), []
     for kinds in (["plays", "plays", "docs", "docs"], ["plays", "plays"]):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), quickstart.bundle_config(0))
-        trainer = quickstart.Trainer(model, rows, 6)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        unread = {kind: iter(ids) for kind, ids in rows.items()}
         for _ in range(6):
-            trainer.step(kinds)
+            quickstart.train_step(model, optimizer, unread, kinds)
         with model.alphas(b_docs=0.0):
             outputs.append(quickstart.logits_of(model, probe))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from peft_bundles.objectives import ppo_losses as ppo
 from peft_bundles.objectives.preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
-from peft_bundles.objectives.tokens import masked_mean, masked_sum, token_entropy, token_logprobs
+from peft_bundles.objectives.tokens import (
+    kl_divergence,
+    masked_mean,
+    masked_sum,
+    row_mean,
+    token_entropy,
+    token_logprobs,
+)
 
 
 ROWS, TOKENS, VOCABULARY = 5, 7, 11
@@ -49,6 +56,14 @@ def test_what_is_masked_may_be_nan():
     torch.testing.assert_close(masked_mean(dirty, mask), values[mask > 0].mean())
     torch.testing.assert_close(masked_sum(dirty, mask), (values * mask).sum(1))
     assert masked_mean(dirty, torch.zeros_like(mask)) == 0
+    torch.testing.assert_close(row_mean(dirty, mask), (values * mask).sum(1) / mask.sum(1))
+    assert row_mean(dirty, torch.zeros_like(mask)).tolist() == [0] * ROWS
+
+
+def test_kl_is_the_sum_over_the_vocabulary():
+    p, q = draw(ROWS, VOCABULARY).softmax(-1), draw(ROWS, VOCABULARY, seed=1).softmax(-1)
+    torch.testing.assert_close(kl_divergence(p.log(), q.log()), (p * (p / q).log()).sum(-1))
+    assert not kl_divergence(p.log(), p.log()).any()
 
 
 # ---- preferences ----

@@ -284,12 +284,12 @@ def test_the_head_does_not_see_the_explanation_and_its_tokens_are_a_loss_of_text
     a, b = (o.compare(out.hidden, log, x)[0] for o, out, log, x in given)
     torch.testing.assert_close(a, b)
     text = 0.0
-    for i, mask in enumerate(batch["told"].bool()):
+    for i, mask in enumerate(batch["explains"].bool()):
         places = mask.nonzero()[:, 0]
         logs = outputs.logits[i, places - 1].log_softmax(-1)
         text -= logs.gather(-1, batch["input_ids"][i, places, None]).mean()
     torch.testing.assert_close(told.losses(outputs, batch)[0][told.name], a + 0.5 * text / 4)
-    assert tokenizer().decode(batch["input_ids"][1][batch["told"][1] > 0]).replace(" ", "") == "becausex<eos>"
+    assert tokenizer().decode(batch["input_ids"][1][batch["explains"][1] > 0]).replace(" ", "") == "becausex<eos>"
     assert silent.losses(short, bare)[1]["explanation_loss"] == 0
 
 

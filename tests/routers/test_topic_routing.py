@@ -167,6 +167,18 @@ def test_masks():
     assert first["b_sem_law"].all() and not first["b_sem_finance"].any()
 
 
+def test_alphas_are_the_weights_of_the_mask_or_tau_where_weights_are_drawn_or_rates():
+    tau = torch.tensor([[0.5, 0.2, 0.0], [1.0, 0.0, 0.7]])
+    adapter = config()
+    for mask, same in (("soft", "soft"), ("hard", "hard"), ("stochastic", "soft"), ("rate", "soft")):
+        alphas = TopicRouting(TOPICS, mask=mask).alphas(adapter, tau)
+        weights = TopicRouting(TOPICS, mask=same).weights(adapter, tau)
+        assert {name: alpha.tolist() for name, alpha in alphas.items()} == {
+            name: weight.float().tolist() for name, weight in weights.items()
+        }
+        assert TopicRouting(TOPICS, mask=mask, gate_forward=False).alphas(adapter, tau) == {}
+
+
 def test_alphas_are_those_of_the_rows():
     """A row's output is what the same row has alone with its alphas as numbers; a bundle's own alpha is a factor."""
     model = made().eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, perturb, quietly_loaded
+from models import TINY, attached, layers, perturb, quietly_loaded
 from peft import get_peft_model
 from test_signals import (
     EXACT,
@@ -424,3 +424,27 @@ def test_baseline_trains_the_trunk_in_the_same_loop(tmp_path):
         pass
     with pytest.raises(ValueError, match="attach it alone"):
         model.add_adapter("second", config())
+
+
+def test_a_gate_knows_its_route_and_the_units_that_no_row_lets_learn():
+    model = attached()
+    layer = layers(model)[0]
+    packing, hidden = layer.packing("default"), torch.zeros(2, 3, 64)
+    with model.route([("lm", "policy"), "lm"]):
+        route = layer.state.call.route
+        gate = route.gate("default", hidden)
+    assert gate.route is route and gate.weights.isnan().any() and gate.span is None and gate.others is None
+    names, weights = packing.names, gate.weights
+    for signals in ({"lm"}, {"policy"}, set()):
+        route.choose(signals)
+        assert gate.weights is weights  # rewritten in place: the graph holds this tensor
+        first, last = gate.span
+        off = set() if gate.others is None else set(gate.others.tolist())
+        learning = {int(unit) for unit in weights.flatten(0, -2).any(0).nonzero()}
+        owners = {names[packing.owner[unit]] for unit in learning}
+        assert owners == {n for n in names if any(model.peft_config["default"].column(s)[n] for s in signals)}
+        assert learning - set(range(len(packing.owner) - packing.padding, len(packing.owner))) <= (
+            set(range(first, last)) - off
+        )
+    route.choose(None)
+    assert gate.weights.isnan().any()

@@ -1,4 +1,4 @@
-"""The six guarantees of gradient routing (design.md section 3), each with a test that fails if it breaks."""
+"""The six guarantees of gradient routing (docs/concepts.md), each with a test that fails if it breaks."""
 
 import copy
 import os
@@ -407,7 +407,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="4 tokens a row, but the batch has 7"):
         with model.route([[("lm", 4)]] * 6, block_diagonal=True):
             model(batch())
-    with pytest.raises(ValueError, match="add up alike"):
+    with pytest.raises(ValueError, match="must have the same number"):
         with model.route([[("lm", 4)], [("lm", 3)]], block_diagonal=True):
             pass
     logits = model(batch()).logits
@@ -437,7 +437,7 @@ def test_finalize_grads_finds_backwards_that_went_wrong():
         model.finalize_grads()
     with model.route(("policy", "value")):
         logits = model(batch()).logits
-    with pytest.raises(ValueError, match=r"\['lm'\] belong to no row"):
+    with pytest.raises(ValueError, match=r"\['lm'\] come from a forward whose rows have"):
         model.routed_backward({"lm": loss_of("lm", logits)})
 
 

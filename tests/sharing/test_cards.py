@@ -40,7 +40,7 @@ def test_card(hub, tmp_path):
     assert [r["dataset"]["name"] for r in index["results"]] == ["sums", "someone/facts"]
     for text in (
         "| sums | accuracy | 0.6 ± 0.1 | 0, 1, 2 | 0.1 |",
-        "| `b_mlp` | mlp | 8 | 4 | 12 of 64 |",
+        f"| `b_mlp` | mlp | 8 | 4 | 12 of 64 | {sum(p.numel() for p in model.bundle_parameters('b_mlp')):,} |",
         "lm (1)",
         "steps 300",
         "invented sums",

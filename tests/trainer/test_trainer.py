@@ -123,8 +123,8 @@ def test_tables_say_what_they_promise():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lmm": "all"}, r"forward\['lmm'\] is no objective or signal; those are"),
-        ({"lm": ["b_text"]}, r"forward\['lm'\] names bundle\(s\) \['b_text'\]; known are"),
+        ({"lmm": "all"}, r"forward\['lmm'\] is no objective or signal; use some of"),
+        ({"lm": ["b_text"]}, r"forward\['lm'\] names bundle\(s\) \['b_text'\]; it takes some of"),
         ({"lm": "none"}, r"forward\['lm'\]='none' must be 'all', 'owners'"),
         ({"lm": ["b_policy"]}, r"turns off all bundles that signal 'lm' updates, \['b_lm'\]"),
         ({"policy": "all", "value": "owners"}, r"other signals of objective 'ppo' have 'all'"),
