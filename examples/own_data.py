@@ -29,7 +29,7 @@ sub_bases = dict.fromkeys(TEXTS, 0.25)  # orthogonal directions for each, a quar
 model = get_peft_model(base, BundleConfig(task_type="CAUSAL_LM", sub_bases=sub_bases, bundles=bundles))
 peft_bundles.calibrate(model, list(topics.values()), tokenizer, tokens=4_000)  # once, before training
 
-objectives = [LM([{"text": t} for t in v], signal=k, max_length=64) for k, v in TEXTS.items()]
+objectives = [LM([{"text": t} for t in v], signal=k, max_length=32) for k, v in TEXTS.items()]  # tokens of a text
 on = {k: [f"b_{k}"] for k in TEXTS}  # the bundles that are on in the rows of each kind
 args = BundleTrainingConfig("out", forward=on, max_steps=20, learning_rate=2e-3)
 BundleTrainer(model, args, objectives, tokenizer).train(resume_from_checkpoint=False)

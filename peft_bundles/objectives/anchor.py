@@ -36,6 +36,7 @@ class Anchor(LM):
         ValueError: `coef` is not a positive number.
 
     Example:
+        >>> from peft_bundles.objectives import Anchor
         >>> Anchor([{"text": "one"}, {"text": "two"}], signal="lm", coef=0.5).signals
         ('lm',)
     """

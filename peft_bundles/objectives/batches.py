@@ -30,6 +30,7 @@ class Outputs:
 
     Example:
         >>> import torch
+        >>> from peft_bundles.objectives import Outputs
         >>> Outputs(logits=torch.zeros(2, 5, 50), hidden=torch.zeros(2, 5, 32)).logits.shape
         torch.Size([2, 5, 50])
     """
@@ -50,6 +51,7 @@ class Share:
         seed: seed of the order of the rows.
 
     Example:
+        >>> from peft_bundles.objectives import Share
         >>> Share(rows=4, accumulation=2, rank=1, world=3).step_rows
         24
     """

@@ -38,6 +38,7 @@ class Calibration(Judged):
         ValueError: `ece_weight` or `bins` is out of range.
 
     Example:
+        >>> from peft_bundles.objectives import Calibration
         >>> rows = [{"prompt": "1+1=", "completion": "2", "correct": True},
         ...         {"prompt": "1+2=", "completion": "4", "correct": False}]
         >>> Calibration(rows).signals

@@ -37,6 +37,7 @@ class Confusion(Judged):
         ValueError: a weight is negative, or both are 0.
 
     Example:
+        >>> from peft_bundles.objectives import Confusion
         >>> rows = [{"prompt": "1+1=", "completion": "2", "correct": True},
         ...         {"prompt": "1+2=", "completion": "4", "correct": False}]
         >>> Confusion(rows).signals

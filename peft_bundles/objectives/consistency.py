@@ -36,6 +36,7 @@ class Consistency(Objective):
         max_length: rows with more tokens are left out. None keeps all.
 
     Example:
+        >>> from peft_bundles.objectives import Consistency
         >>> rows = [{"first": "It rains.", "second": "It is wet.", "contradicts": False},
         ...         {"first": "It rains.", "second": "It is dry.", "contradicts": True}]
         >>> Consistency(rows).signals

@@ -43,6 +43,7 @@ class Contrastive(Objective):
         ValueError: `temperature` or `size` is out of range.
 
     Example:
+        >>> from peft_bundles.objectives import Contrastive
         >>> rows = [{"anchor": "It rains.", "positive": "Rain is falling."},
         ...         {"anchor": "The cat sleeps.", "positive": "A cat is asleep."}]
         >>> Contrastive(rows).signals
@@ -157,6 +158,7 @@ def document_pairs(documents: Mapping[str, list[str]]) -> list[dict[str, str]]:
         ValueError: a document has fewer than two pieces.
 
     Example:
+        >>> from peft_bundles.objectives import document_pairs
         >>> document_pairs({"poem": ["Roses are red,", "violets are blue."]})
         [{'anchor': 'Roses are red,', 'positive': 'violets are blue.', 'document': 'poem'}]
     """

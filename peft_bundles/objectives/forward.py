@@ -32,9 +32,11 @@ class Forward:
         ValueError: the model has no output embeddings.
 
     Example:
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> from peft_bundles import BundleConfig
+        >>> from peft_bundles.objectives import Forward
         >>> shape = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         ...                     vocab_size=50)
         >>> bundles = {"b_lm": {"rank": 4, "sub_bases": ["a"], "signals": {"lm": 1.0}}}

@@ -39,6 +39,7 @@ class LM(Objective):
         ValueError: a weight is negative or not finite.
 
     Example:
+        >>> from peft_bundles.objectives import LM
         >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+3=", "completion": "6"}]
         >>> LM(rows, signal="logic").signals
         ('logic',)

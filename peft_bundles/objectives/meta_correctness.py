@@ -50,6 +50,7 @@ class MetaCorrectness(Judged):
         ValueError: `explanation_weight` is negative or not finite.
 
     Example:
+        >>> from peft_bundles.objectives import MetaCorrectness
         >>> rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"},
         ...         {"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
         >>> MetaCorrectness(rows).signals

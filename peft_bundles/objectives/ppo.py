@@ -90,6 +90,7 @@ class PPO(Objective):
         ValueError: an argument is out of range; the message names it and says what to write.
 
     Example:
+        >>> from peft_bundles.objectives import PPO
         >>> def short(completions, **columns):
         ...     return [-float(len(text)) for text in completions]
         >>> rows = [{"prompt": "2+2="}, {"prompt": "3+3="}]

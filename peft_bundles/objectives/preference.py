@@ -49,6 +49,7 @@ class Preference(Objective):
         ValueError: the loss is unknown, `beta` is not positive, or `dpop` is given with another loss than "sigmoid".
 
     Example:
+        >>> from peft_bundles.objectives import Preference
         >>> rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"},
         ...         {"prompt": "3+3=", "chosen": "6", "rejected": "7"}]
         >>> Preference(rows, loss="ipo").signals

@@ -72,6 +72,7 @@ class Temporal(Objective):
         ValueError: a number is out of range.
 
     Example:
+        >>> from peft_bundles.objectives import Temporal
         >>> rows = [{"segments": ["Boil water.", "Add tea.", "Drink."]}, {"segments": ["Sow.", "Reap."]}]
         >>> Temporal(rows).signals
         ('temporal',)

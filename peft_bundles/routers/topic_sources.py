@@ -104,6 +104,7 @@ def fit_topics(
         ImportError: "embedding" or "clusters" without scikit-learn.
 
     Example:
+        >>> from peft_bundles.routers.topic_sources import fit_topics
         >>> classify = fit_topics("lexicon", ["law", "animals"])
         >>> classify(["The court heard the lawyer.", "A bird and a fish."]).round(decimals=2)
         tensor([[0.7500, 0.0000],

@@ -37,7 +37,9 @@ class TopicRouting:
         ValueError: the mask is unknown, topics are missing or named twice, or the threshold is out of range.
 
     Example:
+        >>> import torch
         >>> from peft_bundles import BundleConfig
+        >>> from peft_bundles.routers.topics import TopicRouting
         >>> law = {"rank": 4, "sub_bases": ["a"], "role": "semantic", "topic": "law", "signals": {"lm": 1.0}}
         >>> config = BundleConfig(sub_bases={"a": 16}, bundles={"b_sem_law": law})
         >>> routing = TopicRouting(["law"], mask="hard")
