@@ -36,6 +36,20 @@ class BundleModel(BaseTuner):
 
     Give the config a task type, such as "CAUSAL_LM": without one PEFT calls the base model directly, so the loss has
     no `quiet` penalty, and `alphas=` works only where the base model ignores arguments that it does not know.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> model = get_peft_model(base, BundleConfig(preset="ssl_rl_separate", task_type="CAUSAL_LM")).eval()
+        >>> ids = torch.arange(6)[None]
+        >>> with model.alphas(b_rl_policy=0.0):
+        ...     off = model(ids).logits
+        >>> torch.equal(off, model(ids, alphas={"b_rl_policy": 0.0}).logits)
+        True
+        >>> [tuple(p.shape) for p in model.bundle_parameters("b_rl_policy")]  # down and up of two layers
+        [(2, 12), (12, 2), (2, 12), (12, 2)]
     """
 
     prefix = "bundle_"
@@ -406,14 +420,11 @@ class BundleModel(BaseTuner):
         return total
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The base model's `generate`. The bundles are folded once for the whole call.
+        """The base model's `generate`, with its result. The bundles are folded once for the whole call.
 
         Args:
             alphas: alphas for this call (see `peft_bundles.alphas`); a row is a prompt, with all of its beams.
             adapter_names: one adapter name for each prompt.
-
-        Returns:
-            What the base model returns.
         """
         call = self._state.call
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]

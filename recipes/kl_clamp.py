@@ -1,7 +1,7 @@
 """One bundle learns plays, with and without the clamp on its KL to the base model.
 
-    python recipes/kl_clamp.py                       # a GPU, or an hour of two CPU cores
-    python recipes/kl_clamp.py --smoke               # a minute of two CPU cores
+    python recipes/kl_clamp.py                       # a GPU
+    python recipes/kl_clamp.py --smoke               # two CPU cores
 
 The clamp adds strength * max(0, KL - tau) to the loss. KL compares what the LM head reads in the bundle's columns with
 the bundle on and off, in nats a token (`peft_bundles.objectives.kl_clamp`). Every entry of `clamps` in kl_clamp.yaml is

@@ -34,6 +34,7 @@ STAGING = ".saving"  # transformers does not match this name when it looks for t
 # Fields that saving and loading fill in, that PEFT compares with a tolerance, or that differ between machines.
 NOT_COMPARED = {
     "weights_digest",
+    "format_version",
     "basis_fingerprint",
     "inference_mode",
     "base_model_name_or_path",

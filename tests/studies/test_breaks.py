@@ -7,6 +7,9 @@ import pytest
 from studies.data.breaks import breaks, changed
 
 
+pytestmark = pytest.mark.studies
+
+
 def test_a_break_changes_one_statement_and_its_control_none():
     sequences = [["Anna has 3 hats.", "Ben has 7 jars.", "It is warm."], ["Rain is not cold.", "Sun is hot."]] * 5
     rows = breaks(sequences, seed=1)

@@ -11,6 +11,9 @@ from studies.data.fetch import staged
 from studies.data.split import long_lines, pieces, split_by_document
 
 
+pytestmark = pytest.mark.studies
+
+
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of may but not for long"
 WORDS = LINE.split()
 

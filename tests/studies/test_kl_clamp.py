@@ -12,6 +12,8 @@ from training import tokenizer
 from recipes import kl_clamp
 
 
+pytestmark = pytest.mark.studies
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = ["thou", "art", "a", "villain", "good", "morrow", "sweet", "prince", "of", "denmark"]
 

@@ -100,22 +100,23 @@ def test_the_rate_warms_up_and_falls():
 
 
 def test_batches_of_one_shape_hold_what_their_rows_hold():
-    draws = Draws({"a": ITEMS}, {"a": random.Random(0)})
-    rows = draws.batches(["a"], 3, 8)
-    assert rows.ids.shape == (3, 1, 5)
-    seen = set()
-    for one in batches_of(rows):
-        [batch] = one
+    def same(batch):
         flat, counted = batch.ids.flatten(), batch.weight > 0
         assert torch.equal(flat[batch.where[counted] + 1], batch.target[counted])
-        assert batch.weight.sum() == pytest.approx(1.0)
-        seen.add(tuple(flat[flat > 0].tolist()))
-    assert seen == {tuple(tokens) for tokens, _ in ITEMS}  # each once before any twice
+        assert torch.equal(batch.where[counted] // batch.ids.shape[1], batch.row[counted])
+        assert batch.weight.sum() == pytest.approx(len(batch.ids))
+
+    rows = Draws({"a": ITEMS}, {"a": random.Random(0)}).batches(["a", "a"], 3, 8)
+    assert rows.ids.shape == (3, 2, 5)
+    for [batch] in batches_of(rows):
+        same(batch)
+    drawn = [tuple(row[row > 0].tolist()) for row in rows.ids.flatten(0, 1)]
+    assert sorted(drawn) == sorted(2 * [tuple(tokens) for tokens, _ in ITEMS])
+    assert len({*drawn[:3]}) == 3  # each once before any twice
     wide = widen(rows, 8, 6)
-    assert wide.ids.shape == (3, 1, 8) and wide.where.shape == (3, 6)
-    for n in range(3):
-        counted = wide.weight[n] > 0
-        assert torch.equal(wide.ids[n].flatten()[wide.where[n][counted] + 1], wide.target[n][counted])
+    assert wide.ids.shape == (3, 2, 8) and wide.where.shape == (3, 6)
+    for [batch] in batches_of(wide):
+        same(batch)
 
 
 def test_every_row_has_the_same_weight_in_the_loss():
