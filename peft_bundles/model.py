@@ -440,7 +440,7 @@ class BundleModel(BaseTuner):
     def folded(self) -> Iterator[None]:
         """Fold the bundles once for all forwards without gradients in the block, in this thread.
 
-        Do not change weights inside of the block.
+        Do not change weights inside the block.
         """
         call = self._state.call
         before = call.folds

@@ -4,8 +4,8 @@
     python recipes/kl_clamp.py --smoke               # two CPU cores
 
 The clamp adds strength * max(0, KL - tau) to the loss. KL compares what the LM head reads in the bundle's columns with
-the bundle on and off, in nats a token (`peft_bundles.objectives.kl_clamp`). Every entry of `clamps` in kl_clamp.yaml is
-a run of its own on the same rows; the table shows what it learned and how far it moved from the base model.
+the bundle on and off, in nats per token (`peft_bundles.objectives.kl_clamp`). Every entry of `clamps` in kl_clamp.yaml
+is a separate run on the same rows. The table shows what each run learned and how far it moved from the base model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .tokens import kl_divergence, masked_mean, wide
 
 
 class Anchor(LM):
-    """coef * mean_t KL(p_base(. | t) || p(. | t)) over the whole vocabulary, in nats a token.
+    """coef * mean_t KL(p_base(. | t) || p(. | t)) over the whole vocabulary, in nats per token.
 
     It costs a forward of the base model (bundles off) and a forward and backward of its rows. Its rows are those of
     `peft_bundles.own_samples`, or general text. It updates the bundles that own its signal: it can hold back only

@@ -18,7 +18,7 @@ from .tokens import masked_mean, token_logprobs
 
 
 class LM(Objective):
-    """sum_t w_t (-log p(token t)) / sum_t w_t, in nats a token.
+    """sum_t w_t (-log p(token t)) / sum_t w_t, in nats per token.
 
     Failure mode: a fact that is said in one way only is learnt as that sentence; say it in several ways. Bundles of
     other signals that are on in these rows become part of the answer: switch one off later, and the loss is no longer

@@ -21,7 +21,7 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
 
     Losses whose routing columns are equal are added first. If the forward ran under `route(...)` with the signals of
     every row, losses on different rows share a pass, and a further pass walks only the graph that it reaches. If it ran
-    outside of any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
+    outside any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
     bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
 
     Args:
@@ -32,7 +32,7 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     Raises:
         ValueError: an unknown signal; a loss that is no scalar or has no graph; a loss of rows routed otherwise.
         RuntimeError: no owner of a signal takes part in its loss (with re-entrant gradient checkpointing, for one); by
-            then the other owners have their gradients. Or a forward was compiled outside of `route((...))` and weights
+            then the other owners have their gradients. Or a forward was compiled outside `route((...))` and weights
             are attenuated, which its graph does not show.
 
     Example:
@@ -123,11 +123,11 @@ def _can_fold_once(
 
 
 def _routes(state: BundleState, signal: str, reach: Reach) -> list[Route]:
-    """The routes of the forwards that a loss comes from; none if they ran outside of any."""
+    """The routes of the forwards that a loss comes from; none if they ran outside any."""
     routes = [r for r in reach.routes if r is not None]
     if routes and None in reach.routes:
         raise ValueError(
-            f"losses[{signal!r}] mixes forwards inside and outside of route(); give one loss for each of them."
+            f"losses[{signal!r}] mixes forwards inside and outside route(); give one loss for each of them."
         )
     if stray := [r.signals for r in routes if signal not in r.signals]:
         raise ValueError(
@@ -146,7 +146,7 @@ def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[
     """Group signals into passes: in one pass no row may see two different columns."""
 
     def clash(a: str, b: str) -> bool:
-        if not (routes[a] and routes[b]):  # outside of a route, weights scale the gradients of a whole pass
+        if not (routes[a] and routes[b]):  # outside a route, weights scale the gradients of a whole pass
             return bool(routes[a] or routes[b]) or routing_column(state.configs, a) != routing_column(state.configs, b)
         return any(r.clash(a, b) for r in routes[a] if r in routes[b])
 

@@ -24,7 +24,7 @@ class Reach:
         leaves: all tensors that may get a gradient, by id.
         beside: ids of the leaves that are reached other than through D and E (or that way too).
         folds: the edges that the D and E of bundle operations come from.
-        routes: the routes of the bundle operations; None stands for outside of any.
+        routes: the routes of the bundle operations; None stands for outside any.
         nested: whether the D or E of one operation lies behind that of another (E depends on what D depends on, and on
             alphas).
         compiled: whether parts of the graph are compiled; what lies in them is not seen.

@@ -60,7 +60,7 @@ def staged(run: Path, name: str, writes: bool) -> Iterator[Path]:
     Args:
         run: the run's folder.
         name: of the checkpoint in it.
-        writes: whether this process makes the folder and renames it. Processes wait for each other outside of this.
+        writes: whether this process makes the folder and renames it. Processes wait for each other outside this.
     """
     folder = run / STAGING / name
     if writes:
