@@ -95,7 +95,7 @@ class Route:
             self._gates[adapter, device] = packing, gate
 
     def _live_bundles(self, adapter: str) -> set[str]:
-        # Every signal is that of some row: without weights by row, one row with all signals says as much.
+        # Every signal belongs to some row, so without weights per row, one row with all signals says the same.
         rows = list(enumerate(self.rows if self._weights else [[(tuple(self.signals), 0)]]))
         return {
             name
@@ -128,7 +128,7 @@ class Route:
         """The gate for a forward of `hidden` (B, T, d).
 
         Raises:
-            ValueError: another number of rows or tokens than the route was given.
+            ValueError: the batch has another number of rows or tokens than the route.
             RuntimeError: the adapter was moved to another device inside the route.
         """
         if not self.uniform and len(self.rows) != hidden.shape[0]:

@@ -156,7 +156,7 @@ def no_scores(model, given):
         ({"tasks": [{"input_ids": batch(2)}]}, "tasks is a list; give a dict, name -> batch"),
         (
             {"tasks": {"t": ["some text"]}},
-            r"task 't' is a list; give a dict of tensors, for texts evaluation.text_batch",
+            r"task 't' is a list; give a dict of tensors, such as evaluation.text_batch",
         ),
         (
             {"tasks": {"t": {"input_ids": batch(2), "x": [1]}}},

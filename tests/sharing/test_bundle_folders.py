@@ -239,7 +239,9 @@ NO_SOURCES = [
 
 @pytest.mark.parametrize("source", NO_SOURCES)
 def test_sources_that_are_none(source):
-    with pytest.raises(ValueError, match=r"no folder that exists and no repository|is no list|Repo id"):
+    with pytest.raises(
+        ValueError, match=r"neither an existing folder nor the name of a repository|is not a list|Repo id"
+    ):
         peft_bundles.pull_bundle(source)
 
 
