@@ -204,9 +204,9 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=high"],
             2,
-            "'high' is no finite number; give one, e.g.",
+            "'high' is not a finite number; give one, e.g.",
         ),
-        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
+        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is not a finite number"),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=1", "--alpha", "b_mlp=0"], 2, "b_mlp is given twice"),
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"],
@@ -236,18 +236,18 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--plot", "{root}/plot.doc"],
             2,
-            "is no picture that can be written; give a .png, .svg or .pdf",
+            "has no suffix of a picture format; give a .png, .svg or .pdf",
         ),
         (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--values", "0,high"],
             2,
-            "'high' is no finite",
+            "'high' is not a finite",
         ),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--own", "a"],
             2,
-            "needs that --text, at least one other --text, and 0",
+            "needs a --text of that name, at least one other --text, and 0",
         ),
         (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--tokens", "9999"], 1, "lower --tokens"),
     ],

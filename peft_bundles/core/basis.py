@@ -97,13 +97,13 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
             continue
         support = torch.cat([columns[s] for s in spec.sub_bases])
         if spec.overlap:
-            wanted = round(spec.overlap / (1 - spec.overlap) * len(support))
-            if wanted > len(columns[COMMON]):
+            shared = round(spec.overlap / (1 - spec.overlap) * len(support))
+            if shared > len(columns[COMMON]):
                 raise ValueError(
-                    f"bundle {name!r}: overlap={spec.overlap} asks for {wanted} common columns besides its own "
+                    f"bundle {name!r}: overlap={spec.overlap} asks for {shared} common columns besides its own "
                     f"{len(support)}, but sub-basis {COMMON!r} has {len(columns[COMMON])}; enlarge it."
                 )
-            support = torch.cat([support, columns[COMMON][:wanted]])
+            support = torch.cat([support, columns[COMMON][:shared]])
         rank = resolve_rank(spec.rank, hidden_size)
         shares = [config.sub_bases[s].rank for s in spec.sub_bases]
         if isinstance(spec.rank, float) and not spec.overlap and spec.rank <= sum(shares) + 1e-9:

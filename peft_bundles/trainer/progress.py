@@ -12,7 +12,7 @@ OF_BUNDLES = ("alpha/", "alpha_std/", "activation/", "grad_norm/", "update_norm/
 
 
 class ShortProgress(ProgressCallback):
-    """transformers' progress bar. Of a log line it shows the losses and metrics and leaves out `OF_BUNDLES`."""
+    """transformers' progress bar. It shows the losses and metrics of a log line and leaves out `OF_BUNDLES`."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         short = {name: value for name, value in (logs or {}).items() if not name.startswith(OF_BUNDLES)}

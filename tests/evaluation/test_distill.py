@@ -126,7 +126,7 @@ def test_a_lora_of_the_user_s_own_and_alphas_that_were_set():
 @pytest.mark.parametrize(
     ("alphas", "changes", "message"),
     [
-        ({"b_x": 1.0}, {}, r"unknown bundle\(s\) \['b_x'\]; known are"),
+        ({"b_x": 1.0}, {}, r"unknown bundle\(s\) \['b_x'\]; the model has"),
         ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; give one number: a LoRA imitates one fixed alpha"),
         (SETTING, {"dataset": []}, "dataset is empty; give at least one batch"),
         (SETTING, {"held_out": []}, "held_out is empty; give at least one batch"),

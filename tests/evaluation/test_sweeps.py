@@ -148,7 +148,7 @@ def no_scores(model, given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; known are"),
+        ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; the model has"),
         ({"values": []}, r"values=\[\] must be finite numbers, at least one"),
         ({"values": [0.0, math.inf]}, "must be finite numbers"),
         ({"values": 0.5}, "values=0.5 is one number; give a list of alphas"),
