@@ -16,7 +16,7 @@ def _without_bundles(logs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 class ShortProgress(ProgressCallback):
-    """transformers' progress bar. Of a log line it shows the losses and metrics and leaves out `OF_BUNDLES`."""
+    """transformers' progress bar. It shows the losses and metrics of a log line and leaves out `OF_BUNDLES`."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, logs=_without_bundles(logs), **kwargs)
