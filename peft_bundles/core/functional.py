@@ -146,13 +146,8 @@ def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
-<<<<<<< HEAD
-        # No view: an in-place operation on a block's output that is one loses the hooks that FSDP puts on it.
-        return _unsafe_view(out, base.shape)
-=======
         # Not a view: an in-place operation on a block output that is a view loses the hooks that FSDP puts on it.
-        return torch.ops.aten._unsafe_view(out, base.shape)
->>>>>>> words
+        return _unsafe_view(out, base.shape)
     return base + (left.flatten(0, -2) @ right).view_as(base)
 
 

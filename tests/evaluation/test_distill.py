@@ -126,13 +126,8 @@ def test_a_lora_of_the_user_s_own_and_alphas_that_were_set():
 @pytest.mark.parametrize(
     ("alphas", "changes", "message"),
     [
-<<<<<<< HEAD
-        ({"b_x": 1.0}, {}, r"'b_x'.*b_mlp"),
-        ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; give one number, a LoRA imitates one fixed alpha"),
-=======
         ({"b_x": 1.0}, {}, r"unknown bundle\(s\) \['b_x'\]; the model has"),
         ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; give one number: a LoRA imitates one fixed alpha"),
->>>>>>> words
         (SETTING, {"dataset": []}, "dataset is empty; give at least one batch"),
         (SETTING, {"held_out": []}, "held_out is empty; give at least one batch"),
         (
