@@ -1,6 +1,6 @@
 """The command `peft-bundles`: describe, compose, share, generate with and sweep bundles from a shell.
 
-This module is beside the package, not in it: `import peft_bundles` imports torch, transformers and PEFT, which takes
+This module is next to the package, not in it: `import peft_bundles` imports torch, transformers and PEFT, which takes
 seconds, and help and tab completion must be fast. So each command imports the package itself.
 """
 
@@ -140,7 +140,7 @@ def _number(what: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise typer.BadParameter(f"{what}: {value!r} is no finite number; give one, e.g. 0.5.")
+        raise typer.BadParameter(f"{what}: {value!r} is not a finite number; give one, e.g. 0.5.")
     return number
 
 
@@ -262,7 +262,9 @@ def compose(
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(help="The bundle, as folder, or as folder:bundle of several.")],
+    source: Annotated[
+        str, typer.Argument(help="The bundle, as folder, or as folder:bundle if the folder has several.")
+    ],
     repo: Annotated[str, typer.Argument(help="Hub repository, created if there is none.")],
     base: Base = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
@@ -384,9 +386,11 @@ def sweep(
         if not Path(path).is_file():
             raise ValueError(f"--text {task}={path}: there is no such file; give a text file.")
     if own is not None and (own not in files or len(files) < 2 or 0.0 not in points):
-        raise typer.BadParameter(f"--own {own!r} needs that --text, at least one other --text, and 0 among --values.")
+        raise typer.BadParameter(
+            f"--own {own!r} needs a --text of that name, at least one other --text, and 0 among --values."
+        )
     if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
-        raise typer.BadParameter(f"--plot {plot} is no picture that can be written; give a .png, .svg or .pdf.")
+        raise typer.BadParameter(f"--plot {plot} has no suffix of a picture format; give a .png, .svg or .pdf.")
     model, name = _load(sources, base, token, rename)
     _check_bundles(model, [bundle, *alphas])
     tokenizer = _tokenizer(name, token)

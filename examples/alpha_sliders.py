@@ -32,7 +32,7 @@ from studies.data.smollm import model_folder
 
 
 SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)
-ROWS, LENGTH = 2, 48  # rows of each kind in the sweep, and tokens of a row: takes seconds on a CPU
+ROWS, LENGTH = 2, 48  # rows of each kind in the sweep, and tokens of a row: a sweep takes seconds on a CPU
 FULL = 3.0  # nats at which a token has full colour
 LIKELIER, LESS_LIKELY = "240, 130, 20", "50, 120, 230"
 PROMPTS = ["The first", "The king said", "Returns a tensor", "My lord, I"]

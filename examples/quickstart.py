@@ -90,7 +90,7 @@ def train_step(
 
 
 def train(model: PeftModel, rows: dict[str, Tensor], steps: int) -> None:
-    """Train on mixed batches; twice in between, train on one kind only and check that the other bundle stays."""
+    """Train on mixed batches. Twice, train on one kind only and check that the other bundle does not change."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     unread = {kind: iter(ids) for kind, ids in rows.items()}
     mixed = [kind for kind in KINDS for _ in range(ROWS // 2)]
@@ -101,7 +101,7 @@ def train(model: PeftModel, rows: dict[str, Tensor], steps: int) -> None:
             for _ in range(ALONE):
                 train_step(model, optimizer, unread, [kind] * ROWS)
             changed = [name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])]
-            what = f"{ALONE} steps on {kind} only changed b_{kind}, and no bit of the other bundle"
+            what = f"{ALONE} steps on {kind} only changed b_{kind}, and not one bit of the other bundle"
             check(what, changed == [f"b_{kind}"])
         for _ in (bar := tqdm(range(steps // 2), unit="step", leave=False, disable=None)):
             losses = train_step(model, optimizer, unread, mixed)
@@ -142,7 +142,7 @@ def show(losses: dict[str, dict[str, float]]) -> None:
     for kind, row in losses.items():
         cells = [f"{loss:.3f} ({loss - row['all off']:+.3f})" for loss in row.values()]
         print(f"{kind:8}" + "".join(f"{cell:>18}" for cell in cells))
-    print("nothing was trained on the manual")
+    print("no bundle was trained on the manual")
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def generate(model: PeftModel, tokenizer: Any) -> None:
     names = ("base", *KINDS)
     ids = model.generate(
         **{name: tensor.expand(len(names), -1) for name, tensor in prompt.items()},
-        alphas=row_alphas(list(names)),  # "base" is no kind, so both bundles are off in its row
+        alphas=row_alphas(list(names)),  # "base" is not a kind, so both bundles are off in its row
         max_new_tokens=24,
         do_sample=False,
         repetition_penalty=1.2,
@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     stage("2. Attach a bundle for each kind and calibrate on the manual")
     model = get_peft_model(base, bundle_config(args.seed))
     check("a fresh adapter is the base model, bit for bit", torch.equal(logits_of(model, probe), base_logits))
-    # On given text, not on the model's own samples: on a CPU, reading is much faster than generating. Ten tokens for
-    # each of the 576 directions are enough to find those of high variance.
+    # Use the manual instead of the model's own samples: on a CPU, reading is much faster than generating. Ten tokens
+    # for each of the 576 directions are enough to find those of high variance.
     peft_bundles.calibrate(model, texts["manual"][0], tokenizer, tokens=6_000, max_length=128, progress=False)
     print(model.bundle_report())
 

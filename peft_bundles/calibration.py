@@ -1,7 +1,7 @@
 """Calibration: measure the states of the base model once, before training.
 
-It sets mu and sigma of every layer, and U where the config asks for directions of high or low variance. As EVA for LoRA
-(PEFT's `initialize_lora_eva_weights`), it needs only forwards.
+It sets mu and sigma of every layer, and U where the config asks for directions of high or low variance. Like EVA for
+LoRA (PEFT's `initialize_lora_eva_weights`), it needs only forward passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
 
 
-STATES = 4096  # states of every layer that are kept for `BundleModel.quiet_loss`
+STATES = 4096  # states kept per layer for `BundleModel.quiet_loss`
 OUTLIER = 3.0  # a token whose state is this many times longer than the median is an attention sink, and is left out
 
 
@@ -31,8 +31,8 @@ class _Moments:
     """Sums over the states of one layer, in float64, and a sample of the states.
 
     Attributes:
-        seen: number of states. kept: those that are no outliers.
-        sum: (d,). square: sum of squares (d,), or with `outer` of outer products (d, d).
+        seen: number of states. kept: number of states that are not outliers.
+        sum: sum of the states, (d,). square: sum of their squares (d,), or with `outer` of their outer products (d, d).
     """
 
     def __init__(self, size: int, outer: bool, device: torch.device, tokens: int) -> None:
@@ -51,12 +51,12 @@ class _Moments:
         self.kept += len(kept)
         self.sum += kept.sum(0)
         self.square += kept.T @ kept if self.outer else kept.square().sum(0)
-        # The same share of every batch, so that the sample has all kinds of text.
+        # Take the same share of every batch, so that the sample covers all kinds of text.
         share = torch.linspace(0, len(kept) - 1, min(len(kept), math.ceil(STATES * len(states) / self.tokens)))
         self.sample.append(kept[share.long().to(kept.device)].float())
 
     def states(self) -> Tensor:
-        """About STATES of them, (N, d)."""
+        """A sample of about STATES states, (N, d)."""
         states = torch.cat(self.sample)
         return states[torch.linspace(0, len(states) - 1, min(STATES, len(states))).long().to(states.device)]
 
@@ -87,30 +87,31 @@ def calibrate(
     """Measure the states of the base model, and set mu, sigma and (for "pca" and "null") U of every layer.
 
     It also keeps a sample of the states for `BundleModel.quiet_loss`, which penalises what bundles add to them. Run it
-    once, after `get_peft_model` and before training. Bundles are off meanwhile.
+    once, after `get_peft_model` and before training. Bundles are off while it runs.
 
     Args:
         model: a model with a fresh bundle adapter.
-        texts: strings that the bundles must not disturb, of as many kinds as possible. None: text that the base model
-            writes itself.
-        tokenizer: for `texts`. Without texts it is only asked for the first token, if the model's config has none.
+        texts: strings that the bundles must not disturb, as varied as possible. None: text that the base model
+            generates.
+        tokenizer: tokenizes `texts`. Without texts only its start token is used, and only if the model's config has
+            none.
         adapter: name of the adapter. None: the only one.
-        tokens: number of tokens to measure, in all.
-        max_length: tokens of a sequence; longer texts are cut.
-        batch_size: sequences of a forward.
-        own_samples: share of the tokens that the base model writes itself, in [0, 1]. None: 0 with texts, 1 without.
-        states_only: leave mu, sigma and U, and only sample new states. Do this to train a loaded adapter further.
-        seed: seed of the text that the base model writes.
+        tokens: total number of tokens to measure.
+        max_length: tokens per sequence; longer texts are truncated.
+        batch_size: sequences per forward pass.
+        own_samples: share of the tokens that the base model generates, in [0, 1]. None: 0 with texts, 1 without.
+        states_only: keep mu, sigma and U, and only sample new states. Use it to train a loaded adapter further.
+        seed: seed of the text that the base model generates.
         progress: show a progress bar.
 
     Returns:
-        `{"tokens": ..., "source": ..., "outliers": ...}`: number of tokens, where they are from, and the share that was
-        left out as outliers. It is also saved, as `config.calibration`.
+        `{"tokens": ..., "source": ..., "outliers": ...}`: the number of tokens, their source, and the share left out as
+        outliers. It is also saved as `config.calibration`.
 
     Raises:
-        ValueError: no such adapter, or several and none named; an adapter without bundles; texts without tokenizer, or
-            not as strings; too few tokens.
-        RuntimeError: the adapter has been trained, and would be wrong in another basis.
+        ValueError: no such adapter, or several adapters and none named; an adapter without bundles; texts without a
+            tokenizer; texts that are not strings; too few tokens.
+        RuntimeError: the adapter has been trained, so its weights would be wrong in another basis.
 
     Example:
         >>> from peft import get_peft_model
@@ -129,12 +130,12 @@ def calibrate(
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate; leave calibrate out.")
     if not states_only and any(is_trained(layer, adapter) for layer in layers):
         raise RuntimeError(
-            f"adapter {adapter!r} has been trained, and its weights belong to its present basis. Calibrate a fresh "
+            f"adapter {adapter!r} has been trained, and its weights fit only its current basis. Calibrate a fresh "
             "adapter, or pass states_only=True to train this one further."
         )
     own = own_samples if own_samples is not None else float(texts is None)
     if not 0.0 <= own <= 1.0 or (texts is None and own < 1.0):
-        raise ValueError(f"own_samples={own_samples!r} must be in [0, 1], and 1 (or None) where no texts are given.")
+        raise ValueError(f"own_samples={own_samples!r} must be in [0, 1]; without texts, leave it out or set it to 1.")
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
     if texts is not None and tokenizer is None:
@@ -142,8 +143,8 @@ def calibrate(
     outer = config.basis_init != "random" and not states_only
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(
-            f"tokens={tokens} cannot measure a {layers[0].hidden_size}-dimensional covariance; give at least "
-            f"{layers[0].hidden_size}, better ten times as many."
+            f"tokens={tokens} is too few for a {layers[0].hidden_size}-dimensional covariance; give at least "
+            f"{layers[0].hidden_size}, preferably ten times as many."
         )
 
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
@@ -181,7 +182,7 @@ def calibrate(
         raise ValueError("calibration saw no usable token: the texts are empty; give texts with words in them.")
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
         raise ValueError(
-            f"{few} tokens cannot measure a {layers[0].hidden_size}-dimensional covariance; give texts of at least "
+            f"{few} tokens are too few for a {layers[0].hidden_size}-dimensional covariance; give texts of at least "
             f"{layers[0].hidden_size} tokens in all, better ten times as many."
         )
 
@@ -199,7 +200,7 @@ def calibrate(
         "outliers": 1 - sum(m.kept for m in moments.values()) / sum(m.seen for m in moments.values()),
     }
     config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
-    config.provenance = None  # of an earlier basis
+    config.provenance = None  # it described an earlier basis
     return dict(config.calibration)
 
 
@@ -220,7 +221,7 @@ def is_trained(layer: BundleLayer, adapter: str) -> bool:
 
 @contextmanager
 def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]) -> Iterator[list[Tensor]]:
-    """Run the block in eval mode without bundles and gradients, and measure the output of every block.
+    """Run the `with` block in eval mode, without bundles or gradients, and measure each decoder block's output.
 
     Yields a list. While it holds the mask (B, T) of a batch, the states of that batch are added to `moments`.
     """
@@ -260,7 +261,8 @@ def _tokenised(
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(
-                f"texts holds a {type(text).__name__}; give strings, e.g. [row['text'] for row in dataset]."
+                f"texts contains a {type(text).__name__}; give strings, such as the column of a dataset: "
+                "dataset['text']."
             )
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows += [ids] if len(ids) else []
@@ -287,20 +289,21 @@ def own_samples(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict[str, list[int]]]:
-    """Let the base model write text, with bundles off and at temperature 1.
+    """Sample text from the base model, with bundles off and at temperature 1.
 
-    `calibrate` measures such text when it has no other, and `objectives.Anchor` keeps the model close to it.
+    `calibrate` measures such text when it gets no other. On such text `objectives.Anchor` keeps the model close to the
+    base model.
 
     Args:
         model: a model with bundles.
-        tokenizer: asked for the first token, if the model's config has none.
-        tokens: number of tokens in all; rounded up to whole batches.
-        max_length: tokens of a row.
-        batch_size: rows that are generated together.
+        tokenizer: used only for the start token, if the model's config has none.
+        tokens: total number of tokens, rounded up to whole batches.
+        max_length: tokens per row.
+        batch_size: rows generated together.
         seed: seed of the sampling.
 
     Returns:
-        Rows, `{"input_ids": [...]}` each.
+        A list of rows `{"input_ids": [...]}`.
 
     Raises:
         ValueError: the model has no bundles.
@@ -325,9 +328,9 @@ def own_samples(
 
 @torch.no_grad()
 def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
-    """Token ids (N, length): the prompts (N, P), continued with samples of the model's own distribution.
+    """Token ids (N, length): the prompts (N, P), continued with samples from the model's own distribution.
 
-    The generation settings of the model are overridden: those of instruct models make all samples the same.
+    The model's generation settings are overridden: those of instruct models would make all samples alike.
     """
     return model.generate(
         input_ids=prompts,
@@ -340,14 +343,14 @@ def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
         num_beams=1,
         min_new_tokens=length - prompts.shape[1],
         max_new_tokens=length - prompts.shape[1],
-        pad_token_id=int(prompts[0, 0]),  # never needed: all rows are of full length
+        pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
     )
 
 
 def _own_samples(
     model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of text that the base model writes from its start token."""
+    """Batches of text that the base model generates from its start token."""
     config = model.config.get_text_config(decoder=True)
     starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), config.eos_token_id)
     start = next((t for t in starts if t is not None), 0)

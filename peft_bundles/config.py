@@ -23,8 +23,8 @@ ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
-REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 knew
-FORMAT_VERSION = 1  # of the checkpoints that this version writes; it reads this one and those before
+REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 supported
+FORMAT_VERSION = 1  # of checkpoints; this version writes it, and reads it and all earlier ones
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -55,12 +55,12 @@ def _check_rank(owner: str, name: str, rank: Any, fraction_up_to: float = 1.0) -
     is_fraction = isinstance(rank, float) and 0.0 < rank <= fraction_up_to
     if not (is_int or is_fraction):
         raise ValueError(
-            f"{owner}: {name}={rank!r} is no rank; give an int >= 1 or a float in (0, {fraction_up_to:g}]."
+            f"{owner}: {name}={rank!r} is not a rank; give an int >= 1 or a float in (0, {fraction_up_to:g}]."
         )
 
 
 def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
-    """Refuse what is not a number in [low, high]; NaN is refused, too."""
+    """Refuse anything but a number in [low, high]; NaN is refused too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{owner}: {name}={value!r} must be a number in [{low:g}, {high:g}].")
 
@@ -68,8 +68,8 @@ def _check_number(owner: str, name: str, value: Any, low: float, high: float) ->
 def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
     if value in REMOVED.get(name, ()):
         raise ValueError(
-            f"{owner}: {name}={value!r} is no longer supported since version 0.2; use one of {', '.join(choices)}, or "
-            "load an adapter that was trained with it with peft-bundles 0.1."
+            f"{owner}: {name}={value!r} is no longer supported as of version 0.2; use one of {', '.join(choices)}, or "
+            "use peft-bundles 0.1 for an adapter that was trained with it."
         )
     if value not in choices:
         raise ValueError(f"{owner}: {name}={value!r} is unknown; choose one of {', '.join(choices)}.")
@@ -80,7 +80,7 @@ def _check_name(kind: str, name: Any) -> None:
     if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ParameterDict, name):
         raise ValueError(
             f"{kind} name {name!r} cannot be used: give a name of letters, digits and '_' that does not start with a "
-            "digit and is no method of torch.nn.ParameterDict (such as 'keys')."
+            "digit and is not a method of torch.nn.ParameterDict (such as 'keys')."
         )
 
 
@@ -130,16 +130,17 @@ class BundleSpec:
             Between: its gradients are multiplied by the weight.
         bottleneck: hidden width b_k: an int, or a float as a fraction of r_k (for "full": of the hidden size), at most
             4.0. "diag" has none. None takes the config's.
-        adapter: what the bundle computes of the states x in its support: "mlp" up(gelu(down x)), "linear" up(down x),
-            "diag" one factor a column, "full" an "mlp" on the whole stream without U. None takes the config's.
+        adapter: what the bundle computes from the states x in its support: "mlp" up(gelu(down x)), "linear" up(down x),
+            "diag" one factor per column, "full" an "mlp" on the whole residual stream, without U. None takes the
+            config's.
         alpha: factor of the bundle's output, unless `alphas` or `set_alphas` say otherwise.
         role: "general", "semantic" or "signal"; a label for reports and trainers.
         topic: what a semantic bundle is about; a label for routers.
-        protected: whether only weights of 0 and 1 are allowed in `signals`; a label for trainers, too.
+        protected: allow only weights of 0 and 1 in `signals`; also a label for trainers.
         name: filled in from the key of `BundleConfig.bundles`.
 
     Raises:
-        ValueError: a value outside of these ranges. The message names the field, the value and what to write.
+        ValueError: a value outside these ranges. The message names the field, the value and what to write.
 
     Example:
         >>> from peft_bundles import BundleSpec
@@ -189,8 +190,8 @@ class BundleSpec:
 class BundleConfig(PeftConfig):
     """Configuration of a BUNDLE adapter: its bundles, the basis they live in, and how they train.
 
-    Every decoder layer has an orthonormal basis U. A bundle reads x = ((h - mu) / sigma) U in its support, its columns
-    of U, and adds c * alpha * u(x) there. `docs/concepts.md` has the equations.
+    Every decoder layer has an orthonormal basis U. A bundle reads x = ((h - mu) / sigma) U on its support (its columns
+    of U) and adds c * alpha * u(x) there. `docs/concepts.md` has the equations.
 
     Args:
         preset: a name of `peft_bundles.PRESETS`. Without it and without `bundles`: "single_adapter".
@@ -205,11 +206,12 @@ class BundleConfig(PeftConfig):
             variance). Until `calibrate` has run, these are random, too.
         adapter: "mlp", "linear", "diag" or "full" for bundles that name none; see `BundleSpec`.
         bottleneck: hidden width of bundles that name none; see `BundleSpec`.
-        projection: "none": a bundle reads and writes the columns of its support. "tied": a trained projector W_k comes
-            between, and its transpose on the way back, P = W U^T; hidden units use the same parameters better.
+        projection: "none": a bundle reads and writes the columns of its support. "tied": a trained projector W_k maps
+            the support to r_k dimensions, and its transpose maps back (P = W U^T). More hidden units are usually a
+            better use of the same parameters.
         input_norm: "standard": x is centred and scaled with mu and sigma from `calibrate`. "none": x = h U.
-        scaling: c, a constant factor of what the bundles add, as lora_alpha / r in LoRA. Under Adam it is the ratio of
-            the step sizes of the second map (`up`) and the first (`down`), as in LoRA+ (arXiv 2402.12354).
+        scaling: c, a constant factor on what the bundles add, like lora_alpha / r in LoRA. Under Adam it is the ratio
+            of the step sizes of the second map (`up`) and the first (`down`), as in LoRA+ (arXiv 2402.12354).
         quiet: weight of the penalty on what bundles add to the states that `calibrate` kept. `forward` with labels adds
             it to the loss while training; to a loss of your own add `model.quiet_loss()`. 0 turns it off.
         dropout: dropout of the hidden units while training, in [0, 1).
@@ -219,8 +221,8 @@ class BundleConfig(PeftConfig):
         modules_to_save: further modules to train in full and to save, as in other PEFT methods.
         save_basis: store U in the checkpoint. False draws it again from the seed (`basis_init="random"` only).
         init_weights: True: a fresh adapter changes nothing, bit for bit. False: random weights, for tests.
-        task_type: give "CAUSAL_LM" (as in other PEFT methods). Without a task type PEFT calls the base model directly,
-            which leaves out the `quiet` penalty and `generate(..., alphas=)`.
+        task_type: set it to "CAUSAL_LM", as in other PEFT methods. Without a task type PEFT calls the base model
+            directly, which leaves out the `quiet` penalty and `generate(..., alphas=)`.
 
     The library fills in the other fields, and they are saved: `base_shape` ([hidden size, number of layers]),
     `basis_fingerprint` (layer -> a number that tells bases apart), `calibration` (what `calibrate` returned),
@@ -229,7 +231,7 @@ class BundleConfig(PeftConfig):
     files of version 0.1).
 
     Raises:
-        ValueError: a value that does not fit. The message names the field, the value and what to write.
+        ValueError: a value is not allowed. The message names the field, the value and what to write.
 
     Example:
         >>> from peft import get_peft_model
@@ -280,9 +282,9 @@ class BundleConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT and transformers take an adapter's tensors and then save its config. This is the digest of the tensors
-        # that were taken last, and becomes `weights_digest` in the file. In memory that field is None, but for a config
-        # that was read and whose tensors have not been loaded yet.
+        # PEFT and transformers collect an adapter's tensors first and save its config afterwards. This is the digest of
+        # the tensors collected last; it becomes `weights_digest` in the file. In memory that field is None, except in a
+        # config that was read from a file and whose tensors have not been loaded yet.
         self.digest_to_save: str | None = None
         self.peft_type = PeftType("BUNDLE")
         owner = "BundleConfig"
@@ -320,8 +322,8 @@ class BundleConfig(PeftConfig):
             raise ValueError(f"{owner}: basis_seed={self.basis_seed!r} must be an int >= 0.")
         if self.target_parameters:
             raise ValueError(
-                f"{owner}: target_parameters={self.target_parameters!r} cannot be used; bundles sit on decoder blocks, "
-                "which are found automatically."
+                f"{owner}: target_parameters={self.target_parameters!r} cannot be used; bundles sit on decoder "
+                "blocks, which are found automatically. Leave it out."
             )
         if not self.save_basis and self.basis_init != "random":
             raise ValueError(
@@ -342,14 +344,14 @@ class BundleConfig(PeftConfig):
     def _named(items: Any, cls: type, kind: str) -> dict[str, Any]:
         """Dict of `cls` by name, from a dict (of instances, field dicts or bare ranks) or a list of named ones."""
         if not isinstance(items, (Mapping, list, tuple)):
-            raise ValueError(f"BundleConfig: {kind}s={items!r} must be a dict by name, or a list of named ones.")
+            raise ValueError(
+                f"BundleConfig: {kind}s={items!r} must be a dict by name, or a list of {cls.__name__}(name=...)."
+            )
         if not isinstance(items, Mapping):
             items = [item if isinstance(item, cls) else _from_mapping(cls, f"{kind} {item}", item) for item in items]
             names = [item.name for item in items]
             if twice := sorted({str(n) for n in names if names.count(n) > 1}):
-                raise ValueError(
-                    f"BundleConfig: {kind} name(s) {twice} are given twice; give every {kind} a name of its own."
-                )
+                raise ValueError(f"BundleConfig: {kind} name(s) {twice} appear twice; give every {kind} its own name.")
             items = {item.name: item for item in items}
         named = {}
         for name, item in items.items():
@@ -384,7 +386,7 @@ class BundleConfig(PeftConfig):
             )
         if spec.overlap and COMMON in spec.sub_bases:
             raise ValueError(
-                f"bundle {name!r}: overlap={spec.overlap} and the sub-basis {COMMON!r} exclude each other; drop one."
+                f"bundle {name!r}: overlap={spec.overlap} already adds columns of {COMMON!r}; drop it from sub_bases."
             )
 
     @property
@@ -420,12 +422,12 @@ class BundleConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the fields of a file, as in PEFT; the error names a file that is no JSON object."""
+        """Read the fields of a file, as in PEFT. Raises ValueError, with the path, unless it holds a JSON object."""
         try:
             with open(path_json_file) as file:
                 loaded = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path_json_file} is not valid JSON ({error}); the checkpoint is damaged.") from error
         if not isinstance(loaded, dict):
-            raise ValueError(f"{path_json_file} holds a {type(loaded).__name__} and not an object; it is damaged.")
+            raise ValueError(f"{path_json_file} holds a {type(loaded).__name__}, not an object; it is damaged.")
         return super().from_json_file(path_json_file, **kwargs)

@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module that one of the package's extras brings.
+    """Import a module that one of the package's extras installs.
 
     Args:
         module: its name, such as "trl" or "sklearn.linear_model".

@@ -144,7 +144,7 @@ class BundleModel(BaseTuner):
             raise
 
     def fill(self, adapter: str, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Put tensors in the place of those that an adapter was attached with; arguments as those of `adopt`."""
+        """Replace the tensors that an adapter was attached with; arguments as in `adopt`."""
         self._take(adapter, tensors)
         self._cast_adapter_dtype(adapter)
 
@@ -171,7 +171,7 @@ class BundleModel(BaseTuner):
         elif layer.index != index:
             raise ValueError(
                 f"block {current_key!r} is layer {layer.index} of the adapters it has and would be layer {index} of "
-                f"{adapter_name!r}; give target_modules that number the blocks alike."
+                f"{adapter_name!r}; give target_modules that number the blocks the same way."
             )
         layer.update_layer(adapter_name, peft_config.init_weights, peft_config.inference_mode)
 
@@ -181,7 +181,7 @@ class BundleModel(BaseTuner):
             super()._mark_only_adapters_as_trainable(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's looks at every buffer, so that U would be drawn although a checkpoint is about to replace it.
+        # PEFT's version reads every buffer, so U would be drawn just before a checkpoint replaces it.
         for layer in self._layers if autocast_adapter_dtype else ():
             if adapter_name not in layer.bundle_basis:
                 continue
@@ -271,7 +271,7 @@ class BundleModel(BaseTuner):
                     tensors[layer.index]["bundle_basis"] = basis
                 check_tensors({layer.index: tensors[layer.index]}, config, layer.hidden_size, source)
             check_digest(config, state_dict, source)
-        config.weights_digest = None  # state dicts that are set later may be any
+        config.weights_digest = None  # state dicts that are set later are not checked against it
         return remapped
 
     # ---- a call's own alphas and adapters ----
@@ -288,7 +288,7 @@ class BundleModel(BaseTuner):
         except (TypeError, ValueError) as error:
             if call.offered is not None and "'alphas'" in str(error):  # an argument that the base model does not know
                 raise ValueError(
-                    "alphas= cannot be given here: without a task type PEFT hands it on to the base model. Make the "
+                    "alphas= cannot be used here: without a task type PEFT passes it to the base model. Make the "
                     "adapter with BundleConfig(task_type='CAUSAL_LM'), or use `with model.alphas(...):`."
                 ) from error
             raise
@@ -296,7 +296,7 @@ class BundleModel(BaseTuner):
             call.offered = before
 
     def _not_set_yet(self, values: Any) -> Any:
-        """The alphas of a call, or None if `PeftModel` has set them: then it hands the same object on to the tuner."""
+        """The alphas of a call, or None if `PeftModel` has set them: then it passes the same object to the tuner."""
         call = self._state.call
         if values is None or values is not call.offered:
             return values
@@ -305,7 +305,7 @@ class BundleModel(BaseTuner):
 
     @contextmanager
     def _call(self, values: Any, adapter_names: list[str] | None) -> Iterator[None]:
-        """Run the block as one call, with alphas and adapter names of its own where they are given."""
+        """Run the block as one call, with its own alphas and adapter names if they are given."""
         call = self._state.call
         if adapter_names is not None:
             if self.training:
@@ -388,7 +388,7 @@ class BundleModel(BaseTuner):
             with self._call(self._not_set_yet(alphas), adapter_names):
                 output = self.model(*args, **kwargs)
             if self.training and state.seen and getattr(output, "loss", None) is not None:
-                # The trainer divides the loss by the tokens of the whole step; this micro-batch has a share of them.
+                # The trainer divides the loss by the tokens of the whole step, and this micro-batch has only a share.
                 labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
                 share = 1.0 if labels is None or items is None else (labels[..., 1:] != -100).sum() / items
                 output.loss = output.loss + share * self.quiet_loss()
@@ -440,7 +440,7 @@ class BundleModel(BaseTuner):
     def folded(self) -> Iterator[None]:
         """Fold the bundles once for all forwards without gradients in the block, in this thread.
 
-        Do not change weights inside of the block.
+        Do not change weights inside the block.
         """
         call = self._state.call
         before = call.folds

@@ -22,7 +22,7 @@ class BundleReport:
             all layers), alpha, signals.
         overlap: (M, M), |S_j and S_k| / min(|S_j|, |S_k|): the share of common support of two bundles.
         angles: (M, M), smallest principal angle between what two bundles read, in degrees, mean over layers; NaN for a
-            "full" bundle, which reads everything. None unless it was asked for.
+            "full" bundle, which reads everything. None unless requested.
         header: lines about the adapter as a whole.
     """
 
@@ -124,7 +124,7 @@ def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
     for j, (a, left) in enumerate(shapes.items()):
         for k, (b, right) in enumerate(shapes.items()):
             if "full" in (left.kind, right.kind) or k < j:
-                continue  # "full" reads everything, and the table is symmetric
+                continue  # "full" bundles read everything, and the table is symmetric
             reads = [(_reads(layer, adapter, a, left), _reads(layer, adapter, b, right)) for layer in layers]
             angles = [principal_angles(x, left.support, y, right.support).min() for x, y in reads]
             table[j, k] = table[k, j] = torch.rad2deg(torch.stack(angles).mean())

@@ -4,8 +4,8 @@
     python recipes/kl_clamp.py --smoke               # two CPU cores
 
 The clamp adds strength * max(0, KL - tau) to the loss. KL compares what the LM head reads in the bundle's columns with
-the bundle on and off, in nats a token (`peft_bundles.objectives.kl_clamp`). Every entry of `clamps` in kl_clamp.yaml is
-a run of its own on the same rows; the table shows what it learned and how far it moved from the base model.
+the bundle on and off, in nats per token (`peft_bundles.objectives.kl_clamp`). Every entry of `clamps` in kl_clamp.yaml
+is a separate run on the same rows. The table shows what each run learned and how far it moved from the base model.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
     flags = vars(parser.parse_args(argv))
-    given = yaml.safe_load(flags.pop("config").read_text())
-    smoke = given.pop("smoke")
-    return given | (smoke if flags["smoke"] else {}) | {k: v for k, v in flags.items() if v is not None}
+    config = yaml.safe_load(flags.pop("config").read_text())
+    smoke = config.pop("smoke")
+    return config | (smoke if flags["smoke"] else {}) | {k: v for k, v in flags.items() if v is not None}
 
 
-def bundle_config(given: dict[str, Any]) -> BundleConfig:
-    bundle = {"rank": given["rank"], "sub_bases": ["text"], "signals": {"lm": 1.0}}
-    fields = {"quiet": given["quiet"], "basis_seed": given["seed"], "task_type": "CAUSAL_LM"}
-    return BundleConfig(bundles={BUNDLE: bundle}, sub_bases={"text": given["rank"]}, **fields)
+def bundle_config(config: dict[str, Any]) -> BundleConfig:
+    bundle = {"rank": config["rank"], "sub_bases": ["text"], "signals": {"lm": 1.0}}
+    fields = {"quiet": config["quiet"], "basis_seed": config["seed"], "task_type": "CAUSAL_LM"}
+    return BundleConfig(bundles={BUNDLE: bundle}, sub_bases={"text": config["rank"]}, **fields)
 
 
 @torch.no_grad()
@@ -89,20 +89,20 @@ def measured(trainer: BundleTrainer, held_out: dict[str, Tensor]) -> dict[str, f
     return numbers
 
 
-def run(given: dict[str, Any], clamp: dict[str, Any] | None, source: str, texts: dict[str, Any]) -> dict[str, Any]:
-    """Train the bundle from the start under one setting of the clamp."""
+def run(config: dict[str, Any], clamp: dict[str, Any] | None, source: str, texts: dict[str, Any]) -> dict[str, Any]:
+    """Train a fresh bundle under one setting of the clamp."""
     begun = time.perf_counter()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     with tempfile.TemporaryDirectory() as folder:
         args = BundleTrainingConfig(
-            folder, seed=given["seed"], save_strategy="no", report_to="none", use_cpu=given["smoke"],
+            folder, seed=config["seed"], save_strategy="no", report_to="none", use_cpu=config["smoke"],
             kl_clamp=clamp and {"strength": {"lm": clamp["strength"]}, "tau": clamp["tau"], "beta": {BUNDLE: 1.0}},
-            **given["training"],
+            **config["training"],
         )  # fmt: skip
         base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
-        model = get_peft_model(base, bundle_config(given))
-        peft_bundles.calibrate(model, texts["manual"][0], tokenizer, progress=False, **given["calibration"])
-        length, rows = given["text"]["length"], given["text"]
+        model = get_peft_model(base, bundle_config(config))
+        peft_bundles.calibrate(model, texts["manual"][0], tokenizer, progress=False, **config["calibration"])
+        length, rows = config["text"]["length"], config["text"]
         train = encode(tokenizer, texts["plays"][0], rows["train"], length)
         held_out = {kind: encode(tokenizer, texts[kind][1], rows["held_out"], length) for kind in ("plays", "manual")}
         objective = LM([{"input_ids": ids} for ids in train.tolist()])
@@ -128,14 +128,14 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    given = settings(argv)
-    source = given["model"] or str(model_folder())
-    documents = {"plays": plays(), "manual": dict(topics)}  # nobody trains on the manual
-    texts = {kind: split_by_document(found, given["seed"]) for kind, found in documents.items()}
-    runs = [run(given, clamp, source, texts) for clamp in given["clamps"]]
+    config = settings(argv)
+    source = config["model"] or str(model_folder())
+    documents = {"plays": plays(), "manual": dict(topics)}  # the manual is held out of training
+    texts = {kind: split_by_document(pieces, config["seed"]) for kind, pieces in documents.items()}
+    runs = [run(config, clamp, source, texts) for clamp in config["clamps"]]
     command = " ".join(["recipes/kl_clamp.py", *(sys.argv[1:] if argv is None else argv)])
-    results = {**records.made_by(command), "settings": given, "runs": runs}
-    records.write(Path(given["output"]) / "results.json", results)
+    results = {**records.made_by(command), "settings": config, "runs": runs}
+    records.write(Path(config["output"]) / "results.json", results)
     show(runs)
     return results
 

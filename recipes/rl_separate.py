@@ -1,10 +1,10 @@
-"""One SmolLM2, three kinds of data at once, and what each of them did can be switched off afterwards.
+"""One SmolLM2 learns from three kinds of data at once; what each of them did can be switched off afterwards.
 
     accelerate launch recipes/rl_separate.py            # a GPU
     python recipes/rl_separate.py --smoke               # 3 minutes on two CPU cores
 
-Text trains with the LM loss, pairs with DPO, prompts with PPO (policy, value, entropy, KL), every loss only the bundles
-that own it. Settings are in rl_separate.yaml, what the table at the end means in README.md.
+Text trains with the LM loss, pairs with DPO, prompts with PPO (policy, value, entropy, KL). Every loss updates only the
+bundles that own it. Settings are in rl_separate.yaml; README.md explains the table at the end.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def settings(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--forward", choices=FORWARDS, help="bundles that are on in rows of text")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--model", help="folder or Hub id of another causal LM with a chat template")
-    parser.add_argument("--base", help="the Hub's name of that model, for cards")
+    parser.add_argument("--base", help="Hub id of that model, for model cards")
     parser.add_argument("--preferences", help="folder or Hub dataset with prompt, chosen and rejected")
     parser.add_argument("--output", help="folder for checkpoints, adapter, results and plots")
     parser.add_argument("--cards", action="store_true", default=None, help="measure every bundle and write its folder")
-    parser.add_argument("--steps", type=int, help="optimizer steps, those of a resumed run included")
+    parser.add_argument("--steps", type=int, help="optimizer steps, including those before a resume")
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     flags = vars(parser.parse_args(argv))
     config = yaml.safe_load(flags.pop("config").read_text())
     smoke, resume, steps = config.pop("smoke"), flags.pop("resume"), flags.pop("steps")
@@ -73,7 +73,7 @@ def settings(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
 
 
 def laid_over(below: Any, above: Any) -> Any:
-    """`above` where it says something, `below` elsewhere."""
+    """Nested dicts merged: values of `above` win over those of `below`."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return {**below, **{name: laid_over(below.get(name), value) for name, value in above.items()}}
@@ -88,7 +88,7 @@ def bundle_config(config: dict[str, Any], hidden_size: int) -> BundleConfig:
     elif config["variant"] == "shared_adapter":
         columns = {name: resolve_rank(rank, hidden_size) for name, rank in sub_bases.items()}
         total = sum(columns.values())
-        # A bundle of h hidden units on s columns has 2 h s weights a layer.
+        # A bundle of h hidden units on s columns has 2 h s weights per layer.
         weights = sum(
             resolve_rank(spec["bottleneck"], resolve_rank(spec["rank"], hidden_size))
             * sum(columns[s] for s in spec["sub_bases"])
@@ -142,12 +142,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         **training,
     )
     if config["cards"] and args.world_size > 1:
-        raise ValueError(f"cards: measured and written by one process, and there are {args.world_size}; run without.")
+        raise ValueError(f"cards: need one process, but {args.world_size} run; start without accelerate launch.")
     last = transformers.trainer_utils.get_last_checkpoint(output) if output.is_dir() else None
     if resume and last is None:
         raise ValueError(f"--resume: {output} has no checkpoint; leave --resume out, or name the run's --output.")
     if last is not None and not resume:
-        raise ValueError(f"{output} has a run already ({Path(last).name}); give --resume, or another --output.")
+        raise ValueError(f"{output} already has a run ({Path(last).name}); give --resume, or another --output.")
 
     source = config["model"] or str(model_folder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)

@@ -1,11 +1,11 @@
-"""Six topic bundles on real text: what each is worth to its own topic, and to the others.
+"""Six topic bundles on real text: how much each one helps its own topic, and the others.
 
     python recipes/semantic.py --prepare topics.json.gz                      # once, with a network
     python recipes/semantic.py --data topics.json.gz --model FOLDER          # a GPU; --resume goes on
     python recipes/semantic.py --smoke                                       # two CPU cores
 
-Every cell of the sweep in semantic.yaml trains the bundles anew and leaves one line in cells.jsonl: the held-out loss
-of every topic with each bundle alone, with all and with none. What the tables mean is in README.md.
+Every cell of the sweep in semantic.yaml trains fresh bundles and appends one line to cells.jsonl: the held-out loss of
+every topic with each bundle alone, with all and with none. What the tables mean is in README.md.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--prepare", help="write the texts to this file and stop", metavar="FILE")
     parser.add_argument("--output", help="folder for cells.jsonl and the plots")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to use instead of the sweep's")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the sweep's settings, from 0")
     parser.add_argument("--smoke", action="store_true", help="two small cells on the CPU")
-    parser.add_argument("--resume", action="store_true", help="leave out the cells that cells.jsonl has")
+    parser.add_argument("--resume", action="store_true", help="skip the cells that cells.jsonl already has")
     flags = vars(parser.parse_args(argv))
     config = yaml.safe_load(flags.pop("config").read_text())
     smoke = config.pop("smoke")
@@ -77,7 +77,7 @@ def settings(argv: list[str] | None) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """The matrix of one cell: the loss with no topic bundle, and the difference that each, or all, make."""
+    """The matrix of one cell: the loss without topic bundles, and how each one, or all, change it."""
     matrix, cell = record["matrix"], record["cell"]
     topics = [topic for topic in matrix if topic != "other"]
     title = ", ".join(f"{k}={v}" for k, v in cell.items()) or "default"
@@ -94,7 +94,7 @@ def show_sweeps(cells: list[dict[str, Any]], folder: Path) -> None:
     for knob, values in sweeps(cells).items():
         drawn = Table(knob, *next(iter(values.values())), title=f"change of held-out loss against none, by {knob}")
         for value, row in values.items():
-            drawn.add_row(str(value), *(f"{fmean(found):+.3f} ± {spread(found):.3f}" for found in row.values()))
+            drawn.add_row(str(value), *(f"{fmean(runs):+.3f} ± {spread(runs):.3f}" for runs in row.values()))
         print(drawn)
     draw(cells, folder)
 
@@ -112,12 +112,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if cells and not config["resume"]:
         raise ValueError(f"{cells_file} has {len(cells)} cells; give --resume, or another --output.")
     sweep = [(cell, seed) for cell in config["sweep"]["cells"] for seed in config["sweep"]["seeds"]]
-    wanted = [(cell, seed, {k: ({**config, **cell, "seed": seed})[k] for k in FIXED}) for cell, seed in sweep]
-    for _, _, setting in wanted:  # what cannot be run is said before anything is
+    planned = [(cell, seed, {k: ({**config, **cell, "seed": seed})[k] for k in FIXED}) for cell, seed in sweep]
+    for _, _, setting in planned:  # check all settings before running any
         TopicRouting(["any"], setting["mask"])
         if not 2 <= setting["topics"] <= len(TOPICS):
             raise ValueError(f"topics: {setting['topics']!r} must be from 2 to {len(TOPICS)}.")
-    missing = [w for w in wanted if w[2] not in [record["settings"] for record in cells]]
+    missing = [plan for plan in planned if plan[2] not in [record["settings"] for record in cells]]
     if missing:
         source = config["model"] or str(model_folder())
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -133,12 +133,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         cells.append(record)
         show(record)
         print(f"cell {number + 1} of {len(missing)}: {record['seconds']:.0f} s")
-    found = [record for record in cells if record["settings"] in [w[2] for w in wanted]]
+    selected = [record for record in cells if record["settings"] in [plan[2] for plan in planned]]
     if not missing:
-        show(found[0])
-    show_sweeps(found, output)
+        show(selected[0])
+    show_sweeps(selected, output)
     print(f"recorded in {cells_file}")
-    return found
+    return selected
 
 
 if __name__ == "__main__":

@@ -161,13 +161,13 @@ def test_refusals():
     model = get_peft_model(TINY["llama"](), bundle_config())
     with pytest.raises(ValueError, match="texts is one string"):
         calibrate(model, "one string", Tokenizer())
-    with pytest.raises(ValueError, match=r"texts holds a dict; give strings, .*\[row\['text'\] for row"):
+    with pytest.raises(ValueError, match=r"texts contains a dict; give strings, .* dataset\['text'\]"):
         calibrate(model, [{"text": "abc"}], Tokenizer(), progress=False)
     with pytest.raises(ValueError, match="texts need a tokenizer"):
         calibrate(model, texts())
-    with pytest.raises(ValueError, match="tokens=10 cannot measure"):
+    with pytest.raises(ValueError, match="tokens=10 is too few"):
         calibrate(model, tokens=10)
-    with pytest.raises(ValueError, match="tokens cannot measure a 64-dimensional covariance"):
+    with pytest.raises(ValueError, match="tokens are too few for a 64-dimensional covariance"):
         calibrate(model, ["abc"], Tokenizer(), progress=False)
     with pytest.raises(ValueError, match="no usable token"):
         calibrate(model, [""], Tokenizer(), progress=False)

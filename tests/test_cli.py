@@ -204,9 +204,9 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=high"],
             2,
-            "'high' is no finite number; give one, e.g.",
+            "'high' is not a finite number; give one, e.g.",
         ),
-        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is no finite number"),
+        (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=nan"], 2, "'nan' is not a finite number"),
         (["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=1", "--alpha", "b_mlp=0"], 2, "b_mlp is given twice"),
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp"],
@@ -220,7 +220,7 @@ def test_push_and_pull(folders, tmp_path):
         ),
         (["generate", "{one}", "--prompt", ""], 1, "--prompt '' has no token; give some text"),
         (["generate", "{one}", "--prompt", "a", "--max-new-tokens", "0"], 2, "'--max-new-tokens'"),
-        (["report", "{root}/nowhere"], 1, "nowhere' is no folder that exists and no repository"),
+        (["report", "{root}/nowhere"], 1, "nowhere' is neither an existing folder nor the name of a repository"),
         (["report", "{root}"], 1, "has no adapter_config.json"),
         (["report", "{one}:b_x"], 1, "has no bundle 'b_x'"),
         (["report", "{one}", "--base", "{root}/nowhere"], 1, "nowhere' cannot be loaded (Repo id must"),
@@ -236,18 +236,18 @@ def test_push_and_pull(folders, tmp_path):
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--plot", "{root}/plot.doc"],
             2,
-            "is no picture that can be written; give a .png, .svg or .pdf",
+            "has no suffix of a picture format; give a .png, .svg or .pdf",
         ),
         (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--values", "0,high"],
             2,
-            "'high' is no finite",
+            "'high' is not a finite",
         ),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--own", "a"],
             2,
-            "needs that --text, at least one other --text, and 0",
+            "needs a --text of that name, at least one other --text, and 0",
         ),
         (["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--tokens", "9999"], 1, "lower --tokens"),
     ],
@@ -273,9 +273,9 @@ def test_what_a_stranger_may_give(folders, tmp_path):
         (spoilt("pickle", pickled), "only adapter_model.bin, a pickle, which is never loaded", "base"),
         (spoilt("header", huge_header), "claims a header of 10,737,418,240 bytes in a file of 208", "base"),
         (good, "was trained on another base model or another revision of it", tmp_path / "other"),
-        ("me/../x", "is no folder that exists and no repository", "base"),
+        ("me/../x", "is neither an existing folder nor the name of a repository", "base"),
         (f"{good}:../b_mlp", "has no bundle '../b_mlp'; name one of ['b_mlp']", "base"),
-        (tmp_path / "../../nowhere", "is no folder that exists and no repository", "base"),
+        (tmp_path / "../../nowhere", "is neither an existing folder nor the name of a repository", "base"),
     ):
         for command in (
             ["report", source],

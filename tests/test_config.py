@@ -141,9 +141,9 @@ def spec(**fields) -> dict:
         ({"sub_bases": {"a": 8}, "bundles": {"b.c": spec()}}, "bundle name 'b.c'"),
         ({"sub_bases": {"a": 8}, "bundles": {"keys": spec()}}, "bundle name 'keys'"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(name="c")}}, "under key 'b' is named 'c'"),
-        ({"sub_bases": {"a": 8}, "bundles": [spec(name="b"), spec(name="b")]}, r"\['b'\] are given twice"),
+        ({"sub_bases": {"a": 8}, "bundles": [spec(name="b"), spec(name="b")]}, r"\['b'\] appear twice"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(adapter="identity")}}, r"no longer .* 0\.2; use one of mlp"),
-        ({"projection": "free"}, r"projection='free' is no longer supported since version 0\.2; use one of none, tied"),
+        ({"projection": "free"}, r"projection='free' is no longer supported as of version 0\.2; use one of none, tied"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_the_fix(fields, message):

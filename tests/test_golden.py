@@ -154,11 +154,9 @@ def test_saved_again_it_is_the_same(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["refused_free", "refused_identity"])
 def test_free_projector_and_identity_kind_are_refused(name):
-    with pytest.raises(
-        ValueError, match=r"no longer supported since version 0\.2; use .*, or load .* with peft-bundles 0\.1"
-    ):
+    with pytest.raises(ValueError, match=r"no longer supported as of version 0\.2; use .*, or use peft-bundles 0\.1"):
         loaded(name)
-    with pytest.raises(ValueError, match=r"no longer supported since version 0\.2"):
+    with pytest.raises(ValueError, match=r"no longer supported as of version 0\.2"):
         peft_bundles.compose(base("llama"), [GOLDEN / name])
 
 

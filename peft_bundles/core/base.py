@@ -16,19 +16,19 @@ from ..config import BundleConfig
 
 CHILD = "bundles"  # the name under which a block holds its BundleLayer
 PEFT_PREFIX = "base_model.model."
-SAMPLES = 16  # weights of a tensor in the fingerprint
+SAMPLES = 16  # weights per tensor in the fingerprint
 VOCABULARY = 64  # rows of the embeddings in the fingerprint: a larger vocabulary does not change these
 
 
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the decoder blocks, in order.
 
-    The first that exists of: the list of `num_hidden_layers` modules that the model says must not be split
+    Tried in this order: the list of `num_hidden_layers` modules that the model says must not be split
     (`_no_split_modules`), any list of such modules, the list of `num_hidden_layers` modules inside `get_decoder()`.
     Failure mode of a simpler rule: the longest list may be a vision tower.
 
     Raises:
-        ValueError: none found; name them with `target_modules`.
+        ValueError: no blocks found; name them with `target_modules`.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -59,7 +59,7 @@ class Injection:
 
     Attributes:
         layers: name of every block that was found -> number of its layer.
-        matches: name of every block -> whether it gets bundles, as PEFT answers that (true, false or excluded).
+        matches: name of every block -> whether it gets bundles, as PEFT reports it (true, false or excluded).
         depth: number of layers of the model.
     """
 
@@ -70,13 +70,13 @@ class Injection:
     depth: int = 0
 
     def choose_blocks(self, model: nn.Module, config: BundleConfig) -> None:
-        """Fill in the blocks, which have other names in an AutoModel than in a causal LM, so that no config keeps them.
+        """Fill in the blocks. A config does not store them: their names differ between an AutoModel and a causal LM.
 
         Raises:
             ValueError: no blocks found, `target_modules` that are no blocks, or layers that the model does not have.
         """
         matcher = copy.copy(config)
-        matcher.layers_to_transform = None  # PEFT would take the numbers for those of submodules
+        matcher.layers_to_transform = None  # PEFT would read the numbers as those of submodules
         try:
             layers = {name: number for number, name in enumerate(find_blocks(model))}
         except ValueError:
@@ -91,14 +91,16 @@ class Injection:
             if leaves or config.target_modules == "all-linear":
                 raise ValueError(
                     f"target_modules={config.target_modules!r} names {leaves[0] if leaves else 'linear layers'}, but "
-                    "bundles sit on whole decoder blocks. Leave target_modules out: the blocks are found."
+                    "bundles sit on whole decoder blocks. Leave target_modules out: the blocks are found automatically."
                 )
             blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
             layers = {name: layers[name] if blocks_only else number for number, name in enumerate(named)}
             self.depth = self.depth if blocks_only else len(named)
         numbers, chosen = set(layers.values()), cast("list[int] | None", config.layers_to_transform)
         if chosen is not None and (wrong := sorted(set(chosen) - numbers)):
-            raise ValueError(f"layers_to_transform has {wrong}, but the layers are {sorted(numbers)}.")
+            raise ValueError(
+                f"layers_to_transform has {wrong}, but the layers are {sorted(numbers)}; choose some of these."
+            )
         matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
@@ -108,7 +110,7 @@ def base_shape(model: nn.Module) -> list[int]:
     """Hidden size and number of layers.
 
     Raises:
-        ValueError: it is no transformers model.
+        ValueError: it is not a transformers model.
     """
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config; bundles need a transformers model.")
@@ -120,9 +122,9 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
     """Refuse an adapter that was made for another base model.
 
     Args:
-        config: of the adapter. Fields of the base model that it does not have are not compared.
+        config: config of the adapter. What it does not record about the base model is not compared.
         model: the base model.
-        what: the adapter, for the message.
+        what: how the message calls the adapter.
 
     Raises:
         ValueError: the base model has another shape, or other weights than those whose fingerprint is in the config.

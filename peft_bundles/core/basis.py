@@ -14,7 +14,7 @@ from ..config import COMMON, BundleConfig, resolve_rank
 
 
 SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")  # keys of U, mu and sigma, which no bundle owns
-ALIGN = 8  # products of bf16 matrices are three times slower where a side is no multiple of 16 bytes
+ALIGN = 8  # products of bf16 matrices are three times slower if a side is not a multiple of 16 bytes
 
 
 def align(size: int) -> int:
@@ -43,7 +43,7 @@ class BundleShape:
 
 
 def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tensor]:
-    """Column numbers of each sub-basis; they follow each other in the order of the config.
+    """Column numbers of each sub-basis: consecutive ranges, in the order of the config.
 
     Raises:
         ValueError: the sub-bases need more columns than `basis_rank` or than the hidden size.
@@ -97,17 +97,18 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
             continue
         support = torch.cat([columns[s] for s in spec.sub_bases])
         if spec.overlap:
-            wanted = round(spec.overlap / (1 - spec.overlap) * len(support))
-            if wanted > len(columns[COMMON]):
+            shared = round(spec.overlap / (1 - spec.overlap) * len(support))
+            if shared > len(columns[COMMON]):
                 raise ValueError(
-                    f"bundle {name!r}: overlap={spec.overlap} asks for {wanted} common columns beside its own "
+                    f"bundle {name!r}: overlap={spec.overlap} asks for {shared} common columns besides its own "
                     f"{len(support)}, but sub-basis {COMMON!r} has {len(columns[COMMON])}; enlarge it."
                 )
-            support = torch.cat([support, columns[COMMON][:wanted]])
+            support = torch.cat([support, columns[COMMON][:shared]])
         rank = resolve_rank(spec.rank, hidden_size)
         shares = [config.sub_bases[s].rank for s in spec.sub_bases]
         if isinstance(spec.rank, float) and not spec.overlap and spec.rank <= sum(shares) + 1e-9:
-            # Each sub-basis is rounded down on its own, so the rank of their sum may exceed them by a column or two.
+            # Each sub-basis is rounded down separately, so a rank that is rounded once may exceed them by a column or
+            # two.
             rank = min(rank, len(support))
         if rank > len(support):
             raise ValueError(

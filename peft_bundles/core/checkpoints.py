@@ -1,4 +1,4 @@
-"""An adapter outside of a model: its config and tensors, how they are read and checked, and how they are written."""
+"""An adapter outside a model: its config and tensors, how they are read and checked, and how they are written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .basis import (
 )
 
 
-MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
 @dataclass
@@ -112,7 +112,7 @@ def basis_digest(layers: Mapping[int, Mapping[str, Tensor]], partition: list[lis
 
 
 def changed(config: BundleConfig, **fields: Any) -> BundleConfig:
-    """A copy of a config with other fields, without preset: the copy names its bundles and sub-bases itself."""
+    """A copy of a config with some fields changed. It has no preset: it lists its bundles and sub-bases itself."""
     values = {"preset": None, "weights_digest": None, "bundles": config.bundles, "sub_bases": config.sub_bases}
     return replace(config, **{**values, **fields})
 
@@ -121,8 +121,8 @@ def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
     """Read the config of a bundle folder.
 
     Raises:
-        ValueError: the folder has no config, or it is no valid JSON, of another type of adapter, of a newer version, or
-            has a value out of range.
+        ValueError: the folder has no config, or the config is not valid JSON, belongs to another type of adapter, was
+            written by a newer version, or has a value out of range.
     """
     source, path = source or str(folder), os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
@@ -132,7 +132,7 @@ def read_config(folder: str | Path, source: str | None = None) -> BundleConfig:
         )
     values = BundleConfig.from_json_file(path)
     if (kind := values.get("peft_type")) != "BUNDLE":
-        raise ValueError(f"{source} is an adapter of type {kind!r} and no bundle; load it with peft.PeftModel.")
+        raise ValueError(f"{source} is an adapter of type {kind!r}, not a bundle; load it with peft.PeftModel.")
     try:
         config = BundleConfig.from_pretrained(str(folder))
     except TypeError as error:  # a field with the wrong kind of value
@@ -187,7 +187,9 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
     heads = sorted(by_head, key=lambda head: [int(n) for n in re.findall(r"\d+", head)])
     prints = config.basis_fingerprint or {}
     if not all(n.isdecimal() for n in prints) or len(prints) != len(heads):
-        raise ValueError(f"{source} has tensors of {len(heads)} layers, but its config names {sorted(prints)}.")
+        raise ValueError(
+            f"{source} has tensors of {len(heads)} layers, but its config lists {sorted(prints)}; get both files again."
+        )
     numbers = sorted(int(n) for n in prints)
     config.weights_digest = None
     layers = {number: by_head[head] for number, head in zip(numbers, heads)}
@@ -204,7 +206,7 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
     """The tensors and the metadata of a safetensors file; the tensors are copies in memory.
 
     Raises:
-        ValueError: it is no valid safetensors file.
+        ValueError: it is not a valid safetensors file.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -212,14 +214,14 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
     if header > min(MAX_HEADER, size - 8):
         raise ValueError(
             f"{source}: {os.path.basename(path)} claims a header of {header:,} bytes in a file of {size:,}; it is "
-            "damaged, half-written or no safetensors file."
+            "damaged, half-written or not a safetensors file."
         )
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: the file may be replaced while the model is in use, and tensors inside of a file are not aligned.
+            # Copies: the file may be replaced while the model is in use, and tensors inside a file are not aligned.
             return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{source}: {os.path.basename(path)} is no valid safetensors file ({error}).") from error
+        raise ValueError(f"{source}: {os.path.basename(path)} is not a valid safetensors file ({error}).") from error
 
 
 def by_layer(
@@ -248,7 +250,7 @@ def by_layer(
 
 
 def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are not those that were saved with a config.
+    """Refuse tensors other than those saved with a config.
 
     Raises:
         ValueError: the config has a digest, and the tensors have another.
@@ -256,7 +258,7 @@ def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: st
     if config.weights_digest is not None and config.weights_digest != weights_digest(tensors):
         raise ValueError(
             f"{source}: the tensors are not those that were saved with its config; the folder is half-written, damaged "
-            f'or was changed. If you changed it yourself, remove "weights_digest" from {CONFIG_NAME}.'
+            f'or has been changed. If you changed it yourself, remove "weights_digest" from {CONFIG_NAME}.'
         )
 
 
@@ -275,25 +277,28 @@ def check_tensors(
         ValueError: a tensor is missing, unknown, of another shape or not finite, sigma is not positive, or U is not
             the basis that the config names.
     """
-    wanted = tensor_shapes(config, hidden_size)
+    expected = tensor_shapes(config, hidden_size)
     for number, layer in layers.items():
         where = f"{source}: layer {number}"
-        for what, keys in (("lacks", wanted.keys() - layer.keys()), ("has the unknown", layer.keys() - wanted.keys())):
+        for what, keys in (
+            ("lacks", expected.keys() - layer.keys()),
+            ("has the unknown", layer.keys() - expected.keys()),
+        ):
             if keys:
                 raise ValueError(
                     f"{where} {what} tensor {min(keys)!r} ({len(keys)} in all); the file is damaged, or its config is "
-                    "another one's."
+                    "that of another adapter."
                 )
         for key, tensor in layer.items():
-            if tuple(tensor.shape) != wanted[key]:
+            if tuple(tensor.shape) != expected[key]:
                 raise ValueError(
-                    f"{where} has {key!r} of shape {tuple(tensor.shape)} and not {wanted[key]}; it belongs to "
+                    f"{where} has {key!r} of shape {tuple(tensor.shape)}, not {expected[key]}; it belongs to "
                     "another base model or another config."
                 )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{where} has NaN or infinity or no floats in {key!r}; the file is damaged.")
+                raise ValueError(f"{where} has NaN, infinity or non-floating values in {key!r}; the file is damaged.")
         if not bool((layer["bundle_scale"] > 0).all()):
-            raise ValueError(f"{where} has deviations that are not positive; the file is damaged.")
+            raise ValueError(f"{where} has standard deviations (sigma) that are not positive; the file is damaged.")
         measured = fingerprint(layer["bundle_basis"])
         recorded = (config.basis_fingerprint or {}).get(str(number), measured)
         if not abs(measured - recorded) <= FINGERPRINT_TOLERANCE:

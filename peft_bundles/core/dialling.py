@@ -22,7 +22,7 @@ def alphas(
     per: str = "row",
     **by_name: Any,
 ) -> Iterator[None]:
-    """Run the forwards of the block with these alphas, in this thread only; bundles not named keep what they had.
+    """Run the block's forward passes with these alphas, in this thread only. Bundles not named keep their alphas.
 
     Args:
         model: a model with bundles.
@@ -33,7 +33,7 @@ def alphas(
 
     Raises:
         ValueError: a model without bundles, an unknown bundle, a wrong shape, or a number that is not finite.
-        RuntimeError: blocks are wrapped for activation checkpointing from outside.
+        RuntimeError: decoder blocks are wrapped by torch's `checkpoint_wrapper`.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
 
     Args:
         model: a model with bundles.
-        values: as in `alphas`; bundles not named keep what they had.
+        values: as in `alphas`; bundles not named keep their alphas.
         per: as in `alphas`.
 
     Raises:
@@ -96,18 +96,18 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
     """
     state = state_of(model)
     state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
-    state.version += 1  # plans and tensors that threads keep are out of date
+    state.version += 1  # plans and tensors that threads have cached are now stale
 
 
 def set_norm_budget(model: nn.Module, tau: float | None) -> None:
     """Limit what all bundles together add to a token in a layer to `tau` times the length of its residual state.
 
-    For all later forwards of this model, in every thread; not saved. Updates within the limit are unchanged to the bit,
-    longer ones keep their direction.
+    For all later forwards of this model, in every thread; not saved. Updates within the limit are unchanged, bit for
+    bit; longer ones are shortened and keep their direction.
 
     Args:
         model: a model with bundles.
-        tau: a share of the residual norm, such as 0.2; None, as a model starts, takes the limit off.
+        tau: a share of the residual norm, such as 0.2; None, the initial state of a model, removes the limit.
 
     Raises:
         ValueError: tau is not a positive number, or the model has no bundles.

@@ -5,8 +5,8 @@ Both compute
     x = ((h - mu) / sigma) U,    z_k = x W_k^T,    u_k = up_k act(down_k z_k),    y = h + c sum_k alpha_k (u_k W_k) U^T
 
 (without a projector, W_k picks the columns of the bundle's support). The reference goes bundle by bundle, like the
-formula. The stacked form puts the hidden units of all bundles side by side (H = sum_k b_k). All that is left of the
-activation is linear, and so is all that is right of it:
+formula. The stacked form puts the hidden units of all bundles side by side (H = sum_k b_k). Everything before the
+activation is linear, and so is everything after it:
 
     s = (h - mu) D,    y = h + (alpha * act(s)) E,    D = (down W U^T / sigma)^T  (d x H),    E = c up^T W U^T  (H x d)
 
@@ -59,8 +59,8 @@ class Gate:
     Attributes:
         weights: (B|1, T|1, H), factors on the gradients of D and E, row by row; None: all are 1.
         route: the route that made it; `routing.graph.walk` reads it from the graph of a loss.
-        span: (first, last): units before first and from last on have weight 0 in all rows; None: nothing is known.
-        others: units inside of the span with weight 0 in all rows, (n,); None: none.
+        span: (first, last): units before first and from last on have weight 0 in all rows; None: unknown.
+        others: units inside the span with weight 0 in all rows, (n,); None: none.
     """
 
     weights: Tensor | None
@@ -114,7 +114,7 @@ def activate(s: Tensor, nonlinear: int | Tensor | None) -> Tensor:
     """GELU on some hidden units, (..., H); the others are linear.
 
     Args:
-        nonlinear: GELU is for the units before this one. Or a mask (H,) of the units that it is for; None: for all.
+        nonlinear: GELU applies to the units before this one, or to the units in this mask (H,); None: to all.
     """
     if nonlinear is None or isinstance(nonlinear, Tensor):
         return F.gelu(s) if nonlinear is None else torch.where(nonlinear, F.gelu(s), s)
@@ -135,12 +135,19 @@ def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
     return torch.cat([first, grad[..., nonlinear:]], -1)
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # looked up once: a decoding step waits for every look-up
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # `to` takes longer to find that nothing is to be done
+
+
 def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
-        # No view: an in-place operation on a block's output that is one loses the hooks that FSDP puts on it.
-        return torch.ops.aten._unsafe_view(out, base.shape)
+        # Not a view: an in-place operation on a block output that is a view loses the hooks that FSDP puts on it.
+        return _unsafe_view(out, base.shape)
     return base + (left.flatten(0, -2) @ right).view_as(base)
 
 
@@ -154,7 +161,7 @@ def stacked(
     factors: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = residual + (factors * act((h - mu) D)) E, with products in `dtype`. No gradient of its own.
+    """y = residual + (factors * act((h - mu) D)) E, with products in `dtype`. `BundleOperation` has the backward.
 
     Args:
         factors: each broadcast against (B, T, H): dropout mask, alphas.
@@ -168,16 +175,16 @@ def stacked(
     elif residual_BTd is hidden_BTd and usable(hidden_BTd, dtype):
         x, copy = centred(hidden_BTd, mean_d)
     else:
-        x = hidden_BTd - mean_d.to(hidden_BTd.dtype)
-    x_Nd = x.flatten(0, -2).to(dtype)
-    s_NH = x_Nd @ D_dH.to(dtype)
+        x = hidden_BTd - _cast(mean_d, hidden_BTd.dtype)
+    x_Nd = _cast(x.flatten(0, -2), dtype)
+    s_NH = x_Nd @ _cast(D_dH, dtype)
     a = activate(s_NH, nonlinear)
     if factors:
         a = a.view(*hidden_BTd.shape[:-1], -1)
         for factor in factors:
-            a = a * factor.to(dtype)
+            a = a * _cast(factor, dtype)
     if copy is None:
-        return add_product(residual_BTd, a, E_Hd.to(dtype)), x_Nd, s_NH
+        return add_product(residual_BTd, a, _cast(E_Hd, dtype)), x_Nd, s_NH
     copy.flatten(0, -2).addmm_(a.flatten(0, -2), E_Hd.to(dtype))
     return copy, x_Nd, s_NH
 
@@ -186,8 +193,8 @@ class BundleOperation(torch.autograd.Function):
     """`bundle_forward` with its own backward: gates on the weight gradients, row by row.
 
     A weight gradient is a sum over tokens, so scaling a token's term by the gate of its row routes it. The gradient
-    that flows on to earlier layers is never gated. Kept for backward are the centred states, where D learns, and the
-    hidden units before the activation.
+    that flows on to earlier layers is never gated. Saved for backward: the centred states (if D learns) and the hidden
+    units before the activation.
     """
 
     @staticmethod
@@ -197,8 +204,8 @@ class BundleOperation(torch.autograd.Function):
         base = hidden if residual is None else residual
         out, x, s = stacked(hidden, base, D, E, mean, nonlinear, factors, dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, s, D, E, alpha, mask)
-        # The gate is no saved tensor: `routed_backward` rewrites it in place between the passes over one graph, which
-        # the version check of saved tensors would forbid.
+        # The gate is not a saved tensor: `routed_backward` rewrites it in place between the passes over one graph,
+        # which the version check of saved tensors would forbid.
         ctx.gate, ctx.nonlinear, ctx.dtype, ctx.shared = gate, nonlinear, dtype, residual is None
         ctx.hidden_dtype = hidden.dtype
         return out
@@ -218,7 +225,7 @@ class BundleOperation(torch.autograd.Function):
         factor = None if weights is None or fused else weights[..., first:last].to(dtype)
 
         def weight_gradient(units: Tensor, states_Nd: Tensor, like: Tensor) -> Tensor:
-            """units^T states, (H, d), with the gate on the units where they have it not yet."""
+            """units^T states, (H, d), with the units gated first unless they are gated already."""
             units = units.view(shape)[..., first:last]
             units_hN = (units if factor is None else units * factor).flatten(0, -2).T
             if len(units_hN) == H:
@@ -226,7 +233,7 @@ class BundleOperation(torch.autograd.Function):
             else:
                 out_Hd = states_Nd.new_zeros(H, states_Nd.shape[1])
                 torch.mm(units_hN, states_Nd, out=out_Hd[first:last])
-            if gate is not None and gate.others is not None:  # 0 times what is not finite is not 0
+            if gate is not None and gate.others is not None:  # a gate of 0 times inf is not 0
                 out_Hd.index_fill_(0, gate.others, 0.0)
             return out_Hd.to(like.dtype)
 
@@ -282,14 +289,14 @@ def bundle_forward(
         mean: mu, (d,); None: 0. (sigma is folded into D.)
         alpha: alphas of the hidden units, broadcast against (B, T, H); None: 1. Differentiable.
         mask: dropout mask of the hidden units, already scaled, broadcast against (B, T, H).
-        gate: routes the gradients of D and E; touches nothing else. None: they are not routed.
+        gate: routes the gradients of D and E; changes nothing else. None: they are not routed.
 
     Returns:
         (B, T, d), in the dtype of h.
     """
     dtype, device = compute_dtype(hidden_BTd), hidden_BTd.device.type
-    # The operation casts its inputs, the same in forward and backward; autocast is entered only where it is on, as
-    # that costs as much as a kernel or two.
+    # The operation casts its inputs itself, in the same way in forward and backward. So autocast is turned off, but
+    # only if it is on: entering the context costs as much as a kernel or two.
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return BundleOperation.apply(hidden_BTd, residual, D_dH, E_Hd, mean, alpha, mask, gate, nonlinear, dtype)
 
@@ -305,6 +312,6 @@ def within_budget(hidden_BTd: Tensor, out_BTd: Tensor, tau: float | Tensor) -> T
     return torch.where(size > limit, scaled, out_BTd)
 
 
-# For graphs whose gates are rewritten between backward passes: a compiled graph may have multiplied them in already by
-# the end of its forward.
+# For graphs whose gates are rewritten between backward passes. A compiled graph may already have multiplied the gates
+# in by the end of its forward.
 eager_bundle_forward = torch.compiler.disable(bundle_forward)

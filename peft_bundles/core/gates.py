@@ -1,4 +1,4 @@
-"""Alphas as the user gives them, and as tensors for the hidden units of one layer.
+"""From the alphas that a user gives to tensors for the hidden units of one layer.
 
 In order of precedence: a call's own `alphas=`, a `with model.alphas(...)` block, what `set_alphas` set, the config's
 defaults.
@@ -19,13 +19,13 @@ from .state import AlphaValue, BundleState
 def parse_alphas(
     values: Mapping[str, Any] | Tensor | Sequence[Any], state: BundleState, per: str = "row"
 ) -> dict[str, AlphaValue]:
-    """Check what the user gave, and return one alpha for each bundle that it names.
+    """Check the user's alphas, and return one for each bundle named.
 
     Args:
         values: bundle name -> number, (B,), (B, T), or with per="layer" (L,); or all M bundles at once, (M,), (B, M),
             (B, T, M), or with per="layer" (L, M), in the order of the config of the only adapter.
         state: what the layers of the model share.
-        per: what the first axis means where there is one: "row" of the batch or decoder "layer".
+        per: what the first axis means, if there is one: "row" of the batch or decoder "layer".
 
     Returns:
         Bundle name -> number, tensor, or one number for each layer.
@@ -45,8 +45,8 @@ def parse_alphas(
         table = _as_tensor("alphas", values)
         if table.dim() == 0 or table.shape[-1] != len(names):
             raise ValueError(
-                f"alphas of shape {tuple(table.shape)} must have one value for each of the {len(names)} bundles in "
-                f"the last axis, in the order {names}."
+                f"alphas have shape {tuple(table.shape)}; the last axis must have one value for each of the "
+                f"{len(names)} bundles, in the order {names}."
             )
         return _parse_columns(names, table, per, state.num_layers)
     if unknown := [name for name in values if name not in names]:
@@ -72,7 +72,7 @@ def _parse_one(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
     return _parse_table(name, value, per, num_layers)
 
 
-@torch.compiler.disable  # looks at values, which no compiled graph holds: each new list would compile again
+@torch.compiler.disable  # reads values, which a compiled graph cannot: every new list would recompile
 def _parse_table(name: str, value: Any, per: str, num_layers: int) -> AlphaValue:
     tensor = _as_tensor(f"alphas[{name!r}]", value)
     return _parse_columns([name], tensor[..., None], per, num_layers)[name]
@@ -80,16 +80,16 @@ def _parse_table(name: str, value: Any, per: str, num_layers: int) -> AlphaValue
 
 @torch.compiler.disable
 def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: int) -> dict[str, AlphaValue]:
-    """Split a table whose last axis is that of the bundles; one look at all values, for each look waits for a GPU."""
+    """Split a table whose last axis is the bundles. Values are checked all at once: each check waits for the GPU."""
     if not names:
         return {}
     table = table if table.is_floating_point() else table.float()
-    table = table if table.requires_grad else table.clone()  # later changes to the user's tensor change no alpha
+    table = table if table.requires_grad else table.clone()  # the user may change the tensor later
     flat = table.detach().reshape(-1, len(names))
     largest = flat.abs().amax(0).tolist() if len(flat) else [0.0] * len(names)
     alphas: dict[str, AlphaValue] = {}
     for name, column, size in zip(names, table.unbind(-1), largest):
-        if not math.isfinite(size):  # (of NaN too, which amax keeps)
+        if not math.isfinite(size):  # true for NaN too, which amax keeps
             raise ValueError(f"alphas[{name!r}] holds NaN or infinity; all values must be finite.")
         if per == "layer" and column.dim() == 1:
             if len(column) != num_layers:
@@ -100,11 +100,11 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
             alphas[name] = tuple(column.tolist())
         elif column.dim() > 2 or (per == "layer" and column.dim() > 0):
             allowed = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
-            raise ValueError(f"alphas[{name!r}] of shape {tuple(column.shape)} must be {allowed}.")
+            raise ValueError(f"alphas[{name!r}] has shape {tuple(column.shape)}; give {allowed}.")
         elif column.requires_grad or (column.dim() > 0 and size > 0):
             alphas[name] = column
         else:
-            # Off in every row is the number 0: such a bundle gets no gradient, where zeros would let AdamW move it.
+            # A bundle that is off in every row gets the number 0, hence no gradient; AdamW would move it on zeros.
             alphas[name] = float(column) if size > 0 else 0.0
     return alphas
 
@@ -126,12 +126,12 @@ def layer_alphas(
         (B|1, T|1, H).
 
     Raises:
-        ValueError: alphas by row (by token) for another number of rows (tokens) than `hidden` has.
+        ValueError: alphas per row (per token) that do not match the number of rows (tokens) of `hidden`.
     """
     call, config = state.call, state.configs[adapter]
     assert config.bundles is not None
     current = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
-    types = {type(value) for value in current}  # faster than a look at each value; every layer asks this
+    types = {type(value) for value in current}  # faster than checking each value; every layer does this
     by_layer = tuple in types
     values = [value[layer] if isinstance(value, tuple) else value for value in current] if by_layer else current
     has_tensors = any(issubclass(each, Tensor) for each in types)
@@ -146,14 +146,14 @@ def layer_alphas(
 
     if any(value.requires_grad for value in tensors):
         return None, table()  # a cached graph would be freed by the first backward
-    # Numbers are in the key, for the alpha of a spec may be changed.
+    # The numbers are part of the key, because the alpha of a spec may be changed.
     numbers = () if len(tensors) == len(values) else tuple(value for value in values if not isinstance(value, Tensor))
     key = (state.version, adapter, layer if by_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
 
 
 def given_sizes(state: BundleState, adapter: str) -> tuple[int | None, int | None]:
-    """How many rows and tokens the alphas of an adapter are given for; None where none is given by row, by token."""
+    """The rows and tokens that an adapter's alphas were given for; None if no alpha is per row, per token."""
     names = state.configs[adapter].bundles or ()
     values = [state.call.alphas.get(name, state.set_alphas.get(name)) for name in names]
     shapes = [value.shape for value in values if isinstance(value, Tensor)]
@@ -166,18 +166,18 @@ def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> T
     """Values by row, (B, ...), for a batch.
 
     Args:
-        values: one value for each row of the batch, inside of `generate` for each prompt.
-        prompts: the number of prompts inside of `generate`, where each may have several beams; None outside.
+        values: one value for each row of the batch, or inside `generate` for each prompt.
+        prompts: the number of prompts inside `generate`, where each may have several beams; None outside.
         batch: the number of rows of the batch.
-        what: what the values are called in the error.
+        what: how the error calls the values.
 
     Raises:
-        ValueError: another number of values than rows (prompts).
+        ValueError: the number of values is not the number of rows (prompts).
     """
     rows = batch if prompts is None else prompts
     if values.shape[0] != rows:
         raise ValueError(f"{what} has {values.shape[0]} rows, but the batch has {rows}; give one value for each row.")
-    # As generate repeats a prompt for its beams.
+    # `generate` repeats a prompt for its beams in the same way.
     return values if batch == rows else values.repeat_interleave(batch // rows, 0)
 
 

@@ -4,13 +4,13 @@ A plan holds the tensors that a layer needs: D, E, mu and the alphas of every ac
 it, and `run_plan` runs it, with the same operation as training (functional.py). Plans are used in three ways:
 
 - an ordinary forward makes a plan for the states it gets, and drops it;
-- inside of `folded()` and `generate` a layer keeps its plan until something changes that it depends on (`for_reuse`);
+- inside `folded()` and `generate` a layer keeps its plan until something it depends on changes (`for_reuse`);
 - compiled inference gets its plans before the forward starts (`planning.prepared`, `for_compiler`).
 
-A compiler builds into the program whatever it finds while it traces: names of bundles, numbers, sizes. A plan made
-before is tensors only, and its number of hidden units is marked as variable. So other bundles, other sizes and other
-alphas need no other program. What does compile again, once each: another number of adapters, the first alphas by row,
-the first norm budget, all bundles off.
+A compiler bakes into the program whatever it sees while tracing: names of bundles, numbers, sizes. A plan made
+beforehand holds only tensors, and its number of hidden units is marked as dynamic, so other bundles, sizes and alphas
+do not recompile. These do, once each: another number of adapters, the first alphas per row, the first norm budget, all
+bundles off.
 
 Shapes: B rows, T tokens, d hidden size, H hidden units of all bundles of an adapter. "B|1" is B or 1.
 """
@@ -31,14 +31,14 @@ class Part(NamedTuple):
     """What one adapter does in one layer.
 
     Attributes:
-        D_dH, E_Hd: the folded maps; alphas that are numbers are in E.
+        D_dH, E_Hd: the folded maps; alphas that are numbers are multiplied into E.
         mean_d: mu; None is 0.
         nonlinear: hidden units before this one pass through GELU. For a compiler: a mask (H,) of those that do; None:
             all do.
         alpha_BTH: (B|1, T|1, H); None is 1.
-        by: for a plan made before the batch is known: whether alpha was given by row, and by token. Then its rows and
-            tokens must be those of the batch. None: alpha fits the batch.
-        few: a GPU kernel for the whole part, where tokens are few; None: plain PyTorch.
+        by: for a plan made before the batch is known: whether alpha was given per row, and per token. Its rows and
+            tokens must then match the batch. None: alpha fits the batch.
+        few: a GPU kernel for the whole part, if there are few tokens; None: plain PyTorch.
     """
 
     D_dH: Tensor
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     Attributes:
         parts: one for every adapter that is on.
         budget: tau of the norm budget; None: no limit.
-        generating: inside of `generate`: a prompt may have several beams, and tokens may come one at a time.
+        generating: inside `generate`: a prompt may have several beams, and tokens may come one at a time.
     """
 
     parts: tuple[Part, ...]
@@ -98,7 +98,7 @@ def run_plan(plan: Plan, hidden_BTd: Tensor) -> Tensor:
 
 
 def for_reuse(plan: Plan, hidden_BTd: Tensor) -> Plan:
-    """A plan for many states like these: mu in their dtype, and a GPU kernel where tokens are few."""
+    """The plan for repeated use on such states: mu in their dtype, and a GPU kernel if there are few tokens."""
     dtype, parts = compute_dtype(hidden_BTd), []
     for part in plan.parts:
         mean, alpha, few = part.mean_d, part.alpha_BTH, None
@@ -111,8 +111,8 @@ def for_reuse(plan: Plan, hidden_BTd: Tensor) -> Plan:
 
 @torch.compiler.disable
 def for_compiler(part: Part, by: tuple[bool, bool]) -> Part:
-    """A part as a compiled program takes it: nothing but tensors, with a variable number of hidden units."""
-    # Copies: where a tensor lies in its storage is a number too, which would be built into the program.
+    """A part for a compiled program: only tensors, with a dynamic number of hidden units."""
+    # Copies: a tensor's offset in its storage is a number too and would be baked into the program.
     D, E, nonlinear, alpha = part.D_dH.clone(), part.E_Hd.clone(), part.nonlinear, part.alpha_BTH
     H = len(E)
     mask = torch.arange(H, device=E.device) < nonlinear if isinstance(nonlinear, int) and nonlinear < H else None
@@ -126,10 +126,10 @@ def for_compiler(part: Part, by: tuple[bool, bool]) -> Part:
 def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], generating: bool) -> Tensor:
     """Alphas of a plan made before the batch was known, for this batch.
 
-    Inside of `generate` a prompt's alpha is repeated for its beams, and new tokens keep that of the prompt's last one.
+    Inside `generate` a prompt's alpha is repeated for its beams, and new tokens keep that of the prompt's last one.
 
     Raises:
-        ValueError: alphas by row (by token) for another number of rows (tokens) than the batch has.
+        ValueError: alphas per row (per token) that do not match the number of rows (tokens) of the batch.
     """
     (rows, length), (batch, tokens) = alpha_BTH.shape[:2], hidden_BTd.shape[:2]
     if generating:

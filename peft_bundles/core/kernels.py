@@ -3,8 +3,8 @@
 - `FewTokens`: the whole operation y = h + (alpha * act((h - mu) D)) E of functional.py in two kernels instead of five,
   with the same roundings. A program reads its part of D or E for one token, so it is for few tokens (decoding); with
   many, matrix products are faster.
-- `centred`: h - mu and a copy of h (to add the update to, in place) in one pass over h. PyTorch subtracts a row at half
-  of the memory's speed.
+- `centred`: h - mu and a copy of h (to add the update to, in place) in one pass over h. PyTorch's subtraction of a row
+  reaches only half of the memory bandwidth.
 - `units_backward`: the backward of the hidden units in one kernel.
 - `gathered`: a gather and a cast in one kernel.
 
@@ -27,9 +27,7 @@ try:
 except ImportError:  # a PyTorch without GPU support has none
     triton = None
 
-TOKENS = (
-    64  # the most that `FewTokens` is for; the GPU prefers PyTorch from fewer on, but an eager step waits for the CPU
-)
+TOKENS = 64  # limit of `FewTokens`; PyTorch's kernels win earlier on the GPU, but an eager step waits for the CPU
 
 
 def fits(hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -43,7 +41,7 @@ def usable(hidden: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _launches(tensor: Tensor) -> bool:
-    """Whether Triton kernels run on the device of this tensor, with right results."""
+    """Whether Triton kernels run on the device of this tensor and give right results."""
     if triton is None or not tensor.is_cuda or torch.compiler.is_compiling():
         return False
     return tensor.device.index == torch.cuda.current_device() and _right(
@@ -55,12 +53,12 @@ _checked: dict[torch.device, bool] = {}
 
 
 def _right(device: torch.device) -> bool:
-    """Whether Triton builds the kernels on this device, and they agree with plain PyTorch; tried once a process."""
+    """Whether Triton builds the kernels on this device, and they agree with plain PyTorch; tried once per process."""
     if device not in _checked:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # numbers cannot be compared during a capture: plain PyTorch this once
+            return False  # numbers cannot be compared during a graph capture: use plain PyTorch this time
         try:
-            # Twice: the first launches build kernels, and the second call the built ones directly.
+            # Twice: the first launches build the kernels, the second call the built ones directly.
             error = max(_error(device), _error(device))
             wrong = None if error < 5e-3 else f"they are off by {error:.1e}"
         except Exception as failure:
@@ -188,7 +186,7 @@ _built: dict[tuple[Any, ...], Any] = {}
 def _alike(pointers: tuple[int, ...]) -> bool:
     """Whether a kernel that Triton built for these pointers fits any others of the same dtypes.
 
-    Triton builds another kernel for a pointer that is no multiple of 16 bytes; on AMD's GPUs it distinguishes more.
+    Triton builds another kernel for a pointer that is not a multiple of 16 bytes; on AMD's GPUs it distinguishes more.
     """
     return not any(pointer % 16 for pointer in pointers) and torch.version.hip is None
 
@@ -196,14 +194,14 @@ def _alike(pointers: tuple[int, ...]) -> bool:
 def _again(
     built: Any, grid: tuple[int, int, int], stream: int, pointers: tuple[int, ...], rest: tuple[Any, ...]
 ) -> None:
-    """Launch a built kernel. `built[grid](*tensors)` takes longer than the kernel: it asks CUDA about each tensor."""
+    """Launch a built kernel. `built[grid](*tensors)` is slower than the kernel: it asks CUDA about each tensor."""
     built.run(*grid, stream, built.function, built.packed_metadata, None, None, None, *pointers, *rest)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
     """Launch `kernel` over a grid.
 
-    Triton looks at every argument of every call, which takes longer than most kernels here. So a kernel that was built
+    Triton inspects every argument of every call, which takes longer than most kernels here. So a kernel that was built
     for these numbers is called directly. (All tensors have the dtype of the first, except for the second one of
     `_centre` and `_back`, and the last two of `_gather`.)
     """
@@ -270,9 +268,10 @@ def _gathered(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FewTokens:
-    """residual + (alpha * act((hidden - mean) D)) E for a few tokens, always as many, without gradients.
+    """residual + (alpha * act((hidden - mean) D)) E for a few tokens, without gradients.
 
-    It runs for every layer and every token, so all that does not depend on the states is prepared once.
+    It runs for every layer and every token, so everything that does not depend on the states is prepared once, for a
+    fixed number of tokens.
 
     Args:
         shape: of hidden and residual, (B, T, d); only where `fits` says so.
@@ -291,7 +290,7 @@ class FewTokens:
         alpha = None if alpha is None else alpha.expand(batch, -1, H).contiguous()
         self.constants = D if mean is None else mean, D, D if alpha is None else alpha
         self.pointers = tuple(t.data_ptr() for t in self.constants)
-        self.units = D.new_empty(tokens, H)  # a pattern for new tensors; not reused, as two streams may run at once
+        self.units = D.new_empty(tokens, H)  # a template; not reused, because two streams may run at once
         # Units and columns of a program, and warps: for one token there are as many programs as units.
         U, C, self.warps = (1, 2048, 8) if tokens == 1 else (2, 1024, 4)
         flags = mean is not None, alpha is not None

@@ -36,7 +36,8 @@ MERGE_ERROR = (
 class Bases(BufferDict):
     """U by adapter. A random U is drawn when it is read for the first time, so not before a checkpoint replaces it.
 
-    Drawing takes up to a second a layer (QR in float64, 3072 x 2304, two cores), five times as long as loading a LoRA.
+    Drawing takes up to a second per layer (QR in float64, 3072 x 2304, two cores), five times as long as loading a
+    LoRA.
     """
 
     def __init__(self, beside: BufferDict) -> None:
@@ -149,14 +150,14 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
         generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
-        def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and LoRA
+        def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as in nn.Linear and LoRA
             bound = 1 / math.sqrt(size[-1])
             return torch.rand(*size, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
         for key, size in weight_shapes(config, d).items():
             what, _, bundle = key.partition(".")
-            fresh = what == "bundle_up" and init_weights  # zeros in the last map make a fresh adapter the base model
+            fresh = what == "bundle_up" and init_weights  # zeros in the last map: a fresh adapter equals the base model
             tables[what][bundle] = nn.Parameter(torch.zeros(*size, device="cpu") if fresh else drawn(*size))
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
@@ -184,7 +185,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's own; the state that the layers share forgets the adapter too."""
+        """As in PEFT; the state that the layers share forgets the adapter too."""
         super().delete_adapter(adapter_name)
         if adapter_name in self.bundle_states:
             del self.bundle_states[adapter_name]
@@ -206,7 +207,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def tables(self, adapter: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """An adapter's weights, bundle -> weight, in the order of `adapter_layer_names`."""
-        # The dicts inside of the ParameterDicts: a look-up in those takes longer than the rest of the work on a weight.
+        # Plain dicts: a look-up in a ParameterDict takes longer than the rest of the work on a weight.
         weight, down, up = (
             table[adapter]._parameters for table in (self.bundle_weight, self.bundle_down, self.bundle_up)
         )
@@ -225,7 +226,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         ]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # PEFT looks for `.weight`; a block has none of its own.
+        # PEFT looks for `.weight`, which a block does not have.
         own = {id(p) for p in self.parameters()}
         for parameter in base_layer.parameters():
             if id(parameter) not in own and parameter.is_floating_point():
@@ -234,7 +235,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
-        # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu its digits.
+        # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu precision.
         kept = {(n, a): t for n in self.other_param_names for a, t in getattr(self, n).items()}
         super()._apply(fn, recurse)
         for (name, adapter), before in kept.items():
@@ -244,7 +245,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own would also cast what a checkpoint brought to the dtype of the base model, which loses digits.
+        # PEFT's version would also cast loaded weights to the dtype of the base model, which loses precision.
         device = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None or adapter_name not in self.bundle_basis:
             return
@@ -369,7 +370,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def _alphas(
         self, adapter: str, hidden: Tensor, dtype: torch.dtype
     ) -> tuple[tuple[float, ...] | None, Tensor | None]:
-        """An adapter's alphas: one number a bundle, and a factor for each hidden unit, (B|1, T|1, H|1); None is 1."""
+        """An adapter's alphas: one number per bundle, and a factor for each hidden unit, (B|1, T|1, H|1); None is 1."""
         owner, names = self.packing(adapter).index(hidden.device)["owner"], self.state.call.adapter_names
         numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
         if names is None:
@@ -397,12 +398,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def fold(
         self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: Collection[str]
     ) -> tuple[Tensor, Tensor]:
-        """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside of `folded()` and `generate`.
+        """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside `folded()` and `generate`.
 
         Args:
             adapter: name of the adapter.
             dtype: of the result and of the products.
-            numbers: alphas to multiply into E, one a bundle; None: 1.
+            numbers: alphas to multiply into E, one per bundle; None: 1.
             live: the bundles whose weights get gradients.
         """
         call, packing, learning = self.state.call, self.packing(adapter), torch.is_grad_enabled()
@@ -431,7 +432,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return D, E
 
     def joined(self, adapter: str) -> dict[Any, Any] | None:
-        """What this call's uses of an adapter's weights share (`Packing.maps`); None outside of a training forward."""
+        """Cache of joined weights for one adapter and call (`Packing.maps`); None outside a training forward."""
         joined = self.state.call.joined
         return None if joined is None else joined.setdefault((adapter, self.index), {})
 

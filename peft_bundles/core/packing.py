@@ -1,7 +1,7 @@
 """Folding many small bundles into the two stacked maps D and E (functional.py) with few kernels.
 
-The bundles' weights are parameters of their own, so that an optimizer can skip one. A forward needs them side by side:
-one `cat` joins them, one gather lays them out as block matrices, and one product with U folds them, however many there
+Each bundle has its own parameters, so that an optimizer can skip one. A forward needs them side by side: one `cat`
+joins them, one gather lays them out as block matrices, and one product with U folds them, however many bundles there
 are.
 
 Shapes: d hidden size, R columns of U, H hidden units of all bundles, K the ranks of all projectors W together, or R
@@ -29,7 +29,7 @@ _ORDER = ("mlp", "full", "linear", "diag")
 class JoinWeights(torch.autograd.Function):
     """Many weights, a 0 and a 1 as one flat tensor. Weights flagged in `learns` get a gradient, the others None.
 
-    One node for all of them: with a node or two for each weight, many small bundles would spend their time on nodes.
+    One autograd node for all of them: with a node or two per weight, many small bundles would mean mostly overhead.
     """
 
     @staticmethod
@@ -73,7 +73,7 @@ class _Lay(torch.autograd.Function):
 class _Fold(torch.autograd.Function):
     """D (d, H) and E (H, d) from what bundles read and write in coordinates of U, (2, H, R): one product with U.
 
-    U is cast again in backward: a copy in every layer would be kept until then.
+    U is cast again in backward; otherwise every layer would keep a copy until then.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class Packing:
     def index(self, device: torch.device) -> dict[str, Tensor]:
         """The index tensors on a device, copied there once."""
         if device not in self._on_device:
-            # Inference mode would mark the copies as unfit for any later backward.
+            # Copies made in inference mode could not be used in a later backward.
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
         return self._on_device[device]
@@ -227,10 +227,10 @@ class Packing:
             dtype: of the result and of the product with W.
             live: bundles that get a gradient; None: all. The others get None: AdamW moves a parameter whose gradient is
                 merely 0.
-            joined: what several uses of these weights in one graph share, so that each weight gets one gradient instead
-                of a sum of one from each use.
+            joined: cache that several uses of these weights in one graph share. Each weight then gets one gradient
+                instead of a sum of one per use.
         """
-        # Names and no `id`, which Dynamo of torch 2.11 cannot trace.
+        # Names instead of `id`, which Dynamo of torch 2.11 cannot trace.
         key = tuple(name for name in self.projected if live is None or name in live)
         joined, with_dtype = {} if joined is None else joined, (key, dtype)
         if with_dtype in joined:

@@ -31,7 +31,7 @@ def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
         return
     slots, settings = [layer.slot for layer in layers], state.settings(active)
     before = [(slot.plan, slot.settings) for slot in slots]
-    # A call inside of a call (in a logits processor, say) may have alphas or adapters of its own.
+    # A call inside a call (in a logits processor, say) may have its own alphas or adapters.
     if slots[0].plan is not None and slots[0].settings == settings:
         yield
         return
@@ -48,7 +48,7 @@ def prepared(model: nn.Module, layers: Sequence[BundleLayer]) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module, layers: Sequence[BundleLayer]) -> bool:
-    """Whether inference is compiled, as far as one can see before it runs; a layer that is traced notes it later."""
+    """Whether inference is compiled, as far as can be seen before it runs; a layer being traced notes it later."""
     modules = [model, getattr(model, "base_model", None), *(layer.get_base_layer() for layer in layers)]
     state = layers[0].state
     state.compiled |= any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
@@ -61,7 +61,7 @@ def plan_ahead(layer: BundleLayer, active: Sequence[str], dtype: torch.dtype) ->
     state, parts = layer.state, []
     names = state.call.adapter_names
     for adapter in layer.acting(active):
-        # For as many rows and tokens as the alphas are given for. Whether the batch has as many shows in the forward.
+        # For the rows and tokens that the alphas were given for; the forward checks them against the batch.
         rows, tokens = given_sizes(state, adapter)
         rows = max(len(names), rows or 1) if names is not None else rows
         like = layer.bundle_basis[adapter].new_empty(rows or 1, tokens or 1, 0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""How much bundles add to kept states of calibration text: what `BundleModel.quiet_loss` sums up (docs/learning.md).
+"""How much bundles add to kept states of calibration text; `BundleModel.quiet_loss` is the weighted sum.
 
 U is orthonormal, so an update is as long in its coordinates as in the stream. With the states kept as x = ((h - mu) /
 sigma) U, no product with U is left, and all layers of one size share the same few kernels.
@@ -25,7 +25,7 @@ DRAW = 512  # number of kept states that one step looks at
 
 
 def loudness(layers: Sequence[BundleLayer], adapter: str, names: list[str]) -> Tensor:
-    """Mean |what the named bundles add|^2 on kept states, over the variance of the states, summed over layers.
+    """Mean |what the named bundles add|^2 on kept states, divided by the states' variance, summed over layers.
 
     Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
 

@@ -53,8 +53,8 @@ def recompute_with_call(blocks: Iterable[tuple[nn.Module, BundleState]], *, requ
     """Make checkpointed blocks recompute their bundles with the call of the forward; does nothing from 5.23 on.
 
     Args:
-        blocks: blocks with bundles, and the state of these.
-        required: whether the forward has alphas or a route of its own, which a recomputation must not lose.
+        blocks: blocks with bundles, and the state of their bundle layers.
+        required: whether the forward has its own alphas or route, which a recomputation must not lose.
 
     Raises:
         RuntimeError: a block is checkpointed re-entrantly, and `required`.

@@ -53,14 +53,14 @@ class Call(threading.local):
 
     Attributes:
         own: the alphas of this call.
-        route: the route around the forward; None outside of `route(...)`.
+        route: the route around the forward; None outside `route(...)`.
         adapter_names: one adapter name for each row of a mixed batch; None otherwise.
-        active: the adapters of this call, fixed from its start to its end; None outside of a call.
-        prompts: inside of `generate`, the number of its prompts; each may have several beams.
-        folds: inside of `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
+        active: the adapters of this call, fixed from its start to its end; None outside a call.
+        prompts: inside `generate`, the number of its prompts; each may have several beams.
+        folds: inside `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
         joined: during a training forward, (adapter, layer) -> joined weights that its quiet penalty uses again.
-        offered: alphas that `PeftModel` has set for this call and may hand on to the tuner too.
+        offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class InUse:
 
     Attributes:
         lock: held for a moment, while a call starts or ends and while the set of active adapters changes.
-        swapping: held for long: one thread at a time builds the next set of adapters.
+        swapping: held for longer: one thread at a time builds the next set of adapters.
         calls: adapter -> number of running calls that use it.
         retired: adapters to delete once no running call uses them.
         built: number of adapters that `compose` has made; their names are never used again.
@@ -123,10 +123,10 @@ class BundleState:
     Attributes:
         configs, packings: by adapter; packings by (adapter, hidden size).
         num_layers: number of decoder blocks, with bundles or without.
-        set_alphas: what `set_alphas` has set, bundle -> alpha.
+        set_alphas: alphas from `set_alphas`, bundle -> alpha.
         version: raised by everything that changes `set_alphas` or the adapters behind a name.
         budget: tau of `set_norm_budget`; None: no limit.
-        nested: some block with bundles lies inside of another.
+        nested: some block with bundles is inside another one.
         call: what holds for the calling thread.
         use: which adapters running calls use.
         compiled: some forward without gradients was compiled. Set by `planning.is_compiled` and by a layer that is

@@ -46,7 +46,7 @@ def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
 
 
 def checked_layers(model: nn.Module) -> list[BundleLayer]:
-    """The bundle layers of a model, made safe for a forward with alphas or a route of its own.
+    """The bundle layers of a model, made safe for a forward with its own alphas or route.
 
     With gradient checkpointing a block may run its hook again in backward, when both are gone. Blocks that transformers
     checkpoints get them back (`recompute_with_call`); blocks wrapped from outside are refused.
@@ -85,7 +85,7 @@ def state_of(model: nn.Module) -> BundleState:
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str | None = None) -> str:
-    """The name of the bundle adapter that is meant.
+    """The name of the bundle adapter to use.
 
     Args:
         model: a model with bundles.
@@ -136,7 +136,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Run a block that loads U from a file: bases that were not drawn yet are empty inside, and drawn if it fails."""
+    """Run a block that loads U from a file. Bases not drawn yet stay empty inside, and are drawn if it fails."""
     layers = [layer for layer in adapter_layers(model, adapter) if adapter in layer.bundle_basis.later]
     drawn = [layer.bundle_basis.later[adapter] for layer in layers]
     for layer, how in zip(layers, drawn):

@@ -94,7 +94,8 @@ def distill_to_lora(
 
     Raises:
         ValueError: an unknown bundle, an alpha that is not one number, no batches, a number out of range, `tasks`
-            without `eval_fn`, or an adapter that trains modules of the base model (a LoRA has no such start).
+            without `eval_fn`, or an adapter that trains modules of the base model (the LoRA would start from other
+            weights).
         RuntimeError: the KL is not finite.
 
     Example:
@@ -120,14 +121,14 @@ def distill_to_lora(
     setting = {}
     for name, value in {**names, **state.set_alphas, **parse_alphas(alphas, state)}.items():
         if not isinstance(value, float):
-            raise ValueError(f"the alpha of {name!r} is {value!r}; give one number, a LoRA imitates one fixed alpha.")
+            raise ValueError(f"the alpha of {name!r} is {value!r}; give one number: a LoRA imitates one fixed alpha.")
         setting[name] = value
     for what, batches in (("dataset", dataset), ("held_out", held_out)):
         if not len(batches):
             raise ValueError(f"{what} is empty; give at least one batch of input_ids.")
         if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
             raise ValueError(
-                f"{what} is no list of batches; give dicts with input_ids, e.g. "
+                f"{what} is not a list of batches; give dicts with input_ids, e.g. "
                 "[evaluation.text_batch(texts, tokenizer)]."
             )
     if steps < 1 or not 0 < learning_rate < math.inf or (top_k is not None and top_k < 1):

@@ -54,7 +54,7 @@ def orthogonality(model: nn.Module) -> Orthogonality:
         model: a model with bundles. Those of all active adapters are compared.
 
     Returns:
-        An `Orthogonality`; printed, it is three tables.
+        An `Orthogonality`, which prints as three tables.
 
     Raises:
         ValueError: the model has no bundles.
@@ -67,8 +67,8 @@ def orthogonality(model: nn.Module) -> Orthogonality:
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
         >>> bundles = {name: {"rank": 4, "sub_bases": [part]} for name, part in (("b_one", "a"), ("b_two", "b"))}
         >>> model = get_peft_model(base, BundleConfig(sub_bases={"a": 8, "b": 8}, bundles=bundles))
-        >>> found = orthogonality(model)
-        >>> found.names, round(found.reads[0, 1].item(), 6)  # the sub-bases are orthogonal
+        >>> result = orthogonality(model)
+        >>> result.names, round(result.reads[0, 1].item(), 6)  # the sub-bases are orthogonal
         (['b_one', 'b_two'], 0.0)
     """
     layers = bundle_layers(model)
@@ -154,11 +154,11 @@ def conflicts(
         model: a model with bundles. Those of all active adapters are measured.
         texts: texts of the kind the model will be used on.
         tokenizer: of the model.
-        tolerance: largest interaction that is no conflict, in nats per token, default 0.02.
+        tolerance: largest interaction that does not count as a conflict, in nats per token, default 0.02.
         max_length: tokens to read of each text, default 256.
 
     Returns:
-        A `Conflicts`; printed, it is a table.
+        A `Conflicts`, which prints as a table.
 
     Raises:
         ValueError: fewer than two bundles, or no text with at least two tokens.

@@ -72,7 +72,7 @@ class AlphaSweep:
     def selectivity(self, own: str) -> float:
         """How much of the effect falls on the bundle's own task: own / (own + mean of the others), in [0, 1].
 
-        1: only the own task moves. 0.5: the other tasks move as much. NaN: nothing moves. All scores must have one
+        1: only the own task moves. 0.5: the other tasks move as much. NaN: nothing moves. All scores must have the same
         unit (all losses, or all accuracies).
 
         Args:
@@ -308,8 +308,8 @@ def text_batch(texts: Sequence[str], tokenizer: Any, *, max_length: int = 64) ->
 def _rows(task: str, batch: Batch) -> int:
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"task {task!r} is a {type(batch).__name__}; give a dict of tensors, for texts "
-            "evaluation.text_batch(texts, tokenizer)."
+            f"task {task!r} is a {type(batch).__name__}; give a dict of tensors, such as evaluation.text_batch(texts, "
+            "tokenizer)."
         )
     sizes = {name: len(value) for name, value in batch.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():

@@ -1,4 +1,4 @@
-"""Objectives: rows in, `{signal: loss}` out. One file a family; `base.py` says what one is."""
+"""Objectives: rows in, `{signal: loss}` out. One file per family; `base.py` has the interface."""
 
 # ruff: noqa: E402 - the check comes first
 from ..extras import require

@@ -14,15 +14,15 @@ from .tokens import kl_divergence, masked_mean, wide
 
 
 class Anchor(LM):
-    """coef * mean_t KL(p_base(. | t) || p(. | t)) over the whole vocabulary, in nats a token.
+    """coef * mean_t KL(p_base(. | t) || p(. | t)) over the whole vocabulary, in nats per token.
 
     It costs a forward of the base model (bundles off) and a forward and backward of its rows. Its rows are those of
-    `peft_bundles.own_samples`, or general text. It updates the bundles that own its signal: it can hold back only
-    bundles that learn from something else too.
+    `peft_bundles.own_samples`, or general text. It updates the bundles that own its signal, so it can only hold back
+    bundles that also learn from something else.
 
     Failure mode: it acts on its own rows and says nothing about other text. If the owners of its signal learn from
-    nothing else, it trains them to cancel the other bundles: `kl` is low with all bundles on, and not with the others
-    alone.
+    nothing else, it trains them to cancel the other bundles: `kl` is then low with all bundles on, but not with the
+    others alone.
 
     Args:
         dataset: rows of `text`, `messages` or `input_ids`.

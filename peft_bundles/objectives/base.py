@@ -30,7 +30,7 @@ class Objective(ABC):
         eval_dataset: held-out rows of the same format, or None.
 
     Attributes:
-        penalties: signals that a small coefficient keeps small beside the others.
+        penalties: signals whose losses are penalties, kept small by a coefficient.
         topics: topic routing of the trainer; set before `setup`, None without topics.
         rows, eval_rows: the prepared rows, set by `setup`.
 
@@ -64,7 +64,7 @@ class Objective(ABC):
             model: the model with its bundles; objectives with a head read its shapes.
 
         Raises:
-            ValueError: a dataset is empty, lacks a column, or has a row that cannot be learnt from.
+            ValueError: a dataset is empty, lacks a column, or has a row with nothing to learn from.
         """
         self.tokenizer = tokenizer
         self.rows = self._prepare_split(self._dataset, "train")
@@ -82,8 +82,8 @@ class Objective(ABC):
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
-                "or a list of dicts (of a DatasetDict one split, e.g. dataset['train']; of a stream, which has no "
-                "length, a part: Dataset.from_list(list(...)))."
+                "or a list of dicts (of a DatasetDict one split, such as dataset['train']; a stream has no length: take "
+                "a part of it with Dataset.from_list(list(...)))."
             )
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
@@ -117,8 +117,8 @@ class Objective(ABC):
             return Dataset.from_list(rows)
         except (TypeError, ValueError) as error:  # pyarrow's errors are subclasses of these
             raise ValueError(
-                f"objective {self.name!r}: the {split} rows do not make one table ({error}); give a column "
-                "one kind of value in all rows, such as {} and not [] beside dicts."
+                f"objective {self.name!r}: the {split} rows do not fit into one table ({error}); give a column "
+                "the same kind of value in all rows, such as {} instead of [] next to dicts."
             ) from error
 
     # ---- batches, every step ----
@@ -201,14 +201,14 @@ class Objective(ABC):
 
     @abstractmethod
     def items(self, batch: Batch) -> Tensor:
-        """How many items (tokens, rows, pairs) the means of `losses` are taken over, a scalar."""
+        """The number of items (tokens, rows, pairs) that `losses` takes means over, a scalar."""
 
     @abstractmethod
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One scalar loss for every signal, and scalars to log; all are means over `items`."""
 
     def complete(self, forward: Forward, batch: Batch) -> Batch:
-        """Add what takes forwards without gradient, such as the log-probabilities of the reference."""
+        """Add what needs forward passes without gradients, such as the log-probabilities of the reference."""
         return batch
 
     def head(self) -> nn.Module | None:

@@ -75,7 +75,8 @@ class Consistency(Objective):
             if not isinstance(labels, list) or len(labels) != len(statements) or labels[0] not in (0, 1) or labels[0]:
                 raise ValueError(
                     f"objective {self.name!r}: row {number} has {len(statements)} statements and "
-                    f"contradicts={labels!r}; give one true or false each, false for the first (nothing is before it)."
+                    f"contradicts={labels!r}; give true or false for each statement, false for the first (nothing "
+                    "comes before it)."
                 )
             try:
                 later = binary_labels(self.name, labels[1:], "contradicts", both=False)
@@ -105,7 +106,7 @@ class Consistency(Objective):
         }
 
     def items(self, batch: Batch) -> Tensor:
-        """The statements that have one before them."""
+        """The number of statements that have an earlier one."""
         return batch["read"].sum()
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

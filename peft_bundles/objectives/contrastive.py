@@ -113,7 +113,7 @@ class Contrastive(Objective):
         }
 
     def items(self, batch: Batch) -> Tensor:
-        """The rows that have a negative."""
+        """The number of rows that have a negative."""
         return self._negatives(batch).any(1).sum().float()
 
     def _negatives(self, batch: Batch) -> Tensor:

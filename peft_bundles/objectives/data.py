@@ -36,14 +36,14 @@ def preference_rows(dataset: Dataset, tokenizer: Any, max_length: int | None) ->
 
 
 def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt: a string, or a conversation, which the template's generation prompt follows."""
+    """Token ids of a prompt: a string, or a conversation followed by the template's generation prompt."""
     if is_conversational({"prompt": prompt}):
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     return tokenizer(text=prompt)["input_ids"]
 
 
 def joined_ids(objective: str, row: int, pieces: list[str], column: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids of several pieces of text, each on a line of its own, and for every token the number of its piece.
+    """Token ids of several pieces of text, each on its own line, and for every token the number of its piece.
 
     Raises:
         ValueError: there are fewer than two pieces, or a piece has no text.
@@ -87,9 +87,9 @@ def require_columns(objective: str, dataset: Dataset, *formats: Sequence[str]) -
     """
     columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
     if columns is None:
-        wanted = " or ".join("+".join(f) for f in formats)
+        expected = " or ".join("+".join(f) for f in formats)
         raise ValueError(
-            f"objective {objective!r} needs the columns {wanted}, but the dataset has {dataset.column_names}; rename "
+            f"objective {objective!r} needs the columns {expected}, but the dataset has {dataset.column_names}; rename "
             "them with dataset.rename_column."
         )
     for column in columns:

@@ -103,7 +103,7 @@ class Forward:
     def row_alphas(self, batches: Mapping[str, Batch]) -> dict[str, float | Tensor]:
         """Bundle -> its alpha: the number of the objective's table, times the gate of the row's topics.
 
-        A bundle gets one number where all rows agree, else one number a row, (B,).
+        A bundle gets one number if all rows agree, else one number per row, (B,).
         """
         gates = {name: self._gates(batch) for name, batch in batches.items()}
         if len(batches) == 1 and not any(gates.values()):
@@ -147,7 +147,7 @@ class Forward:
 
     def _run(self, ids: Tensor, mask: Tensor) -> Outputs:
         states: list[Tensor] = []
-        # The state that the logits are read from, whatever the architecture calls its final norm.
+        # The state that the LM head reads, whatever the architecture calls its final norm.
         handle = self.output_embeddings.register_forward_pre_hook(lambda module, args: states.append(args[0]))
         self.calls += 1
         try:
@@ -210,7 +210,7 @@ class Forward:
 
 
 def default_alphas(model: nn.Module) -> dict[str, float | None]:
-    """Bundle -> its alpha where no table names it; None where that is not one number."""
+    """Bundle -> its alpha if no table names it; None if that is not one number."""
     state = state_of(model)
     defaults: dict[str, float | None] = {}
     for config in state.configs.values():
@@ -226,6 +226,6 @@ def _ones(batch: Batch) -> Tensor:
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Tensors (B_i, T_i) one under the other, zeros on the right of the shorter ones."""
+    """Tensors (B_i, T_i) stacked along the rows, the shorter ones padded on the right with zeros."""
     length = max(tensor.shape[1] for tensor in tensors)
     return torch.cat([F.pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])

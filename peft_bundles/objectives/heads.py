@@ -66,8 +66,8 @@ def _last_layer(model: nn.Module) -> BundleLayer | None:
 class SubspaceHead(nn.Module):
     """A linear map of Q^T h / rms(Q^T h), with Q the subspace of a signal's owners and h the final state.
 
-    The head does not see what lies outside Q, so its gradient on h lies in Q. It is linear because the bundles are
-    there to make its input linearly readable, and because labels are few.
+    The head sees nothing outside Q, so its gradient on h is in Q. It is linear because the bundles should make its
+    input linearly readable, and because there are few labels.
 
     Args:
         basis: Q, (d, r).

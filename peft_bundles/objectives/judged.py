@@ -20,8 +20,8 @@ from .tokens import row_mean, token_logprobs
 class Judged(Objective):
     """Rows `prompt`, `completion`, `correct` (true or false), standard or conversational, and a head on their states.
 
-    The answers should come from tasks with a checker. A row longer than max_length is left out: truncated, it would be
-    another answer than the one that was marked.
+    The answers should come from tasks with a checker. A row longer than max_length is left out: truncated, it would no
+    longer be the answer that was marked.
     """
 
     outputs = 1  # of the head

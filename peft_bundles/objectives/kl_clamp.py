@@ -1,4 +1,4 @@
-"""A hinge on how far training moves what can be read in the subspace of a bundle, compared with the base model."""
+"""A hinge loss on how far training moves the readout in a bundle's subspace away from the base model's."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class KLClamp:
     Args:
         model: a causal LM with bundles.
         strength: signal -> factor, > 0.
-        tau: the sum of KL that costs nothing, in nats.
+        tau: the sum of KL up to which there is no penalty, in nats.
         beta: bundle -> weight, > 0. None gives the protected bundles 1.
-        tokens: tokens of a batch that are measured, spread evenly. Each costs a readout of the vocabulary a bundle.
+        tokens: tokens of a batch that are measured, spread evenly. Each costs one readout of the vocabulary per bundle.
         signals: objective -> the signals of its losses.
 
     Raises:
@@ -54,7 +54,7 @@ class KLClamp:
             if not factors:
                 raise ValueError(f"kl_clamp: {name} is empty; name at least one of {names} (or protect a bundle).")
             if unknown := sorted(set(factors) - set(names)):
-                raise ValueError(f"kl_clamp: {name} names {unknown}; known are {names}.")
+                raise ValueError(f"kl_clamp: {name} names {unknown}; choose from {names}.")
             if wrong := {k: v for k, v in factors.items() if not v > 0}:
                 raise ValueError(f"kl_clamp: {name}={wrong} must be positive.")
         if not self.tau >= 0 or self.tokens < 1:
@@ -74,7 +74,8 @@ class KLClamp:
         return cls(model=model, signals=signals, **config)
 
     def subspace(self, bundle: str) -> Tensor:
-        """Orthonormal basis (d, r) of what a bundle writes to in the last layer: its support, or what its W reaches."""
+        """Orthonormal basis (d, r) of the subspace a bundle writes to in the last layer: its support, or its W's
+        span."""
         layer = self._layer
         adapter = next(a for a in layer.bundle_adapters() if bundle in layer.packing(a).names)
         weights = layer.bundle_weights(adapter)[layer.packing(adapter).names.index(bundle)]
@@ -83,7 +84,7 @@ class KLClamp:
         basis = layer.bundle_basis[adapter][:, weights.support]
         if weights.weight is None:
             return basis
-        with torch.no_grad():  # the subspace is where KL is measured, not what is trained to make it small
+        with torch.no_grad():  # KL is measured in the subspace; training must not shrink it by turning the subspace
             return torch.linalg.qr(basis @ weights.weight.detach().to(basis.dtype).T)[0]
 
     def __call__(

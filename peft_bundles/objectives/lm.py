@@ -18,16 +18,16 @@ from .tokens import masked_mean, token_logprobs
 
 
 class LM(Objective):
-    """sum_t w_t (-log p(token t)) / sum_t w_t, in nats a token.
+    """sum_t w_t (-log p(token t)) / sum_t w_t, in nats per token.
 
-    Failure mode: a fact that is said in one way only is learnt as that sentence; say it in several ways. Bundles of
+    Failure mode: a fact that is stated in only one way is learnt as that sentence; state it in several ways. Bundles of
     other signals that are on in these rows become part of the answer: switch one off later, and the loss is no longer
     the one that was trained. `forward={"lm": "owners"}` of the trainer prevents it.
 
     Args:
         dataset: rows in TRL's language-modelling format (`text` or `messages`) or prompt-completion format, standard or
-            conversational; or tokenized rows with `input_ids` and optionally `token_weights` (one number >= 0 a token,
-            for instance a larger one on answers).
+            conversational; or tokenized rows with `input_ids` and optionally `token_weights` (one number >= 0 per
+            token, for instance a larger one on answers).
         signal: name of the signal and of the objective, such as "lm" or "logic".
         eval_dataset: held-out rows of the same format.
         max_length: tokens kept of a row. None keeps all.
@@ -87,7 +87,7 @@ class LM(Objective):
         if len(weights) != len(ids) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
                 f"objective {self.name!r}: a row has {len(ids)} input_ids and token_weights {weights}; give one "
-                "finite number >= 0 a token."
+                "finite number >= 0 per token."
             )
         return {"input_ids": ids[: self.max_length], "token_weights": [float(w) for w in weights[: self.max_length]]}
 

@@ -39,7 +39,7 @@ class MetaCorrectness(Judged):
     Args:
         dataset: rows `prompt`, `completion`, `correct` (true or false) and optionally `explanation`; or pairs `prompt`,
             `chosen` (right), `rejected` (wrong) and optionally `chosen_explanation`, `rejected_explanation`.
-            Explanations are text; an empty one is none.
+            Explanations are text; an empty one counts as none.
         signal: name of the signal and of the objective.
         surprise: whether s has its second part, the log-probabilities.
         explanation_weight: weight of the explanation's loss, >= 0.
@@ -128,7 +128,7 @@ class MetaCorrectness(Judged):
         return {**batch, "explains": explains, "correct": torch.tensor(correct), "sides": len(rows[0]["sides"])}
 
     def items(self, batch: Batch) -> Tensor:
-        """The rows; a pair is one row."""
+        """The number of rows; a pair is one row."""
         return super().items(batch) / batch["sides"]
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -57,15 +57,15 @@ class PPO(Objective):
     Args:
         dataset: rows with a `prompt`, text or conversation; other columns are passed to the reward functions.
         reward_funcs: one or several functions as in TRL, `f(prompts=, completions=, completion_ids=, **columns)`, that
-            return one number a completion.
-        reward_weights: one weight a function. None gives each 1.
+            return one number per completion.
+        reward_weights: one weight per function. None: 1 each.
         eval_dataset: held-out rows of the same format.
         name: name of the objective.
         advantages: "gae" (with a value head), "grpo" or "rloo".
-        num_generations: completions a prompt; at least 2 for "grpo" and "rloo".
+        num_generations: completions per prompt; at least 2 for "grpo" and "rloo".
         max_prompt_length: tokens kept of a prompt, its last ones.
-        max_completion_length: tokens of a completion at most.
-        temperature: temperature of sampling; log-probabilities are taken at it too.
+        max_completion_length: maximum number of tokens in a completion.
+        temperature: temperature of sampling; log-probabilities use it too.
         generation: further arguments of `model.generate`.
         gamma: discount of a token, for "gae".
         lam: lambda of "gae".
@@ -73,18 +73,18 @@ class PPO(Objective):
         clip: range of the probability ratio, 1 +- clip.
         value_clip: range around the old value. None does not clip.
         value_coef: factor of the value loss.
-        entropy_coef: factor of the entropy, which is raised.
+        entropy_coef: factor of the entropy bonus.
         kl_coef: factor of the KL to the reference.
-        kl_in: "loss" (the signal "kl") or "reward" (taken off the reward of each token).
+        kl_in: "loss" (the signal "kl") or "reward" (subtracted from the reward of each token).
         kl_estimator: "k1", "k2" or "k3", see `kl_estimate` of `ppo_losses.py`; "k1" only with kl_in="reward".
-        kl_target: wanted KL of a completion, in nats, to which `kl_coef` adapts. None keeps `kl_coef`.
+        kl_target: target KL of a completion, in nats, to which `kl_coef` adapts. None keeps `kl_coef`.
         kl_horizon: number of completions over which it adapts.
         epochs: passes over a rollout.
         minibatches: steps in a pass.
         advantage_coef: factor of the error of a head that predicts the advantage of each token.
         curiosity_coef: factor of the error of a head that predicts the next state.
         curiosity_reward: intrinsic reward of a token per unit of that error.
-        missing_eos_penalty: taken off the reward of a completion without an end token. None takes nothing off.
+        missing_eos_penalty: subtracted from the reward of a completion without an end token. None: nothing.
 
     Raises:
         ValueError: an argument is out of range; the message names it and says what to write.
@@ -146,7 +146,7 @@ class PPO(Objective):
                 raise ValueError(f"{prefix}: {field}={value!r} is unknown; choose one of {', '.join(choices)}.")
         if wrong := [f for f in self.functions if not callable(f)]:
             raise ValueError(
-                f"{prefix}: reward_funcs has {wrong[0]!r}; give functions that return a reward a completion."
+                f"{prefix}: reward_funcs has {wrong[0]!r}; give functions that return one reward per completion."
             )
         if not self.functions or len(self.weights) != len(self.functions):
             raise ValueError(
@@ -159,7 +159,7 @@ class PPO(Objective):
             )
         if advantages != "gae" and num_generations < 2:
             raise ValueError(
-                f"{prefix}: advantages={advantages!r} compares the completions of a prompt and num_generations is "
+                f"{prefix}: advantages={advantages!r} compares the completions of a prompt, but num_generations is "
                 f"{num_generations}; num_generations must be >= 2."
             )
         for field, number in (
@@ -301,10 +301,10 @@ class PPO(Objective):
 
         Args:
             forward: the model.
-            rows: prepared rows, one a prompt.
+            rows: prepared rows, one per prompt.
             key: seeds the sampling.
             chunk: rows of one forward.
-            reduce: take means over all processes, not over this one alone.
+            reduce: take means over all processes instead of this one alone.
         """
         rows = [row for row in rows for _ in range(self.num_generations)]
         options = {
@@ -407,7 +407,7 @@ class PPO(Objective):
         raise NotImplementedError("PPO makes its batches in batches() and eval_batches(), from rollouts.")
 
     def items(self, batch: Batch) -> Tensor:
-        """The tokens of the completions."""
+        """The number of tokens in the completions."""
         return batch["completion_mask"][:, 1:].sum().float()
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

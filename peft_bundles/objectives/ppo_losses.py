@@ -55,7 +55,7 @@ def group_advantages(rewards: Tensor, group: int, kind: str) -> Tensor:
 
     Args:
         rewards: (B,), the completions of one prompt next to each other.
-        group: completions a prompt, a divisor of B.
+        group: completions per prompt, a divisor of B.
         kind: "grpo" or "rloo".
 
     Returns:
@@ -158,7 +158,7 @@ class KLController:
 
     Args:
         coefficient: its first value.
-        target: wanted KL of a completion, in nats. None keeps the coefficient constant.
+        target: target KL of a completion, in nats. None keeps the coefficient constant.
         horizon: number of completions over which the coefficient adapts.
     """
 

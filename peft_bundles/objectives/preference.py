@@ -147,7 +147,7 @@ class Preference(Objective):
         return batch
 
     def items(self, batch: Batch) -> Tensor:
-        """The pairs; with "kto" the completions."""
+        """The number of pairs; with "kto" of completions."""
         rows = len(batch["input_ids"]) // (1 if self.loss == "kto" else 2)
         return torch.tensor(float(rows), device=batch["input_ids"].device)
 

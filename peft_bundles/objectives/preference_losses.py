@@ -1,6 +1,6 @@
 """Losses on preferences, as functions of the log-probabilities of completions.
 
-Each returns one value a pair (KTO: one a completion), (B,). `chosen` and `rejected` are log p of the completions, (B,),
+Each returns one value per pair (KTO: per completion), (B,). `chosen` and `rejected` are log p of the completions, (B,),
 in nats; arguments that start with `ref_` are those of the reference model.
 """
 

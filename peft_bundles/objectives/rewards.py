@@ -26,7 +26,7 @@ def score(
         prompts: B texts or conversations.
         completions: B texts or conversations.
         completion_ids: token ids of the completions.
-        columns: further columns of the dataset, one value a completion.
+        columns: further columns of the dataset, one value per completion.
 
     Raises:
         RuntimeError: a function raised an error.
@@ -45,7 +45,7 @@ def score(
             ) from error
         if len(rewards) != len(prompts):
             raise ValueError(
-                f"{which} returned {len(rewards)} rewards for {len(prompts)} completions; return one a completion."
+                f"{which} returned {len(rewards)} rewards for {len(prompts)} completions; return one per completion."
             )
         for row, reward in enumerate(rewards):
             if reward is not None and not math.isfinite(reward):

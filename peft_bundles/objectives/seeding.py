@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed made of numbers and names, the same in every process and on every machine."""
+    """A seed computed from numbers and names, the same in every process and on every machine."""
     return zlib.crc32(repr(key).encode())
 
 

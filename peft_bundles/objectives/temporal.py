@@ -49,7 +49,7 @@ class Temporal(Objective):
     """InfoNCE(P G_s, z_{s+1}) + consistency * mean_s (1 - cos(G_s, G_{s+1})), means over the transitions s -> s + 1.
 
     z_s is the mean, over the tokens of segment s, of the coordinates in the owners' subspace (`heads.py`). G_s, of
-    length r_temp, is updated once a segment (`GoalTracker`). The first term compares with all segments of the
+    length r_temp, is updated once per segment (`GoalTracker`). The first term compares with all segments of the
     micro-batch, also those of the same row, so that order counts (van den Oord et al. 2018, arXiv 1807.03748). The
     second keeps the plan from one segment to the next.
 
@@ -151,7 +151,7 @@ class Temporal(Objective):
         }
 
     def items(self, batch: Batch) -> Tensor:
-        """The transitions from a segment to the next."""
+        """The number of transitions from one segment to the next."""
         return batch["segments"].any(-1)[:, 1:].sum().float()
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:

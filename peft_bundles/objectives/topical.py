@@ -31,11 +31,11 @@ class RowTopics:
         self.routing, self.config = routing, config
 
     def vectors(self, objective: str, values: Sequence[Any]) -> list[list[float]]:
-        """The topic vectors tau (K numbers a row) of a dataset's column.
+        """The topic vectors tau (K numbers per row) of a dataset's column.
 
         Args:
             objective: name of the objective, for errors.
-            values: one value a row: K numbers, a dict topic -> weight, or a list of topics (weight 1 each).
+            values: one value per row: K numbers, a dict topic -> weight, or a list of topics (weight 1 each).
 
         Raises:
             ValueError: a value is none of these, names an unknown topic, holds a number outside [0, 1], or names a
@@ -63,18 +63,18 @@ class RowTopics:
         elif isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != len(names):
                 raise ValueError(
-                    f"topics={value!r} has {len(value)} numbers, but the topics are {names}; give one number a topic."
+                    f"topics={value!r} has {len(value)} numbers, but the topics are {names}; give one number per topic."
                 )
             weights = dict(zip(names, value))
         else:
             raise ValueError(
-                f"topics={value!r}; give {len(names)} numbers, topic -> weight, or a list of names ([] for none)."
+                f"topics={value!r}: give {len(names)} numbers, a dict topic -> weight, or a list of names ([]: none)."
             )
         if unknown := sorted(set(weights) - set(names)):
             raise ValueError(f"topics={value!r} names {unknown}; the topics are {names}.")
         for name, weight in weights.items():
             if not isinstance(weight, (int, float)) or not math.isfinite(weight) or not 0 <= weight <= 1:
-                raise ValueError(f"topics: {name!r} has weight {weight!r}; it must be in [0, 1].")
+                raise ValueError(f"topics={value!r}: the weight of {name!r} must be in [0, 1].")
         return [float(weights.get(name, 0.0)) for name in names]
 
     def draws(self, rows: int, *key: int | str) -> Tensor | None:

@@ -1,1 +1,1 @@
-"""Routers: alphas and routing weights computed from the rows, where the caller does not give them."""
+"""Routers: compute alphas and routing weights from the rows, instead of asking the caller."""

@@ -1,7 +1,7 @@
 """Topic vectors tau (N, K) of N texts and K topics, from one of three sources; see `fit_topics`.
 
-"lexicon" counts words. "embedding" fits a logistic regression a topic on the vectors of a sentence encoder. "clusters"
-finds groups of texts without labels. The last two need scikit-learn.
+"lexicon" counts words. "embedding" fits a logistic regression per topic on the vectors of a sentence encoder.
+"clusters" finds groups of texts without labels. The last two need scikit-learn.
 """
 
 from __future__ import annotations
@@ -129,15 +129,15 @@ def label_table(topics: Sequence[str], texts: Sequence[str], labels: Labels) -> 
         ValueError: texts and labels differ in number, a label is not a topic, or a topic has no text.
     """
     if len(labels) != len(texts) or not texts:
-        raise ValueError(f"{len(texts)} texts have {len(labels)} labels; give one a text (None for no topic).")
+        raise ValueError(f"{len(texts)} texts have {len(labels)} labels; give one per text (None for no topic).")
     table = np.zeros((len(texts), len(topics)))
     for row, label in zip(table, labels):
         for topic in () if label is None else (label,) if isinstance(label, str) else label:
             if topic not in topics:
-                raise ValueError(f"label {topic!r} is no topic; use {list(topics)}, or None for no topic.")
+                raise ValueError(f"label {topic!r} is not a topic; use {list(topics)}, or None for no topic.")
             row[list(topics).index(topic)] = 1
     if empty := [topic for topic, count in zip(topics, table.sum(0)) if not count]:
-        raise ValueError(f"no text is labelled {empty}; label at least one text a topic, or leave the topic out.")
+        raise ValueError(f"no text is labelled {empty}; label at least one text per topic, or leave the topic out.")
     return table
 
 
@@ -146,7 +146,7 @@ class Lexicon:
 
     tau_k is 0 without such words and near 1 with many of one topic.
 
-    Failure mode: common words have several senses, so it sees topics where there are none.
+    Failure mode: common words have several senses, so it reports topics that a text does not have.
     """
 
     def __init__(self, topics: list[str], lexicon: Mapping[str, str]) -> None:
@@ -164,7 +164,7 @@ class Lexicon:
 
 
 class Embedding:
-    """One logistic regression a topic on sentence embeddings: K independent probabilities.
+    """One logistic regression per topic on sentence embeddings: K independent probabilities.
 
     Failure mode: trained on texts of one topic, it rarely gives two topics more than 0.5.
     """
@@ -172,7 +172,7 @@ class Embedding:
     def __init__(self, topics: list[str], texts: Sequence[str], table: np.ndarray, embed: Embed, seed: int) -> None:
         if everywhere := [topic for topic, share in zip(topics, table.mean(0)) if share == 1]:
             raise ValueError(
-                f"every text is labelled {everywhere}, so there is nothing to tell it from; add other texts."
+                f"every text is labelled {everywhere}, so it cannot be told from anything; add other texts."
             )
         from sklearn.linear_model import LogisticRegression
 
@@ -219,7 +219,7 @@ class Clusters:
         group_of = self.means.labels_
         if (groups := len(np.unique(group_of))) < count:
             raise ValueError(
-                f"clusters={count}, but the texts make only {groups} (the same text again?); ask for fewer."
+                f"clusters={count}, but the texts form only {groups} (are some texts equal?); ask for fewer."
             )
         vocabulary = words.get_feature_names_out()
         typical = [np.asarray(counts[group_of == c].mean(0)).ravel().argsort()[::-1][:3] for c in range(count)]

@@ -74,7 +74,7 @@ class TopicRouting:
         """
         tau = torch.as_tensor(tau, dtype=torch.float64)
         if tau.dim() != 2 or tau.shape[1] != len(self.topics) or not len(tau):
-            raise ValueError(f"tau has shape {tuple(tau.shape)}; give (B, {len(self.topics)}), one column a topic.")
+            raise ValueError(f"tau has shape {tuple(tau.shape)}; give (B, {len(self.topics)}), one column per topic.")
         if not bool(((tau >= 0) & (tau <= 1)).all()):
             raise ValueError(
                 f"tau holds values from {tau.min():g} to {tau.max():g}; the weight of a topic must be in [0, 1]."

@@ -21,7 +21,7 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
 
     Losses whose routing columns are equal are added first. If the forward ran under `route(...)` with the signals of
     every row, losses on different rows share a pass, and a further pass walks only the graph that it reaches. If it ran
-    outside of any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
+    outside any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
     bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
 
     Args:
@@ -30,10 +30,10 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
         retain_graph: keep the graph after the last pass too.
 
     Raises:
-        ValueError: an unknown signal; a loss that is no scalar or has no graph; a loss of rows routed otherwise.
-        RuntimeError: no owner of a signal takes part in its loss (with re-entrant gradient checkpointing, for one); by
-            then the other owners have their gradients. Or a forward was compiled outside of `route((...))` and weights
-            are attenuated, which its graph does not show.
+        ValueError: an unknown signal; a loss that is not a scalar or has no graph; a loss on rows of other signals.
+        RuntimeError: no owner of a signal takes part in its loss (for example with re-entrant gradient checkpointing);
+            by then the other owners have their gradients. Or a forward was compiled outside `route((...))` and the
+            signal has weights below 1, which a compiled graph cannot show.
 
     Example:
         >>> from peft import get_peft_model
@@ -111,9 +111,9 @@ def _can_fold_once(
 ) -> bool:
     """Whether the passes may add up the gradients of D and E, which then go back to the bundles' weights once.
 
-    It needs weights that are reached through D and E alone, whose gradients are gated already. Not so where one of D
-    and E lies behind the other (an alpha that is a number other than 1 is multiplied into E), nor with projectors: what
-    is not finite in one bundle's rows would reach the W of others.
+    It needs weights that are reached through D and E alone, whose gradients are gated already. Not so if E depends on
+    D's inputs (an alpha that is a number other than 1 is multiplied into E), nor with projectors: inf or NaN in one
+    bundle's rows would reach the W of others.
     """
     return (
         all(routes.values())
@@ -123,21 +123,22 @@ def _can_fold_once(
 
 
 def _routes(state: BundleState, signal: str, reach: Reach) -> list[Route]:
-    """The routes of the forwards that a loss comes from; none if they ran outside of any."""
+    """The routes of the forwards that a loss comes from; none if they ran outside route(...)."""
     routes = [r for r in reach.routes if r is not None]
     if routes and None in reach.routes:
         raise ValueError(
-            f"losses[{signal!r}] mixes forwards inside and outside of route(); give one loss for each of them."
+            f"losses[{signal!r}] mixes forwards inside and outside route(); give one loss for each of them."
         )
     if stray := [r.signals for r in routes if signal not in r.signals]:
         raise ValueError(
-            f"losses[{signal!r}] come from a forward whose rows have the signals {stray[0]}; name {signal!r} for the "
-            "rows in route(...)."
+            f"losses[{signal!r}] comes from a forward whose rows have the signals {stray[0]}; name {signal!r} for "
+            "these rows in route(...)."
         )
     if reach.compiled and not routes and any(0 < w < 1 for w in routing_column(state.configs, signal)):
         raise RuntimeError(
             f"losses[{signal!r}] comes from a compiled forward, whose graph does not show how it was routed, and the "
-            "signal has attenuated owners. Run the forward under route() with a tuple of signals, or use .backward()."
+            "signal has owners with a weight below 1. Run the forward under route() with a tuple of signals, or use "
+            ".backward()."
         )
     return routes
 
@@ -146,7 +147,7 @@ def _plan_passes(state: BundleState, routes: Mapping[str, list[Route]]) -> list[
     """Group signals into passes: in one pass no row may see two different columns."""
 
     def clash(a: str, b: str) -> bool:
-        if not (routes[a] and routes[b]):  # outside of a route, weights scale the gradients of a whole pass
+        if not (routes[a] and routes[b]):  # outside a route, weights scale the gradients of a whole pass
             return bool(routes[a] or routes[b]) or routing_column(state.configs, a) != routing_column(state.configs, b)
         return any(r.clash(a, b) for r in routes[a] if r in routes[b])
 

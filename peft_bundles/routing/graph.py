@@ -20,14 +20,14 @@ class Reach:
     """What a graph reaches.
 
     Attributes:
-        nodes: its nodes, but not those that lie behind the D and E of bundle operations only.
+        nodes: its nodes, except those reached only through the D and E of bundle operations.
         leaves: all tensors that may get a gradient, by id.
         beside: ids of the leaves that are reached other than through D and E (or that way too).
         folds: the edges that the D and E of bundle operations come from.
-        routes: the routes of the bundle operations; None stands for outside of any.
+        routes: the routes of the bundle operations; None stands for outside route(...).
         nested: whether the D or E of one operation lies behind that of another (E depends on what D depends on, and on
             alphas).
-        compiled: whether parts of the graph are compiled; what lies in them is not seen.
+        compiled: whether parts of the graph are compiled; what is inside them cannot be seen.
     """
 
     nodes: set[Any] = field(default_factory=set)

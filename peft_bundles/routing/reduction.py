@@ -1,4 +1,4 @@
-"""Closing a step: averaging gradients over processes, where a missing one stays None, and clipping by bundle."""
+"""Closing a step: average gradients over processes (missing ones stay None) and clip them by bundle."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
 
     Args:
         model: a model with bundles.
-        reduce: False where something else (plain DDP) has averaged the gradients already. Zeros that it put into
-            gradients of bundles that learned nothing become None.
+        reduce: False where something else (plain DDP) has averaged the gradients already. Gradients that it filled with
+            zeros, for bundles that learned nothing, become None.
 
     Raises:
         RuntimeError: forwards ran with gradients on, but no bundle got a gradient; or rows with several signals were
@@ -50,7 +50,7 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
     seen_here, state.seen = state.seen, set()
     if waiting:
         raise RuntimeError(
-            "a forward had rows with several signals, whose losses were not given; call "
+            "a forward had rows with several signals, and their losses were not given; call "
             "routed_backward({signal: loss}) before finalize_grads."
         )
     table = bundle_parameters(model)
@@ -75,7 +75,7 @@ def finalize_grads(model: nn.Module, *, reduce: bool = True) -> None:
 
 
 def share_seen(model: nn.Module) -> None:
-    """Tell all processes which bundles learn in the forwards of any, so that all have the same `quiet_loss`."""
+    """Share which bundles learn on any process, so that all processes have the same `quiet_loss`."""
     if not _several_ranks():
         return
     state, table = state_of(model), bundle_parameters(model)
@@ -109,7 +109,7 @@ def reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def clip_parts(parts: Mapping[str, Sequence[nn.Parameter]], max_norms: Mapping[str, float]) -> dict[str, Tensor]:
-    """Clip the gradient of every part of a model to a norm of its own.
+    """Clip the gradient of every part of a model separately.
 
     Args:
         parts: name -> parameters.

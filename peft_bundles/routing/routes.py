@@ -95,7 +95,7 @@ class Route:
             self._gates[adapter, device] = packing, gate
 
     def _live_bundles(self, adapter: str) -> set[str]:
-        # Every signal is that of some row: without weights by row, one row with all signals says as much.
+        # Every signal belongs to some row, so without weights per row, one row with all signals says the same.
         rows = list(enumerate(self.rows if self._weights else [[(tuple(self.signals), 0)]]))
         return {
             name
@@ -128,8 +128,8 @@ class Route:
         """The gate for a forward of `hidden` (B, T, d).
 
         Raises:
-            ValueError: another number of rows or tokens than the route was given.
-            RuntimeError: the adapter was moved to another device inside of the route.
+            ValueError: the batch has another number of rows or tokens than the route.
+            RuntimeError: the adapter was moved to another device inside the route.
         """
         if not self.uniform and len(self.rows) != hidden.shape[0]:
             raise ValueError(
@@ -184,7 +184,7 @@ def check_signals(configs: Mapping[str, BundleConfig], signals: Sequence[str]) -
 def _row_weights(
     configs: Mapping[str, BundleConfig], weights: Mapping[str, Tensor | Sequence[float]]
 ) -> dict[str, list[float]]:
-    """The weights by row as lists; raises ValueError for an unknown bundle or a weight outside of [0, 1]."""
+    """The weights by row as lists; raises ValueError for an unknown bundle or a weight outside [0, 1]."""
     names = list(dict.fromkeys(name for config in configs.values() for name in config.bundles or ()))
     lists = {}
     for name, values in weights.items():
@@ -210,7 +210,7 @@ def route(
     weights: Mapping[str, Tensor | Sequence[float]] | None = None,
     block_diagonal: bool = False,
 ) -> Iterator[None]:
-    """Route the gradients of the forwards inside of the block. What the forwards return does not change.
+    """Route the gradients of the forwards inside the block. What the forwards return does not change.
 
     Args:
         model: a model with bundles.
@@ -224,7 +224,7 @@ def route(
 
     Raises:
         ValueError: a signal that no bundle takes part in; rows that do not fit the batch; weights for an unknown
-            bundle, or outside of [0, 1]; a model without bundles.
+            bundle, or outside [0, 1]; a model without bundles.
         RuntimeError: blocks are wrapped for activation checkpointing from outside (`core.walking.checked_layers`).
 
     Example:

@@ -47,7 +47,7 @@ def write_card(
         The path of the card.
 
     Raises:
-        ValueError: the folder holds no bundle, a row of results lacks a field, or the figure is no picture.
+        ValueError: the folder holds no bundle, a row of results lacks a field, or the figure is not a picture.
 
     Example:
         >>> import tempfile
@@ -70,7 +70,7 @@ def write_card(
     assert config.bundles is not None and config.base_shape is not None
     rows = [_row(i, row) for i, row in enumerate(results or [])]
     if figure is not None and (not Path(figure).is_file() or Path(figure).suffix.lower() not in PICTURES):
-        raise ValueError(f"figure={str(figure)!r} is no picture; give an existing file ({', '.join(PICTURES)}).")
+        raise ValueError(f"figure={str(figure)!r} is not a picture; give an existing file ({', '.join(PICTURES)}).")
     names, provenance = list(config.bundles), config.provenance or {}
     shapes, layers = bundle_shapes(config, config.base_shape[0]), len(config.basis_fingerprint or {})
     sizes = {key: math.prod(shape) for key, shape in weight_shapes(config, config.base_shape[0]).items()}

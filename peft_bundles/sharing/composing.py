@@ -47,7 +47,7 @@ def compose(
         basis cost extra; then that list is also given as a warning.
 
     Raises:
-        ValueError: no source; a source that is no bundle, is damaged or half-written; a bundle of another base model
+        ValueError: no source; a source that is not a bundle, is damaged or half-written; a bundle of another base model
             or another revision of it (the message says what differs); two bundles of one name without `rename`.
 
     Example:
@@ -67,7 +67,9 @@ def compose(
         >>> folder.cleanup()
     """
     if isinstance(sources, (str, Path)) or not sources:
-        raise ValueError(f"sources={sources!r} is no list of folders and repositories; give at least one, as [source].")
+        raise ValueError(
+            f"sources={sources!r} is not a list of folders and repositories; give at least one, as [source]."
+        )
     if isinstance(base_model, PeftModel):
         raise ValueError("base_model has adapters already; add a bundle with load_bundle(model, source).")
     parts: list[Checkpoint] = []
@@ -161,7 +163,7 @@ def load_bundle(
             raise ValueError(
                 f"there is no bundle {name!r} to replace; name one of {names}, or leave replace out."
                 if replace
-                else f"there is a bundle {name!r} already; pass replace=True, or another name."
+                else f"there is already a bundle {name!r}; pass replace=True, or another name."
             )
         _exchange(model, name if replace else None, part)
     return name
@@ -187,7 +189,7 @@ def _state(model: PeftModel) -> BundleState:
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, BundleModel):
         raise ValueError(
-            f"{type(model).__name__} is no PeftModel with bundles; build one with compose(base_model, sources) or "
+            f"{type(model).__name__} is not a PeftModel with bundles; build one with compose(base_model, sources) or "
             "get_peft_model(base_model, BundleConfig(...))."
         )
     return tuner._state
@@ -278,10 +280,10 @@ def composition(model: PeftModel) -> Composition:
         model: a `PeftModel` with bundles. Its active adapters are listed.
 
     Returns:
-        A `Composition`; printed, it is one line per adapter.
+        A `Composition`, which prints as one line per adapter.
 
     Raises:
-        ValueError: the model is no `PeftModel` with bundles.
+        ValueError: the model is not a `PeftModel` with bundles.
 
     Example:
         >>> from peft import get_peft_model

@@ -56,7 +56,8 @@ def parse_source(source: str | Path) -> Source:
     match = _REPO.fullmatch(text)
     if match is None or ".." in text or text.startswith((".", "-")):
         raise ValueError(
-            f"source {text!r} is no folder that exists and no repository; write folder, folder:bundle, repo, "
+            f"source {text!r} is neither an existing folder nor the name of a repository; write folder, "
+            "folder:bundle, repo, "
             "repo:bundle or repo@revision:bundle."
         )
     validate_repo_id(match["repo"])

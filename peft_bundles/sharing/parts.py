@@ -42,7 +42,7 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
             tensors.update({f"{what}.{bundle}": p for bundle, p in getattr(module, what)[adapter].items()})
         layers[module.index] = tensors
     if config is None:
-        raise ValueError(f"adapter {adapter!r} has no bundles in this model.")
+        raise ValueError(f"adapter {adapter!r} has no bundles in this model; name an adapter that has.")
     if config.modules_to_save:
         raise ValueError(
             f"adapter {adapter!r} also trains {config.modules_to_save} (modules_to_save), so a single bundle is only a "

@@ -53,10 +53,10 @@ def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = No
         >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
         ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
         >>> config = {"sub_bases": {"a": 8, "b": 8}}
-        >>> mine = {"b_mine": {"rank": 4, "sub_bases": ["a"]}}
-        >>> yours = {"b_yours": {"rank": 4, "sub_bases": ["b"]}}
-        >>> first = get_peft_model(copy.deepcopy(base), BundleConfig(bundles=mine, **config))  # calibrate it now
-        >>> second = get_peft_model(base, BundleConfig(bundles=yours, basis_seed=1, **config))
+        >>> style = {"b_style": {"rank": 4, "sub_bases": ["a"]}}
+        >>> facts = {"b_facts": {"rank": 4, "sub_bases": ["b"]}}
+        >>> first = get_peft_model(copy.deepcopy(base), BundleConfig(bundles=style, **config))  # calibrate it now
+        >>> second = get_peft_model(base, BundleConfig(bundles=facts, basis_seed=1, **config))
         >>> folder = tempfile.TemporaryDirectory()
         >>> load_basis(second, save_basis(first, folder.name))["sub_bases"]
         [['a', 8], ['b', 8]]
@@ -225,7 +225,9 @@ def _read(source: str | Path, token: str | None) -> tuple[dict[str, Any], dict[i
         standardised = about["input_norm"] == "standard" and about.get("calibration") is not None
         whole = basis_digest(layers, about["sub_bases"], standardised) == about["digest"]
     except (KeyError, ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"{source} is no basis file; give one that save_basis wrote.") from error
+        raise ValueError(f"{source} is not a basis file; give one that save_basis wrote.") from error
     if not whole:
-        raise ValueError(f"{source}: U, mu and sigma do not have the digest it names; it was damaged, get it again.")
+        raise ValueError(
+            f"{source}: U, mu and sigma do not match the digest in the file; it was damaged, get it again."
+        )
     return about, layers

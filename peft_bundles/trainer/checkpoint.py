@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or not there at all, and refused where they belong to another run.
+"""Checkpoints of a run: complete or absent, and refused by a run with other settings.
 
 Beside transformers' own files a checkpoint has
 
@@ -60,7 +60,7 @@ def staged(run: Path, name: str, writes: bool) -> Iterator[Path]:
     Args:
         run: the run's folder.
         name: of the checkpoint in it.
-        writes: whether this process makes the folder and renames it. Processes wait for each other outside of this.
+        writes: whether this process makes the folder and renames it. Processes wait for each other outside this.
     """
     folder = run / STAGING / name
     if writes:
@@ -79,9 +79,9 @@ class RunState:
     """What a run adds to transformers' checkpoints.
 
     Args:
-        settings: those that must be equal on resuming, as JSON values; by a name for errors.
+        settings: settings that must be equal on resuming: name (for errors) -> JSON value.
         objectives: by name.
-        trunk: the trunk, where it is trained; None where it is frozen.
+        trunk: the trunk, if it is trained; None if it is frozen.
         rank, processes: this process, and how many there are.
     """
 
@@ -94,7 +94,7 @@ class RunState:
     # ---- saving ----
 
     def save_weights(self, folder: Path) -> None:
-        """Write settings, heads and trunk. One process does."""
+        """Write settings, heads and trunk; called in one process."""
         (folder / "run.json").write_text(json.dumps(self.settings, indent=1))
         heads = {
             f"{name}.{key}": value.contiguous()
@@ -110,7 +110,7 @@ class RunState:
             save_file(tensors, folder / "trunk.safetensors")
 
     def save_objectives(self, folder: Path) -> None:
-        """Write the state of this process's objectives. Every process does."""
+        """Write the state of this process's objectives; called in every process."""
         tensors, values = {}, {}
         for name, objective in self.objectives.items():
             for key, value in objective.state_dict().items():
@@ -149,7 +149,7 @@ class RunState:
             )
 
     def load_weights(self, folder: Path) -> None:
-        """Take up heads and trunk."""
+        """Load heads and trunk."""
         heads = load_file(folder / "heads.safetensors") if (folder / "heads.safetensors").is_file() else {}
         for name, objective in self.objectives.items():
             if (head := objective.head()) is not None:
@@ -165,7 +165,7 @@ class RunState:
         self.trunk.load_state_dict(_below(tensors, "projector."), step)
 
     def load_objectives(self, folder: Path) -> None:
-        """Take up the state of this process's objectives."""
+        """Load the state of this process's objectives."""
         file = self._objectives_file(folder)
         with safe_open(file, "pt") as opened:
             values = json.loads(opened.metadata()["values"])

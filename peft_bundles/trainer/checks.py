@@ -38,7 +38,7 @@ def objectives_by_name(objectives: Objective | Sequence[Objective], config: Bund
     """The objectives by their names.
 
     Raises:
-        ValueError: something that is no objective, a name that two have, or a signal that no bundle owns.
+        ValueError: something that is not an objective, a name used twice, or a signal that no bundle owns.
     """
     objectives = [objectives] if isinstance(objectives, Objective) else list(objectives)
     for objective in objectives:
@@ -46,7 +46,7 @@ def objectives_by_name(objectives: Objective | Sequence[Objective], config: Bund
             raise ValueError(f"objectives has a {type(objective).__name__}; give objectives, e.g. [LM(rows)].")
     names = [objective.name for objective in objectives]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"objectives are named {names}; give at least one, and give each a name (signal=) of its own.")
+        raise ValueError(f"objectives are named {names}; give at least one, and give each its own name (signal=).")
     for objective in objectives:
         try:
             check_signals({"": config}, objective.signals)

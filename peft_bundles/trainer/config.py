@@ -20,9 +20,9 @@ TRUNKS = ("frozen", "full")
 class BundleTrainingConfig(TrainingArguments):
     """Training arguments of `BundleTrainer`: those of transformers, and the ones below.
 
-    Two of transformers' have a meaning of their own. `per_device_train_batch_size` counts the rows of *each* objective
-    in a micro-batch (a preference row is a pair). `max_grad_norm` holds for every bundle, for the trunk and for every
-    head separately. DDP and FSDP2 are supported, DeepSpeed is not.
+    Two of transformers' arguments have another meaning here. `per_device_train_batch_size` counts the rows of *each*
+    objective in a micro-batch (a preference row is a pair). `max_grad_norm` holds for every bundle, for the trunk and
+    for every head separately. DDP and FSDP2 are supported, DeepSpeed is not.
 
     Args:
         rows: objective -> rows in a micro-batch, where it differs from `per_device_train_batch_size`.
@@ -33,7 +33,7 @@ class BundleTrainingConfig(TrainingArguments):
             of bundles, or bundle -> alpha. "owners" are the bundles that its signals update, and those of role
             "general".
         shared_forward: let objectives whose losses need one backward share one forward. False forwards each objective
-            alone; then what the forward table promises holds to the bit, and not only to rounding.
+            alone; then what the forward table promises holds bit for bit, not only up to rounding.
         lr_multipliers: bundle, "trunk" or objective (its value head) -> factor on the learning rate.
         max_grad_norms: bundle -> norm, where it differs from `max_grad_norm`.
         kl_clamp: limits how far training moves the model's readout from the base model's, bundle by bundle: the fields
@@ -45,10 +45,10 @@ class BundleTrainingConfig(TrainingArguments):
             dataset has no such column train as without topics.
         trunk: "frozen", or "full": the base model is trained too, by all signals.
         trunk_ranks: signal -> rank of the subspace that its gradient on the trunk is projected to, with trunk="full".
-        trunk_refresh: steps after which these subspaces are chosen anew.
+        trunk_refresh: number of steps after which these subspaces are chosen again.
 
     Raises:
-        ValueError: a field has a value that it cannot have. The message names field, value and fix.
+        ValueError: a field has an invalid value. The message names field, value and fix.
 
     Example:
         >>> args = BundleTrainingConfig("outputs", report_to="none", lr_multipliers={"b_kl": 0.01})
@@ -75,14 +75,14 @@ class BundleTrainingConfig(TrainingArguments):
     trunk_refresh: int = 200
 
     def __post_init__(self) -> None:
-        # First: transformers and accelerate would ask for DeepSpeed to be installed.
+        # Checked first: transformers and accelerate would ask for DeepSpeed to be installed.
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise ValueError(
                 "DeepSpeed is not supported: it gives bundles without a gradient a gradient of zero, and momentum then "
                 "moves them. Leave deepspeed= out and launch with DDP or FSDP2 (recipes/accelerate/ddp_2.yaml, "
                 "fsdp_2.yaml)."
             )
-        # The names with "gradient" are older names of the same arguments.
+        # transformers' older names of these arguments contain "gradient".
         checkpointing = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         if isinstance(checkpointing, dict):
             if checkpointing.get("use_reentrant"):
@@ -105,7 +105,7 @@ class BundleTrainingConfig(TrainingArguments):
         if self.trunk_refresh < 1:
             raise ValueError(f"trunk_refresh={self.trunk_refresh!r} must be at least 1.")
         if self.fp16:
-            raise ValueError("fp16=True: several backwards do not go through a gradient scaler; use bf16=True.")
+            raise ValueError("fp16=True: a gradient scaler cannot handle several backwards per step; use bf16=True.")
 
 
 def _check_positive(name: str, values: Mapping[str, Any] | None, kind: Any, kind_name: str) -> None:

@@ -21,7 +21,7 @@ def held_out_means(
     """Means over an objective's held-out rows on all processes.
 
     Args:
-        forward: of the model, in the mode to measure it in.
+        forward: the model, in the mode to measure it in.
         objectives: by name.
         shares: objective -> the rows of this process.
 

@@ -15,10 +15,10 @@ class MixingPlan:
 
     Args:
         names: the objectives.
-        kind: "together", all in every step, each with rows of its own; "alternate", one a step, in turn; "ratio", one a
-            step, drawn by weight.
+        kind: "together", all in every step, each with its own rows; "alternate", one per step, in turn; "ratio", one
+            per step, drawn by weight.
         weights: objective -> weight, for "ratio"; an objective not named weighs 1.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: an unknown kind or name, a weight that is not positive, or weights for another kind than "ratio".

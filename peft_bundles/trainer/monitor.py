@@ -15,7 +15,7 @@ from ..core.walking import bundle_layers, bundle_parameters
 from ..routing.reduction import bundle_labels
 
 
-SAMPLE = 32  # tokens a layer that the size of what bundles write is measured on
+SAMPLE = 32  # tokens per layer on which the size of what bundles write is measured
 
 
 def snapshot(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -35,7 +35,7 @@ def update_norms(model: nn.Module, before: Mapping[str, list[Tensor]]) -> dict[s
 
 @contextmanager
 def watch(model: nn.Module, values: dict[str, list[Tensor]], *, spread: bool = False) -> Iterator[None]:
-    """Measure the forwards inside that have gradients, and add a value a layer and bundle to `values`.
+    """Measure forward passes with gradients inside the block; adds a value per layer and bundle to `values`.
 
     - "alpha/<bundle>": mean over rows and tokens.
     - "alpha_std/<bundle>": standard deviation over rows and tokens, where alpha varies.
@@ -45,13 +45,13 @@ def watch(model: nn.Module, values: dict[str, list[Tensor]], *, spread: bool = F
     Args:
         model: with bundles.
         values: name -> values; added to.
-        spread: measure "alpha_std" always: alphas may vary on one process only, and all must log the same names.
+        spread: always measure "alpha_std": alphas may vary on one process only, but all must log the same names.
     """
     names = bundle_labels(model)
 
     def measure(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BundleLayer)
-        if torch.is_grad_enabled():  # forwards of the reference run without
+        if torch.is_grad_enabled():  # forwards of the reference have no gradients
             with torch.no_grad():
                 _measure(layer, args[0].detach(), names, values, spread)
 

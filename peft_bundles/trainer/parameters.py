@@ -38,7 +38,7 @@ def optimizer_groups(
         decayed: names of the model's parameters that weight decay acts on.
         learning_rate, weight_decay: of a parameter without a factor.
         factors: bundle, "trunk" or objective (its head) -> factor on the learning rate.
-        apart: bundles that get groups of their own, marked with `MARK`.
+        apart: bundles that get their own groups, marked with `MARK`.
 
     Returns:
         The groups, those of factor 1 first: the logged learning rate is that of the first group.
@@ -65,7 +65,7 @@ def clip_gradients(
     max_norm: float | None,
     max_norms: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """Clip the gradient of every bundle, of the trunk and of every head to a norm of its own.
+    """Clip the gradient of every bundle, of the trunk and of every head separately.
 
     Args:
         model: with bundles.

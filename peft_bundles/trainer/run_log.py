@@ -32,7 +32,7 @@ class RunLog:
         self._step[name] = self._step.get(name, 0) + value.detach().float() * weight
 
     def close_step(self) -> None:
-        """The shares of the current step are complete."""
+        """End the current step: its shares are complete."""
         for name, value in self._step.items():
             self.add(name, value)
         self._step = {}
@@ -46,9 +46,9 @@ class RunLog:
         self._tokens = sum((b["attention_mask"].sum() for b in batches), self._tokens.to(device))
 
     def read(self, device: torch.device, processes: int) -> dict[str, float]:
-        """The means since the last call, over all processes, and "tokens_per_second"; the log starts anew.
+        """The means since the last call, over all processes, and "tokens_per_second"; then the log is empty.
 
-        All processes must call it. They have the same names: which objectives a step has follows from its number.
+        All processes must call it. They have the same names, because a step's number determines its objectives.
         """
         means = {name: torch.stack(values).mean() for name, values in self._values.items()}
         means["tokens_per_second"] = self._tokens * processes  # a sum over processes, as their mean times their number

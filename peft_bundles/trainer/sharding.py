@@ -40,20 +40,21 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
     """Shard the frozen weights of the blocks that have bundles, in place; each block is a unit.
 
     Args:
-        model: with bundles. The frozen blocks may be on any device; all else is moved to accelerate's.
+        model: with bundles. The frozen blocks may be on any device; everything else is moved to accelerate's device.
         plugin: its `reshard_after_forward` and `activation_checkpointing` are used. Mixed precision is autocast's, as
             without sharding.
 
     Raises:
-        ValueError: another FSDP version, a setting that does not go with bundles, a trunk that trains or is quantised.
+        ValueError: another FSDP version, a setting that does not work with bundles, a trunk that trains or is
+            quantised.
     """
-    for field, value, wanted in (
+    for field, value, required in (
         ("fsdp_version", plugin.fsdp_version, 2),
         ("cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False),
         ("cpu_offload", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
     ):
-        if value != wanted:
-            raise ValueError(f"FSDP: {field}={value!r} does not work with bundles; set it to {wanted!r}.")
+        if value != required:
+            raise ValueError(f"FSDP: {field}={value!r} does not work with bundles; set it to {required!r}.")
     base: Any = model.get_base_model()
     layers = bundle_layers(base)
     blocks = [layer.get_base_layer() for layer in layers]
@@ -75,8 +76,8 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
     if plugin.activation_checkpointing:
         # accelerate would wrap whole blocks. Their hooks would run again in the backward, when the route is closed.
         base.activation_checkpointing_enable({"use_reentrant": False})
-    # Embeddings, the last norm and the LM head stay whole too. A loss may start at the final state (a value head's).
-    # Its backward passes no output of the model, so FSDP would not gather their weights.
+    # Embeddings, the last norm and the LM head stay whole too. A loss may start at the final state (a value head's
+    # does). Its backward passes through no output of the model, so FSDP would not gather their weights.
     whole = set(base.parameters()) - set(frozen)
     for parameter in whole:
         parameter.data = parameter.data.to(accelerator.device)
@@ -88,7 +89,7 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
 
 
 def treat_as_whole(accelerator: Any) -> None:
-    """Let accelerate treat the run as one with whole models: it shards nothing again and saves nothing of its own."""
+    """Let accelerate treat the run as one with whole models: it neither shards again nor saves anything."""
     state = copy.copy(accelerator.state)  # a state of this run: all states of a process share one dict
     kind = DistributedType.MULTI_GPU if torch.device(accelerator.device).type == "cuda" else DistributedType.MULTI_CPU
     state.distributed_type = kind if accelerator.num_processes > 1 else DistributedType.NO

@@ -15,7 +15,7 @@ from ..config import BundleConfig
 def forward_table(
     config: BundleConfig, signals: Mapping[str, tuple[str, ...]], entries: Mapping[str, Any] | None
 ) -> dict[str, dict[str, float]]:
-    """Objective -> bundle -> alpha in that objective's rows; bundles not named keep the alpha that they have.
+    """Objective -> bundle -> alpha in that objective's rows; bundles not named keep their alpha.
 
     Args:
         config: of the adapter.
@@ -79,7 +79,7 @@ def untouched_by(
     """Objective -> the others that cannot change what its bundles learn, with a frozen trunk.
 
     B can change what A's bundles learn if a bundle that B updates is on in A's rows or is updated by A too, or if B can
-    change what another objective's bundles learn, and that one A's.
+    change what a third objective's bundles learn, and the third can change A's.
 
     Args:
         config: of the adapter.
@@ -115,8 +115,8 @@ def promises(
 def at_full_rate(config: BundleConfig, penalties: Sequence[str], multipliers: Mapping[str, float]) -> list[str]:
     """The bundles that only penalties update and that have no learning-rate multiplier.
 
-    Adam's step does not depend on the scale of a gradient. So a penalty moves a bundle of its own as far as the main
-    loss moves its bundles, however small the penalty's coefficient is (docs/decisions.md).
+    Adam's step does not depend on the scale of a gradient. So a penalty that has a bundle to itself moves it as far as
+    the main loss moves its bundles, however small the penalty's coefficient is (docs/decisions.md).
 
     Args:
         config: of the adapter.

@@ -27,7 +27,7 @@ class TopicRates:
     """Factors on the learning rates of topic bundles, step by step.
 
     Args:
-        topics: the run's topics; None where it has none.
+        topics: the run's topics; None if it has none.
         signals: objective -> the signals it emits.
     """
 
@@ -89,7 +89,7 @@ def check_topics(topics: RowTopics | None, objectives: Sequence[Objective], shar
             "-> weight or a list of names in every row, or leave topics out."
         )
     for objective in with_topics if sharded else ():
-        # Signal by signal: each may take a backward of its own, which would run on some processes only.
+        # Signal by signal: each may take a separate backward, which would run on some processes only.
         if alone := [s for s in objective.signals if updated(topics.config, (s,)) <= set(topics.scaled())]:
             raise ValueError(
                 f"objective {objective.name!r}: signal(s) {alone} update topic bundles only. A process whose rows "

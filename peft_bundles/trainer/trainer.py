@@ -52,8 +52,9 @@ class BundleTrainer(_BaseTrainer):
     """Train one bundled model with several objectives. Every loss updates only the bundles that own its signal.
 
     Objectives whose losses need one backward share one forward and one backward. An objective with several routing
-    columns (PPO's losses have several) takes one forward, and one backward for each distinct column. Which objectives
-    a step has, which bundles are on in their rows and how gradients are clipped is set in `BundleTrainingConfig`.
+    columns (PPO's losses have several) takes one forward, and one backward for each distinct column.
+    `BundleTrainingConfig` sets which objectives a step has, which bundles are on in their rows, and how gradients are
+    clipped.
 
     The log has every loss ("loss/<signal>"), the objectives' own metrics, and for every bundle its alpha, the size of
     what it writes ("activation/<bundle>", as a part of the hidden state's norm), of its gradient and of its update
@@ -163,7 +164,7 @@ class BundleTrainer(_BaseTrainer):
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             treat_as_whole(self.accelerator)
-            self.is_fsdp_enabled = False  # all that trains is whole, so transformers has nothing to do for FSDP
+            self.is_fsdp_enabled = False  # everything that trains is whole, so transformers need not handle FSDP
             trunk = trunk_parameters(model)  # sharding replaced the parameters
             self.trunk = TrunkProjection(trunk, {}, args.trunk_refresh)
         check_topics(self.topics, list(self.objectives.values()), plugin is not None)
@@ -176,10 +177,10 @@ class BundleTrainer(_BaseTrainer):
                 logger.info(line)
 
     def promises(self) -> list[str]:
-        """What the run guarantees, one sentence an objective: which others cannot change what its bundles learn.
+        """What the run guarantees, one sentence per objective: which others cannot change what its bundles learn.
 
-        It follows from two tables, who is updated by a signal and who is on in an objective's rows, and is logged at
-        level INFO when the trainer is made.
+        It follows from two tables: the bundles that a signal updates, and the bundles that are on in an objective's
+        rows. It is logged at level INFO when the trainer is made.
         """
         if any(p.requires_grad for p in self.trunk.parameters.values()):
             return ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
@@ -208,7 +209,7 @@ class BundleTrainer(_BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of the next optimizer step: {objective: batch}, each batch with its weight in the step.
+        """The micro-batches of the next optimizer step, {objective: batch}, each batch with its weight in the step.
 
         The weight is the micro-batch's share of the step's items (tokens, pairs) on all processes. So neither
         accumulation nor the number of processes changes the gradient.
@@ -255,7 +256,7 @@ class BundleTrainer(_BaseTrainer):
                 else:
                     losses = self._losses({name: inputs[name] for name in group})
             total += torch.stack([loss.detach().float() for loss in losses.values()]).sum()
-            if self.topics is not None:  # a loss has no graph if its rows have none of the topics that it trains
+            if self.topics is not None:  # a loss has no graph if its rows have none of its topics
                 losses = {signal: loss for signal, loss in losses.items() if loss.requires_grad}
             if self.trunk.ranks:
                 self.trunk.backward(model, losses, self.state.global_step)
@@ -276,7 +277,7 @@ class BundleTrainer(_BaseTrainer):
     def _groups(self, inputs: Iterable[str]) -> list[list[str]]:
         """Objectives by the forward they share.
 
-        An objective that needs several backwards runs alone: each of them would walk the rows of all others too.
+        An objective that needs several backwards runs alone: each backward would also walk the rows of the others.
         """
         configs = self.model.peft_config
         several = {n for n in inputs if len({routing_column(configs, s) for s in self.objectives[n].signals}) > 1}
@@ -375,7 +376,7 @@ class BundleTrainer(_BaseTrainer):
     def _after_optimizer_step(self) -> None:
         self.topic_rates.restore(cast(Any, self.optimizer))
         for parameter in self._head_parameters():
-            parameter.grad = None  # transformers zeroes the gradients of its model only
+            parameter.grad = None  # transformers only zeroes the gradients of its model
         if self._before is not None:
             for bundle, norm in monitor.update_norms(self.model, self._before).items():
                 self.run_log.add(f"update_norm/{bundle}", norm.float())
@@ -422,7 +423,7 @@ class BundleTrainer(_BaseTrainer):
         return os.path.join(folder, STAGING) if self._saving else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """transformers' checkpoint, written beside and renamed when complete."""
+        """transformers' checkpoint, written to a temporary folder and renamed when complete."""
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         with staged(run, f"{PREFIX_CHECKPOINT_DIR}-{step}", self.args.should_save) as folder:
             self.accelerator.wait_for_everyone()

@@ -1,9 +1,9 @@
-"""Training the trunk (the base model's own weights), each signal in a subspace of its own.
+"""Training the trunk (the base model's own weights), each signal in its own subspace.
 
 With trunk="full" the trunk gets the sum of all losses' gradients. For a signal with a rank R, its gradient G of a
 weight matrix becomes P P^T G (or G P P^T, on the shorter side). P holds the first R left (right) singular vectors of
 the signal's own gradient in the first micro-batch, over all processes, of the step in which the subspace was last
-chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one for each signal. Weights that are no matrices
+chosen: GaLore's projector (Zhao et al. 2024, arXiv 2403.03507), one for each signal. Weights that are not matrices
 (norms) get no gradient from such a signal.
 """
 
@@ -31,7 +31,7 @@ class TrunkProjection:
     Args:
         parameters: of the trunk, by name.
         ranks: signal -> rank R of its subspace; gradients of other signals are not projected.
-        refresh: steps after which a subspace is chosen anew.
+        refresh: number of steps after which a subspace is chosen again.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Mapping[str, int], refresh: int) -> None:
@@ -85,7 +85,7 @@ class TrunkProjection:
         return {f"{s}|{n}": p for (s, n), p in self.projectors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take up the projectors that were saved after `step` steps."""
+        """Load the projectors that were saved after `step` steps."""
         self.projectors = {}
         for key, projector in state.items():
             signal, _, name = key.partition("|")

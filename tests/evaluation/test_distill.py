@@ -126,16 +126,16 @@ def test_a_lora_of_the_user_s_own_and_alphas_that_were_set():
 @pytest.mark.parametrize(
     ("alphas", "changes", "message"),
     [
-        ({"b_x": 1.0}, {}, r"unknown bundle\(s\) \['b_x'\]; known are"),
-        ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; give one number, a LoRA imitates one fixed alpha"),
+        ({"b_x": 1.0}, {}, r"unknown bundle\(s\) \['b_x'\]; the model has"),
+        ({"b_mlp": [0.5, 1.0]}, {}, "the alpha of 'b_mlp' is .*; give one number: a LoRA imitates one fixed alpha"),
         (SETTING, {"dataset": []}, "dataset is empty; give at least one batch"),
         (SETTING, {"held_out": []}, "held_out is empty; give at least one batch"),
         (
             SETTING,
             {"dataset": ["text"]},
-            r"dataset is no list of batches; give dicts with input_ids, e.g. \[evaluation.text_batch",
+            r"dataset is not a list of batches; give dicts with input_ids, e.g. \[evaluation.text_batch",
         ),
-        (SETTING, {"held_out": TRAIN[0]}, "held_out is no list of batches; give dicts with input_ids"),
+        (SETTING, {"held_out": TRAIN[0]}, "held_out is not a list of batches; give dicts with input_ids"),
         (SETTING, {"steps": 0}, "steps=0, .* must be positive"),
         (SETTING, {"learning_rate": -1.0}, "learning_rate=-1.0 .* must be positive"),
         (SETTING, {"top_k": 0}, "top_k=0 must be positive"),

@@ -148,7 +148,7 @@ def no_scores(model, given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; known are"),
+        ({"bundle": "b_x"}, r"unknown bundle\(s\) \['b_x'\]; the model has"),
         ({"values": []}, r"values=\[\] must be finite numbers, at least one"),
         ({"values": [0.0, math.inf]}, "must be finite numbers"),
         ({"values": 0.5}, "values=0.5 is one number; give a list of alphas"),
@@ -156,7 +156,7 @@ def no_scores(model, given):
         ({"tasks": [{"input_ids": batch(2)}]}, "tasks is a list; give a dict, name -> batch"),
         (
             {"tasks": {"t": ["some text"]}},
-            r"task 't' is a list; give a dict of tensors, for texts evaluation.text_batch",
+            r"task 't' is a list; give a dict of tensors, such as evaluation.text_batch",
         ),
         (
             {"tasks": {"t": {"input_ids": batch(2), "x": [1]}}},

@@ -55,7 +55,7 @@ def test_judged_rows(on, kind, rows, message):
         (Consistency(changed_row(statements(), 1, statements=["a", " ", "b"])), r"row 1: statements\[1\]=' ' is empty"),
         (
             Consistency(changed_row(statements(), 1, contradicts=[False, True])),
-            r"row 1 has 3 statements and contradicts=\[False, True\]; give one true or false each",
+            r"row 1 has 3 statements and contradicts=\[False, True\]; give true or false for each statement",
         ),
         (
             Consistency(changed_row(statements(), 1, contradicts=[True, False, False])),

@@ -86,7 +86,7 @@ def test_a_group_for_every_text():
     [
         (lambda: fit_topics("oracle", ["law"]), "source='oracle' is unknown; choose one of lexicon"),
         (lambda: fit_topics("lexicon", ["law", "cooking"]), r"no words for \['cooking'\]"),
-        (lambda: fit_topics("embedding", ["law"], ["a"], ["art"], embed=embed), "label 'art' is no topic"),
+        (lambda: fit_topics("embedding", ["law"], ["a"], ["art"], embed=embed), "label 'art' is not a topic"),
         (lambda: fit_topics("embedding", ["law"], ["a", "b"], ["law"], embed=embed), "2 texts have 1 labels"),
         (lambda: fit_topics("clusters", ["law", "art"], ["a"], ["law"]), r"no text is labelled \['art'\]"),
         (
@@ -99,7 +99,7 @@ def test_a_group_for_every_text():
         ),
         (
             lambda: fit_topics("clusters", ["law"], ["bird beak", "court judge"] * 3, ["law", None] * 3, clusters=4),
-            r"clusters=4, but the texts make only 2 \(the same text again\?\); ask for fewer",
+            r"clusters=4, but the texts form only 2 \(are some texts equal\?\); ask for fewer",
         ),
     ],
 )

@@ -158,12 +158,12 @@ def first(tensors, part):
 
 
 BAD = {
-    "a LoRA": (lora, "is an adapter of type 'LORA' and no bundle"),
+    "a LoRA": (lora, "is an adapter of type 'LORA', not a bundle"),
     "a pickle": (pickled, "only adapter_model.bin, a pickle, which is never loaded"),
     "a header of 10 GB": (huge_header, r"claims a header of 10,737,418,240 bytes in a file of 208"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "half-written|only"),
     "no config": (lambda f: (f / CONFIG).unlink(), "holds no adapter, or is half-written"),
-    "half a file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "no valid safetensors"),
+    "half a file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "not a valid safetensors"),
     "a few bytes": (lambda f: (f / WEIGHTS).write_bytes(b"abc"), "claims a header"),
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "not valid JSON"),
     "no object": (lambda f: (f / CONFIG).write_text("[]"), "holds a list"),
@@ -239,7 +239,9 @@ NO_SOURCES = [
 
 @pytest.mark.parametrize("source", NO_SOURCES)
 def test_sources_that_are_none(source):
-    with pytest.raises(ValueError, match=r"no folder that exists and no repository|is no list|Repo id"):
+    with pytest.raises(
+        ValueError, match=r"neither an existing folder nor the name of a repository|is not a list|Repo id"
+    ):
         peft_bundles.pull_bundle(source)
 
 

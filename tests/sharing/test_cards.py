@@ -115,8 +115,8 @@ def test_a_card_of_several_bundles_has_their_overlap(tmp_path):
             r"values \['high'\]; give finite numbers",
         ),
         ({"results": [{"task": "x", "metric": "y", "values": []}]}, "give finite numbers"),
-        ({"figure": "nowhere.png"}, "figure='nowhere.png' is no picture; give an existing file"),
-        ({"figure": __file__}, "is no picture"),
+        ({"figure": "nowhere.png"}, "figure='nowhere.png' is not a picture; give an existing file"),
+        ({"figure": __file__}, "is not a picture"),
     ],
 )
 def test_bad_cards(given, message, tmp_path):

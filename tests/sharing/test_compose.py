@@ -116,13 +116,13 @@ def test_name_clashes(saved):
 def test_refusals(saved):
     root, *_ = saved
     for sources in ([], str(root / "b_mlp"), root / "b_mlp"):
-        with pytest.raises(ValueError, match="is no list of folders and repositories; give at least one"):
+        with pytest.raises(ValueError, match="is not a list of folders and repositories; give at least one"):
             peft_bundles.compose(TINY["llama"](), sources)
     model = composed(saved, "b_mlp")
     with pytest.raises(ValueError, match="has adapters already; add a bundle with load_bundle"):
         peft_bundles.compose(model, [root / "b_mlp"])
     for call in (peft_bundles.composition, lambda m: peft_bundles.load_bundle(m, root / "b_mlp")):
-        with pytest.raises(ValueError, match="no PeftModel with bundles; build one with compose"):
+        with pytest.raises(ValueError, match="not a PeftModel with bundles; build one with compose"):
             call(TINY["llama"]())
 
 
@@ -195,7 +195,10 @@ def test_refusals_of_swapping(saved, tmp_path):
     model = composed(saved, "b_mlp", "b_linear")
     before = logits(model, batch())
     for call, message in (
-        (lambda: peft_bundles.load_bundle(model, root / "b_mlp"), "a bundle 'b_mlp' already; pass replace=True"),
+        (
+            lambda: peft_bundles.load_bundle(model, root / "b_mlp"),
+            "there is already a bundle 'b_mlp'; pass replace=True",
+        ),
         (lambda: peft_bundles.load_bundle(model, root / "b_diag", replace=True), "no bundle 'b_diag' to replace"),
         (lambda: peft_bundles.load_bundle(model, tmp_path / "whole"), r"holds the bundles \['b_mlp'.*name one"),
         (lambda: peft_bundles.load_bundle(model, root / "b_diag", "9 lives"), "name '9 lives' cannot be used"),
@@ -222,7 +225,7 @@ def test_a_half_written_folder_is_refused_until_it_is_whole(saved, tmp_path):
         whole = (root / "b_linear" / name).read_bytes()
         for share in (0.0, 0.5, 0.99):
             (target / name).write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(ValueError, match=r"half-written|damaged|no valid"):
+            with pytest.raises(ValueError, match=r"half-written|damaged|not a valid"):
                 peft_bundles.load_bundle(model, target)
         (target / name).write_bytes(whole)
     assert torch.equal(logits(model, batch()), before)

@@ -72,12 +72,12 @@ def test_refusals_of_a_basis(tmp_path):
         peft_bundles.load_basis(fresh(), tmp_path)
     tensors = load_file(path)
     save_file(tensors, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="is no basis file; give one that save_basis wrote"):
+    with pytest.raises(ValueError, match="is not a basis file; give one that save_basis wrote"):
         peft_bundles.load_basis(fresh(), tmp_path / "plain.safetensors")
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="do not have the digest it names"):
+    with pytest.raises(ValueError, match="do not match the digest in the file"):
         peft_bundles.load_basis(fresh(), path)
     peft_bundles.save_bundle(attached(), "b_diag", tmp_path / "part")
     composed = peft_bundles.compose(TINY["llama"](), [tmp_path / "part"])

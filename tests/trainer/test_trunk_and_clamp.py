@@ -213,7 +213,7 @@ def test_protected_bundles_are_clamped_when_none_is_named():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"strength": {"lmm": 1.0}}, r"strength names \['lmm'\]; known are \['lm'\]"),
+        ({"strength": {"lmm": 1.0}}, r"strength names \['lmm'\]; choose from \['lm'\]"),
         ({"strength": {"lm": 1.0}}, r"beta is empty; name at least one of"),
         ({**CLAMP, "beta": {"b_x": 1.0}}, r"beta names \['b_x'\]"),
         ({**CLAMP, "tau": -1}, r"tau=-1 must be >= 0"),
