@@ -82,8 +82,8 @@ class Objective(ABC):
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
-                "or a list of dicts (of a DatasetDict one split, such as dataset['train']; a stream has no length: take "
-                "a part of it with Dataset.from_list(list(...)))."
+                "or a list of dicts (of a DatasetDict one split, as dataset['train']; a stream has no length: take a part "
+                "of it with Dataset.from_list(list(...)))."
             )
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
