@@ -135,12 +135,19 @@ def activate_backward(grad: Tensor, s: Tensor, nonlinear: int) -> Tensor:
     return torch.cat([first, grad[..., nonlinear:]], -1)
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # looked up once: a decoding step waits for every look-up
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # `to` takes longer to find that nothing is to be done
+
+
 def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base + left @ right in the dtype of `base`: one fused kernel where the product runs in that dtype too."""
     if base.dtype == right.dtype:
         out = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
         # Not a view: an in-place operation on a block output that is a view loses the hooks that FSDP puts on it.
-        return torch.ops.aten._unsafe_view(out, base.shape)
+        return _unsafe_view(out, base.shape)
     return base + (left.flatten(0, -2) @ right).view_as(base)
 
 
@@ -168,16 +175,16 @@ def stacked(
     elif residual_BTd is hidden_BTd and usable(hidden_BTd, dtype):
         x, copy = centred(hidden_BTd, mean_d)
     else:
-        x = hidden_BTd - mean_d.to(hidden_BTd.dtype)
-    x_Nd = x.flatten(0, -2).to(dtype)
-    s_NH = x_Nd @ D_dH.to(dtype)
+        x = hidden_BTd - _cast(mean_d, hidden_BTd.dtype)
+    x_Nd = _cast(x.flatten(0, -2), dtype)
+    s_NH = x_Nd @ _cast(D_dH, dtype)
     a = activate(s_NH, nonlinear)
     if factors:
         a = a.view(*hidden_BTd.shape[:-1], -1)
         for factor in factors:
-            a = a * factor.to(dtype)
+            a = a * _cast(factor, dtype)
     if copy is None:
-        return add_product(residual_BTd, a, E_Hd.to(dtype)), x_Nd, s_NH
+        return add_product(residual_BTd, a, _cast(E_Hd, dtype)), x_Nd, s_NH
     copy.flatten(0, -2).addmm_(a.flatten(0, -2), E_Hd.to(dtype))
     return copy, x_Nd, s_NH
 

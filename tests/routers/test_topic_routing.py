@@ -222,8 +222,8 @@ def test_a_topic_nobody_owns_is_no_matter_until_a_row_has_it():
     ("weights", "message"),
     [
         ({"b_sem_cooking": [1.0] * 3}, r"name the bundle 'b_sem_cooking', which no adapter has"),
-        ({"b_sem_law": [1.0, 2.0, 0.0]}, r"must be one number in \[0, 1\] a row"),
-        ({"b_sem_law": 0.5}, r"must be one number in \[0, 1\] a row"),
+        ({"b_sem_law": [1.0, 2.0, 0.0]}, r"must be one number in \[0, 1\] for each row"),
+        ({"b_sem_law": 0.5}, r"must be one number in \[0, 1\] for each row"),
         ({"b_sem_law": [1.0] * 3, "b_sem_animals": [1.0] * 2}, r"\{'b_sem_animals': 2\} values, but there are 3 rows"),
     ],
 )

