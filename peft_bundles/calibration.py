@@ -318,7 +318,7 @@ def own_samples(
         >>> len(rows), len(rows[0]["input_ids"])
         (4, 8)
     """
-    state_of(model)  # raises where there are no bundles
+    state_of(model)  # raises ValueError if there are no bundles
     device = next(model.parameters()).device
     with _measuring(model, (), {}):
         batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device))

@@ -215,7 +215,7 @@ class Objective(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights: tensors and plain values."""
+        """What a resumed run needs in addition to the weights: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
