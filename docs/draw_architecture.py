@@ -111,7 +111,7 @@ def overview() -> Picture:
     """What the package is: signals train their own bundles, and every bundle has a dial."""
     p = Picture("overview.svg", 960, 320, "Each signal trains its own bundle; at inference every bundle has a dial.")
     p.text(30, 38, "Training: one signal, its own bundles", size=15, font="bold", anchor="start")
-    p.text(640, 38, "Inference: a dial each, alpha", size=15, font="bold", anchor="start")
+    p.text(640, 38, "Inference: each has a dial, alpha", size=15, font="bold", anchor="start")
     p.box(345, 56, 250, 218, [], ("#f6f8fa", "#d0d7de"))
     p.box(490, 70, 90, 188, ["causal LM", "frozen"], PLAIN)
     rows = [
@@ -159,7 +159,7 @@ def block() -> Picture:
     p.text(
         30,
         62,
-        "The block runs as ever. Bundles read its output, add to it, and alpha scales each.",
+        "The block is unchanged. Bundles read its output and add to it; alpha scales each.",
         color=GREY,
         anchor="start",
     )
@@ -167,7 +167,7 @@ def block() -> Picture:
     p.text(
         30,
         118,
-        "The gradient passes to earlier layers; of the weights only those of b_text get one.",
+        "The gradient flows to earlier layers; only the weights of b_text get one.",
         color=GREY,
         anchor="start",
     )
@@ -262,7 +262,7 @@ def alpha() -> Picture:
     p.text(30, 40, "once a call", size=16, font="bold", anchor="start")
     p.text(30, 262, "for every token", size=16, font="bold", anchor="start")
     p.box(30, 60, 240, 132, [], ("#f6f8fa", "#d0d7de"))
-    p.text(150, 82, "alpha is what the first says", size=13, font="bold")
+    p.text(150, 82, "the first one set decides", size=13, font="bold")
     for k, line in enumerate(
         ("generate(..., alphas=...)", "with model.alphas(...):", "model.set_alphas(...)", "BundleSpec.alpha")
     ):

@@ -261,8 +261,7 @@ def _tokenised(
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(
-                f"texts contains a {type(text).__name__}; give strings, such as the column of a dataset: "
-                "dataset['text']."
+                f"texts holds a {type(text).__name__}; give strings, e.g. [row['text'] for row in dataset]."
             )
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows += [ids] if len(ids) else []
@@ -319,7 +318,7 @@ def own_samples(
         >>> len(rows), len(rows[0]["input_ids"])
         (4, 8)
     """
-    state_of(model)  # raises where there are no bundles
+    state_of(model)  # raises ValueError if there are no bundles
     device = next(model.parameters()).device
     with _measuring(model, (), {}):
         batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device))

@@ -323,7 +323,8 @@ class BundleModel(BaseTuner):
 
     @contextmanager
     def _pinned(self, others: Sequence[str] = ()) -> Iterator[None]:
-        """Run the block with the adapters that are active now, even if other threads add or remove some meanwhile.
+        """Run the block with the adapters that are active now, even if other threads add or remove some in the
+        meantime.
 
         `use.calls` counts the calls that run with each adapter. An adapter that was replaced is deleted when the last
         of its calls ends.

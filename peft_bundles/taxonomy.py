@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_fb_critique": _own("critique", 0.12, "meta_correctness", "calibration", role="signal"),
         },
     },
-    # The support of each semantic bundle lies inside that of a cognitive one, which shares that part with its topic.
+    # The support of each semantic bundle is a part of a cognitive bundle's support, shared with that bundle.
     "hierarchical": {
         "sub_bases": {
             "mem": 0.25,

@@ -1,7 +1,7 @@
 """Removing a capability: setting a bundle's alpha to 0, against unlearning in a LoRA that was taught everything.
 
     python -m studies.quality.make_data --output data.json.gz                           # once, with a network
-    python recipes/removal.py --data data.json.gz --workers 10 --seconds 150          # GPUs; another call goes on
+    python recipes/removal.py --data data.json.gz --workers 10 --seconds 150          # GPUs; repeat to continue
 
 Three kinds of questions are taught at once; one of them, `forget`, is then removed. Bundles: one per kind, trained
 either with only its own bundle on in a row ("owners") or with all on ("all"); then the forget kind's alpha is set to 0.

@@ -1,7 +1,7 @@
 """Six topic bundles on real text: how much each one helps its own topic, and the others.
 
     python recipes/semantic.py --prepare topics.json.gz                      # once, with a network
-    python recipes/semantic.py --data topics.json.gz --model FOLDER          # a GPU; --resume goes on
+    python recipes/semantic.py --data topics.json.gz --model FOLDER          # a GPU; --resume continues
     python recipes/semantic.py --smoke                                       # two CPU cores
 
 Every cell of the sweep in semantic.yaml trains fresh bundles and appends one line to cells.jsonl: the held-out loss of

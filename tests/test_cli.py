@@ -269,7 +269,7 @@ def test_what_a_stranger_may_give(folders, tmp_path):
 
     out = tmp_path / "out"
     for source, message, base in (
-        (spoilt("lora", lora), "is an adapter of type 'LORA' and no bundle", "base"),
+        (spoilt("lora", lora), "is an adapter of type 'LORA', not a bundle", "base"),
         (spoilt("pickle", pickled), "only adapter_model.bin, a pickle, which is never loaded", "base"),
         (spoilt("header", huge_header), "claims a header of 10,737,418,240 bytes in a file of 208", "base"),
         (good, "was trained on another base model or another revision of it", tmp_path / "other"),

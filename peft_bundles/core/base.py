@@ -73,7 +73,7 @@ class Injection:
         """Fill in the blocks. A config does not store them: their names differ between an AutoModel and a causal LM.
 
         Raises:
-            ValueError: no blocks found, `target_modules` that are no blocks, or layers that the model does not have.
+            ValueError: no blocks found, `target_modules` that are not blocks, or layers that the model does not have.
         """
         matcher = copy.copy(config)
         matcher.layers_to_transform = None  # PEFT would read the numbers as those of submodules

@@ -296,7 +296,9 @@ def check_tensors(
                     "another base model or another config."
                 )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{where} has NaN, infinity or non-floating values in {key!r}; the file is damaged.")
+                raise ValueError(
+                    f"{where} has NaN or infinity, or values that are not floats, in {key!r}; the file is damaged."
+                )
         if not bool((layer["bundle_scale"] > 0).all()):
             raise ValueError(f"{where} has standard deviations (sigma) that are not positive; the file is damaged.")
         measured = fingerprint(layer["bundle_basis"])

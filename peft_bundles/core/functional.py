@@ -54,7 +54,7 @@ class BundleWeights:
 class Gate:
     """Routing weights of hidden units, for one forward under a route. Read when backward runs.
 
-    `Route.choose` sets the fields anew before each pass over the graph; the graph holds this very object.
+    `Route.choose` sets the fields again before each pass over the graph, which holds this very object.
 
     Attributes:
         weights: (B|1, T|1, H), factors on the gradients of D and E, row by row; None: all are 1.

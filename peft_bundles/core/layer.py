@@ -282,7 +282,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return self._training_forward(hidden)
 
     def _plan(self, hidden: Tensor) -> Plan | None:
-        """The plan for states without gradients; None where dropout is drawn anew in every forward."""
+        """The plan for states without gradients; None if dropout is drawn again in every forward."""
         if self.slot.plan is not None:
             return self.slot.plan
         state, call, dtype = self.state, self.state.call, compute_dtype(hidden)

@@ -118,7 +118,7 @@ class Packing:
         owner: bundle number of every hidden unit, (H,).
         padding: number of hidden units at the end that make H a good size for a GPU. Their columns of D and rows of E
             are 0; `owner` counts them as units of bundle 0.
-        groups: for each group, its bundles and where their hidden units lie, as (start, size).
+        groups: for each group, its bundles and the spans of their hidden units, as (start, size).
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Packing:
             members = [name for name in ordered if group[name] == number]
             starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in members}
             spans: list[tuple[int, int]] = []
-            for name in members:  # within a kind they lie side by side, as one span
+            for name in members:  # within a kind they are adjacent, as one span
                 last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
                 spans.append((last[0], last[1] + shapes[name].hidden))
             self.groups.append((members, spans))

@@ -134,7 +134,7 @@ class BundleState:
         seen: (adapter, bundle) that a forward with gradients has let learn since the last `finalize_grads`. Layers add
             to it; `BundleModel.forward` reads it for the quiet penalty; `finalize_grads` empties it.
         waiting: deferred routes whose forwards still wait for their losses. Layers add to it; `routed_backward` takes
-            its routes out; `finalize_grads` refuses to go on while some are left.
+            its routes out; `finalize_grads` raises an error while some are left.
     """
 
     configs: dict[str, BundleConfig] = field(default_factory=dict)
@@ -162,14 +162,14 @@ class BundleState:
 
     def bundle_names(self) -> list[str]:
         """Names of the bundles of all adapters, each once."""
-        # A list first: another thread may add an adapter meanwhile.
+        # A list first: another thread may add an adapter during the loop.
         return list(dict.fromkeys(name for config in list(self.configs.values()) for name in config.bundles or ()))
 
     def settings(self, active: tuple[str, ...]) -> tuple[Any, ...]:
-        """What decides, beside the weights, how bundles act in this thread's call: equal settings, equal plans."""
+        """What determines, besides the weights, how bundles act in this thread's call: equal settings, equal plans."""
         call = self.call
         return active, call.adapter_names, call.own, call.prompts, self.version, self.budget
 
     def draws_dropout(self) -> bool:
-        """Whether some adapter has dropout, which training mode draws anew in every forward."""
+        """Whether some adapter has dropout, which training mode draws again in every forward."""
         return any(config.dropout for config in list(self.configs.values()))

@@ -97,7 +97,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str
     """
     configs = state_of(model).configs
     if adapter is not None and adapter not in configs:
-        raise ValueError(f"there is no bundle adapter {adapter!r}; the model has {sorted(configs)}.")
+        raise ValueError(f"there is no bundle adapter {adapter!r}; the model has {sorted(configs)}; name one of these.")
     names = [adapter] if adapter is not None else list(configs)
     if bundle is not None:
         active = bundle_layers(model)[0].active_adapters
@@ -105,7 +105,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str
         held = {name: list(configs[name].bundles or ()) for name in names}
         names = [name for name in names if bundle in held[name]]
         if not names:
-            raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}.")
+            raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}; name one of these.")
     if len(names) != 1:
         raise ValueError(f"several adapters fit: {sorted(names)}; name one with adapter=.")
     return names[0]

@@ -222,7 +222,7 @@ def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T), True for the tokens that are no padding."""
+    """(B, T), True for the tokens that are not padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 

@@ -82,8 +82,8 @@ class Objective(ABC):
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
-                "or a list of dicts (of a DatasetDict one split, as dataset['train']; a stream has no length: take a part "
-                "of it with Dataset.from_list(list(...)))."
+                "or a list of dicts (of a DatasetDict one split, e.g. dataset['train']; of a stream, which has no "
+                "length, a part: Dataset.from_list(list(...)))."
             )
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
@@ -216,7 +216,7 @@ class Objective(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights: tensors and plain values."""
+        """What a resumed run needs in addition to the weights: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

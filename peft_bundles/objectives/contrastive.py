@@ -25,7 +25,7 @@ class Contrastive(Objective):
     linear map (van den Oord et al. 2018, arXiv 1807.03748, eq. 4; in-batch negatives both ways as Radford et al. 2021,
     arXiv 2103.00020). Rows of the same document are not each other's negatives.
 
-    Failure mode: the negatives are those of a micro-batch, so few rows make the task easy (`chance` is logged beside
+    Failure mode: the negatives are those of a micro-batch, so few rows make the task easy (`chance` is logged next to
     `accuracy`), and gradient accumulation adds no negatives. The embedding learns whatever tells the rows of a batch
     apart: among documents of several topics that is the topic, not the meaning. Two rows that mean the same but do not
     share a `document` are pushed apart.

@@ -1,12 +1,12 @@
-"""Heads that `PPO` trains on its rollouts beside the policy: advantage regression and curiosity.
+"""Heads that `PPO` trains on its rollouts in addition to the policy: advantage regression and curiosity.
 
 Both read the final state in the subspace of the owners of their signal (`heads.py`; b_rl_advantage in the taxonomy).
 Shapes: B completions, T tokens, d the hidden size, r columns of the subspace, V the vocabulary.
 
 Failure modes. Advantages are whitened within a rollout and change their meaning with the policy, so the head follows
-a moving target; a large `advantage_explained` on the rollout it trains on is memory of the rollout. Curiosity rewards
-what cannot be predicted, and noise too ("noisy TV", Burda et al. 2018): at high temperature sampled nonsense is the
-best source of reward, and a large `curiosity_reward` drowns that of the task.
+a moving target; a large `advantage_explained` on the rollout it trains on only shows memory of the rollout. Curiosity
+rewards what cannot be predicted, including noise ("noisy TV", Burda et al. 2018): at high temperature sampled nonsense
+is the best source of reward, and a large `curiosity_reward` drowns out the task's reward.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def seed_of(*key: int | str) -> int:
 def draw(size: int, start: int, count: int, *key: int | str) -> list[int]:
     """Row numbers at the positions start .. start + count - 1 of an endless walk over `size` rows.
 
-    Every pass over the rows is shuffled anew. The result depends on the arguments alone, so a resumed run gets the rows
-    that the interrupted run would have got.
+    Every pass over the rows is shuffled again. The result depends on the arguments alone, so a resumed run gets the
+    rows that the interrupted run would have got.
     """
     numbers: list[int] = []
     while len(numbers) < count:

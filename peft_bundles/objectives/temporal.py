@@ -54,7 +54,7 @@ class Temporal(Objective):
     second keeps the plan from one segment to the next.
 
     Failure mode: with a large `consistency` G stops moving and is the same for every segment; then `drift` goes to 0
-    and `accuracy` falls. Texts that share few words are told apart by their words alone, which is no plan: compare
+    and `accuracy` falls. Texts that share few words can be told apart by their words alone, without any plan: compare
     `accuracy` with what the mean of a row's own segments would predict.
 
     Args:

@@ -25,7 +25,7 @@ class TopicRouting:
     Args:
         topics: names of the columns of tau.
         mask: the weight of a row in the gradient of the bundle of topic k: "soft", tau_k; "hard", 1 where tau_k >=
-            `threshold`, else 0; "stochastic", 1 with probability tau_k, drawn anew for every row and step; "rate", 1
+            `threshold`, else 0; "stochastic", 1 with probability tau_k, drawn again for every row and step; "rate", 1
             where tau_k > 0, and the bundle's learning rate is scaled by the mean of tau_k over these rows (`rates`).
             Adam hides a constant factor on all gradients of a bundle; it does not hide a learning rate.
         gate_forward: whether the alphas of topic bundles are gated too: with the mask for "soft" and "hard", with tau_k

@@ -22,10 +22,10 @@ class Reach:
     Attributes:
         nodes: its nodes, except those reached only through the D and E of bundle operations.
         leaves: all tensors that may get a gradient, by id.
-        beside: ids of the leaves that are reached other than through D and E (or that way too).
+        beside: ids of the leaves that are reached by a way other than D and E (or by both).
         folds: the edges that the D and E of bundle operations come from.
         routes: the routes of the bundle operations; None stands for outside route(...).
-        nested: whether the D or E of one operation lies behind that of another (E depends on what D depends on, and on
+        nested: whether the D or E of one operation depends on that of another (E depends on what D depends on, and on
             alphas).
         compiled: whether parts of the graph are compiled; what is inside them cannot be seen.
     """

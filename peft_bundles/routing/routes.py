@@ -156,7 +156,8 @@ class Route:
             table = self._table(adapter, signals)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.weights.data.copy_(_sent(table.to(gate.weights.dtype), device)[..., packing.index(device)["owner"]])
-            # Weight gradients of units that no row lets learn are not computed, or are 0 if they lie between others.
+            # Weight gradients of units that learn from no row are not computed, or are 0 if such units are between
+            # others.
             learns = (table != 0).flatten(0, -2).any(0)
             gate.span = first, last = packing.span(learns)
             others = (~learns[packing.owner[first:last]]).nonzero().flatten() + first

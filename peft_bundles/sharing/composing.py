@@ -3,7 +3,7 @@
 Bundles that were trained in the same basis become one adapter and share U, mu and sigma. Bundles of another basis
 become another adapter.
 
-To change the set, the new adapters are built beside the old ones and made active in one step. The old ones are deleted
+To change the set, the new adapters are built next to the old ones and made active in one step. The old ones are deleted
 when the last call that uses them has ended. So every forward, and every whole `generate`, runs with the set it started
 with. The base model does not change.
 """
@@ -116,7 +116,8 @@ def load_bundle(
 ) -> str:
     """Add a bundle to a running model, or replace one.
 
-    Other threads may be generating meanwhile: their calls end with the bundles they started with. All checks are done
+    Other threads may be generating at the same time: their calls end with the bundles they started with. All checks are
+        done
     before the model is changed.
 
     Args:
@@ -196,7 +197,7 @@ def _state(model: PeftModel) -> BundleState:
 
 
 def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> None:
-    """Build the next set of adapters beside the one in use, then switch."""
+    """Build the next set of adapters while the current one stays in use, then switch."""
     tuner, state = cast(BundleModel, model.base_model), _state(model)
     active = list(tuner.active_adapters)
     parts = {adapter: from_model(model, adapter) for adapter in active_adapters(model)}

@@ -31,7 +31,7 @@ def forward_table(
     chosen: dict[str, Any] = {}
     for key, value in (entries or {}).items():
         if key not in home:
-            raise ValueError(f"forward[{key!r}] is no objective or signal; use some of {sorted(home)}.")
+            raise ValueError(f"forward[{key!r}] is not an objective or signal; use some of {sorted(home)}.")
         if chosen.setdefault(home[key], value) != value:
             raise ValueError(
                 f"forward[{key!r}]={value!r}, but other signals of objective {home[key]!r} have "

@@ -220,7 +220,7 @@ def test_one_changed_bit_in_a_tensor_is_noticed(save, tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged or was changed.*weights_digest"):
+    with pytest.raises(ValueError, match=r"damaged or has been changed.*weights_digest"):
         PeftModel.from_pretrained(TINY["llama"](), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_digest": None}))
@@ -232,7 +232,7 @@ def test_tensors_of_two_layers_cannot_change_places(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     one, two = sorted(k for k in tensors if "bundle_up.b_mlp" in k)[:2]
     save_file({**tensors, one: tensors[two], two: tensors[one]}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="damaged or was changed"):
+    with pytest.raises(ValueError, match="damaged or has been changed"):
         PeftModel.from_pretrained(TINY["llama"](), tmp_path)
 
 

@@ -224,7 +224,7 @@ def test_functions_work_where_there_is_no_bundle_model():
         ({"b_four": 1.0}, {}, r"unknown bundle\(s\) \['b_four'\].*b_one"),
         ({"b_one": float("nan")}, {}, "b_one.*finite"),
         ({"b_one": torch.tensor([1.0, float("inf")])}, {}, "b_one.*NaN or infinity"),
-        (torch.ones(2), {}, r"shape \(2,\) must have one value for each of the 3 bundles in the last axis"),
+        (torch.ones(2), {}, r"shape \(2,\); the last axis must have one value for each of the 3 bundles"),
         (torch.ones(2, 4), {}, r"shape \(2, 4\)"),
         (torch.ones(3, 3), {"per": "layer"}, "3 values, but the model has 2 layers"),
         ({"b_one": torch.ones(2, 2, 2)}, {}, r"shape \(2, 2, 2\)"),

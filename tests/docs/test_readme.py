@@ -76,8 +76,8 @@ def test_numbers_are_those_of_the_records() -> None:
     claims = [
         ("unrelated text {:.2f} times", disturbance_ratio("bundles:quiet=20", 0.002)),
         ("penalty disturbs less ({:.2f})", disturbance_ratio("lora_r16_kl1.0", 0.002)),
-        ("told the task answer {:.2f} right", fmean(continual("bundles", 0.002, "tag", schedule="mixture"))),
-        ("one LoRA answers {:.2f}.", fmean(continual("lora", 0.002, "all", schedule="mixture"))),
+        ("told the task answer {:.2f} of the questions", fmean(continual("bundles", 0.002, "tag", schedule="mixture"))),
+        ("one LoRA {:.2f}.", fmean(continual("lora", 0.002, "all", schedule="mixture"))),
     ]
     assert missing(text, claims) == []
     assert uncovered(text, claims, ["Python 3.10", "Apache-2.0"]) == []

@@ -175,14 +175,14 @@ def learning_claims() -> Claims:
 def continual_claims() -> Claims:
     mixed = {"schedule": "mixture"}
     rows: dict[str, list[float]] = {
-        "one LoRA, tasks mixed | it": continual("lora", 0.002, "all", **mixed),
-        "one bundle with the penalty, tasks mixed | it": continual("shared", 0.001, "all", **mixed),
-        "a bundle a task, tasks mixed | the task's own": continual("bundles", 0.002, "tag", **mixed),
-        "a bundle a task, in sequence | the task's own": continual("bundles", 0.004, "tag"),
-        "a LoRA a task, in sequence | the task's own": continual("lora_separate", 0.004, "tag"),
-        "a LoRA a task + KL penalty, in sequence | all": continual("lora_separate_kl", 0.004, "all"),
-        "a bundle a task, in sequence | all": continual("bundles", 0.004, "all"),
-        "one LoRA, in sequence | it": continual("lora", 0.002, "all"),
+        "one LoRA, tasks mixed | itself": continual("lora", 0.002, "all", **mixed),
+        "one bundle with the penalty, tasks mixed | itself": continual("shared", 0.001, "all", **mixed),
+        "one bundle per task, tasks mixed | the task's own": continual("bundles", 0.002, "tag", **mixed),
+        "one bundle per task, in sequence | the task's own": continual("bundles", 0.004, "tag"),
+        "one LoRA per task, in sequence | the task's own": continual("lora_separate", 0.004, "tag"),
+        "one LoRA per task + KL penalty, in sequence | all": continual("lora_separate_kl", 0.004, "all"),
+        "one bundle per task, in sequence | all": continual("bundles", 0.004, "all"),
+        "one LoRA, in sequence | itself": continual("lora", 0.002, "all"),
     }
     table = [(f"| {row} | {{:.2f}} ± {{:.2f}} | {{:d}} |", *mean_sd(v), len(v)) for row, v in rows.items()]
     one_lora, one_bundle, told, _, lora_told, lora_kl, all_on, _ = (mean_sd(v)[0] for v in rows.values())
@@ -255,7 +255,7 @@ def rl_separate_claims() -> Claims:
         "text rows see all bundles | all but RL's": (*everyone, "RL off"),
         "the same bundles, not routed | all": (*unrouted, "all on"),
         "the same bundles, not routed | all but RL's": (*unrouted, "RL off"),
-        "one adapter | it": (*adapter, "all on"),
+        "one adapter | itself": (*adapter, "all on"),
         "base | none": (*owners, "all off"),
     }
     columns = ("reward", "exact", "preference", "plays_loss")
@@ -355,9 +355,9 @@ def heads_claims() -> Claims:
         ("last token ({:.2f}), but", subspace(last, "accuracy")),
         ("tokens were ({:.2f}), where", subspace(expected, "accuracy")),
         ("is no worse ({:.2f})", subspace(expected, "the likelier side")),
-        ("can tell ({:.2f}), and", subspace("solutions, with surprise", "accuracy")),
+        ("solutions is right ({:.2f}), and", subspace("solutions, with surprise", "accuracy")),
         ("have {:d} held-out items", head(expected, "held_out")),
-        ("the derivations {:d}.", head(last, "held_out")),
+        ("other derivations {:d}.", head(last, "held_out")),
     ]
 
 

@@ -437,7 +437,7 @@ def test_finalize_grads_finds_backwards_that_went_wrong():
         model.finalize_grads()
     with model.route(("policy", "value")):
         logits = model(batch()).logits
-    with pytest.raises(ValueError, match=r"\['lm'\] come from a forward whose rows have"):
+    with pytest.raises(ValueError, match=r"\['lm'\] comes from a forward whose rows have"):
         model.routed_backward({"lm": loss_of("lm", logits)})
 
 

@@ -183,7 +183,7 @@ BAD = {
     "a trained head": (lambda f: tampered(f, lambda t: t.update({"lm_head": torch.ones(1)})), "more than bundles"),
     "another size": (
         lambda f: tampered(f, lambda t: t.update({first(t, "down"): torch.ones(1, 2)})),
-        r"of shape \(1, 2\) and not",
+        r"of shape \(1, 2\), not",
     ),
     "a scale of zero": (lambda f: tampered(f, lambda t: t[first(t, "scale")].zero_()), "not positive"),
 }

@@ -123,7 +123,7 @@ def test_tables_say_what_they_promise():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lmm": "all"}, r"forward\['lmm'\] is no objective or signal; use some of"),
+        ({"lmm": "all"}, r"forward\['lmm'\] is not an objective or signal; use some of"),
         ({"lm": ["b_text"]}, r"forward\['lm'\] names bundle\(s\) \['b_text'\]; it takes some of"),
         ({"lm": "none"}, r"forward\['lm'\]='none' must be 'all', 'owners'"),
         ({"lm": ["b_policy"]}, r"turns off all bundles that signal 'lm' updates, \['b_lm'\]"),
