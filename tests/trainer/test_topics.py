@@ -348,10 +348,10 @@ def with_topics(*values) -> list[dict]:
         (with_topics(["animals"], ["art"]), r"objective 'lm': row 1: topics=\['art'\] names \['art'\]; the topics are"),
         (with_topics({"art": 0.5}), r"names \['art'\]; the topics are \['animals', 'law', 'finance'\]"),
         (with_topics([0.5, 0.5]), r"row 0: topics=\[0.5, 0.5\] has 2 numbers, but the topics are"),
-        (with_topics([0.5, 0.5, 1.5]), r"the weight of 'finance' must be in \[0, 1\]"),
+        (with_topics([0.5, 0.5, 1.5]), r"'finance' has weight 1.5; give a number in \[0, 1\]"),
         (with_topics([0.5, 0.5, float("nan")]), r"'finance' has weight nan"),
         (with_topics(["law"], None), r"row 1: topics=None: give 3 numbers, a dict topic -> weight, or a list of names"),
-        (with_topics("law"), r"row 0: topics='law'; give 3 numbers"),
+        (with_topics("law"), r"row 0: topics='law': give 3 numbers"),
         ([{"text": "no topic"}], r"topics are set, but no objective's dataset has a column 'topics'\. Add it"),
     ],
 )
