@@ -1,6 +1,6 @@
 """A web page with a slider for the alpha of every bundle: compare the base model and the model with bundles.
 
-    pip install -e ".[app,demo]"
+    pip install -e ".[app,demo]" --config-settings editable_mode=compat
     python examples/quickstart.py        # trains the two bundles of the demo, once
     python examples/alpha_sliders.py     # then open http://127.0.0.1:7860
 

@@ -182,7 +182,8 @@ def calibrate(
         raise ValueError("calibration saw no usable token: the texts are empty; give texts with words in them.")
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
         raise ValueError(
-            f"{few} tokens are too few for a {layers[0].hidden_size}-dimensional covariance; give more text."
+            f"{few} tokens cannot measure a {layers[0].hidden_size}-dimensional covariance; give texts of at least "
+            f"{layers[0].hidden_size} tokens in all, better ten times as many."
         )
 
     for layer in layers:
@@ -260,8 +261,7 @@ def _tokenised(
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(
-                f"texts contains a {type(text).__name__}; give strings, such as the column of a dataset: "
-                "dataset['text']."
+                f"texts holds a {type(text).__name__}; give strings, e.g. [row['text'] for row in dataset]."
             )
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows += [ids] if len(ids) else []

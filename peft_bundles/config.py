@@ -378,7 +378,8 @@ class BundleConfig(PeftConfig):
         if unknown := [s for s in spec.sub_bases if s not in self.sub_bases]:
             raise ValueError(f"bundle {name!r}: sub_bases {unknown} are unknown; choose from {sorted(self.sub_bases)}.")
         if not spec.sub_bases:
-            raise ValueError(f"bundle {name!r}: sub_bases is empty; name at least one of {sorted(self.sub_bases)}.")
+            choices = sorted(self.sub_bases) or "the config's, which has none yet, e.g. sub_bases={'main': 0.25}"
+            raise ValueError(f"bundle {name!r}: sub_bases is empty; name at least one of {choices}.")
         if spec.overlap and COMMON not in self.sub_bases:
             raise ValueError(
                 f"bundle {name!r}: overlap={spec.overlap} needs a sub-basis named {COMMON!r}; add one to sub_bases."

@@ -32,7 +32,7 @@ class BundleModel(BaseTuner):
 
     Its methods are reached through the `PeftModel`: `model.route(...)`, `model.alphas(...)`, `model.bundle_report()`.
     Adapters that transformers attached (`model.add_adapter`) have no `BundleModel`; there the functions of the same
-    names in `peft_bundles` take the model.
+    names in `peft_bundles` take the model (for `bundle_report` it is `peft_bundles.report`).
 
     Give the config a task type, such as "CAUSAL_LM": without one PEFT calls the base model directly, so the loss has
     no `quiet` penalty, and `alphas=` works only where the base model ignores arguments that it does not know.

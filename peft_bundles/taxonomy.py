@@ -137,14 +137,11 @@ def _own(sub_basis: str, rank: float, *signals: str, **fields: Any) -> dict[str,
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # No bundle: the base model itself is trained. The control for plain fine-tuning.
     "baseline": {"sub_bases": {}, "bundles": {}},
-    # One bundle that every signal updates: the control for one common adapter.
     "single_adapter": {
         "sub_bases": {"main": 0.75},
         "bundles": {"b_main": _own("main", 0.75, *SIGNALS)},
     },
-    # Three bundles that share 80% of their support: separate weights in one space.
     "all_overlap": {
         "sub_bases": {"ssl": 0.05, "policy": 0.05, "value": 0.05, "common": 0.20},
         "bundles": {
@@ -153,7 +150,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_rl_value": _own("value", 0.20, "value", "advantage", "curiosity", role="signal", overlap=0.8),
         },
     },
-    # Language modelling and RL in orthogonal halves of the basis, and a bundle for each RL signal.
     "ssl_rl_separate": {
         "sub_bases": {"ssl": 0.375, "rl": 0.375},
         "bundles": {
@@ -186,7 +182,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_err_calibration": {**ERRORS["b_err_calibration"], "sub_bases": ["meta", "policy", "abstraction"]},
         },
     },
-    # Each kind of feedback in its own part of the basis.
     "feedback_isolated": {
         "sub_bases": {"ssl": 0.30, "preference": 0.12, "policy": 0.12, "value": 0.08, "critique": 0.12},
         "bundles": {
@@ -216,7 +211,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "b_sem_law": {**SEMANTIC["b_sem_law"], "sub_bases": ["abstraction_law"]},
         },
     },
-    # Cognitive and semantic bundles in orthogonal parts of the basis.
     "cognitive_semantic_split": {
         "sub_bases": {"mem": 0.30, "logic": 0.20, "abstraction": 0.15, "temporal": 0.10, "semantic": 0.15},
         "bundles": {
@@ -229,3 +223,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "bundles": {**COGNITIVE, **CONTROL, **SEMANTIC, **ERRORS, **RL},
     },
 }
+"""The presets by name, for `BundleConfig(preset=...)`. `print(model.bundle_report())` shows the bundles of one.
+
+- "single_adapter": one bundle that every signal updates. The control for one common adapter.
+- "all_overlap": text, policy and value in three bundles that share 80% of their support.
+- "ssl_rl_separate": text and RL in orthogonal halves of the basis, and a bundle for each RL signal.
+- "feedback_isolated": text, preferences, reward, value and critique, each in its own part of the basis.
+- "full_modular": memory, logic, abstraction, temporal, meta, policy, six topics and three kinds of error.
+- "taxonomy": "full_modular" with a bundle for PPO's value and one for its advantage and curiosity.
+- "cognitive_semantic_split": cognitive and topic bundles in orthogonal parts of the basis.
+- "hierarchical": each topic bundle lies inside the support of a cognitive one.
+- "affective_social": bundles for emotion, tone, empathy, norms and persona beside memory, policy and meta.
+- "baseline": no bundle; the base model itself is trained. The control for plain fine-tuning.
+"""

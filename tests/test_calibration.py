@@ -161,7 +161,7 @@ def test_refusals():
     model = get_peft_model(TINY["llama"](), bundle_config())
     with pytest.raises(ValueError, match="texts is one string"):
         calibrate(model, "one string", Tokenizer())
-    with pytest.raises(ValueError, match=r"texts contains a dict; give strings, .* dataset\['text'\]"):
+    with pytest.raises(ValueError, match=r"texts holds a dict; give strings, .*\[row\['text'\] for row"):
         calibrate(model, [{"text": "abc"}], Tokenizer(), progress=False)
     with pytest.raises(ValueError, match="texts need a tokenizer"):
         calibrate(model, texts())

@@ -114,7 +114,7 @@ def spec(**fields) -> dict:
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(rank=True)}}, "rank=True"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(rank=1.5)}}, "rank=1.5"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(sub_bases=["c"])}}, r"sub_bases \['c'\].*\['a'\]"),
-        ({"sub_bases": {"a": 8}, "bundles": {"b": spec(sub_bases=[])}}, "sub_bases is empty"),
+        ({"sub_bases": {"a": 8}, "bundles": {"b": spec(sub_bases=[])}}, "sub_bases is empty; name at least one of"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(sub_bases="a")}}, "must be a list"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(sub_bases=["a", "a"])}}, "twice"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": spec(adapter="mpl")}}, "bundle 'b'.*adapter='mpl'"),

@@ -17,7 +17,8 @@ def check_arguments(args: Any) -> None:
     """Raises ValueError for arguments of another class."""
     if not isinstance(args, BundleTrainingConfig):
         raise ValueError(
-            f"args is a {type(args).__name__}; give a BundleTrainingConfig, which takes the same fields too."
+            f"args is a {type(args).__name__}; give a BundleTrainingConfig, which has all fields of transformers' "
+            "TrainingArguments."
         )
 
 

@@ -82,7 +82,7 @@ def pca(features: Any, dimensions: int = 2) -> tuple[np.ndarray, np.ndarray]:
 def umap(features: Any, *, seed: int = 0) -> np.ndarray:
     """(N, 2): UMAP (McInnes et al. 2018, arXiv 1802.03426; umap-learn's) of the first 30 principal components.
 
-    A picture only: distances between clusters, and their sizes, mean nothing in it. Needs the extra `umap`.
+    A picture only: distances between clusters, and their sizes, mean nothing in it. Needs the extra `studies`.
     """
     from umap import UMAP
 

@@ -1,6 +1,6 @@
 """How well three sources of topic vectors name the topics of texts that they have not seen.
 
-    pip install -e ".[data]"
+    pip install -e ".[studies]"
     python -m studies.topics.sources
 
 Writes results/topic_sources.json and prints its table. It fetches about 320 MB of packages once.
