@@ -183,7 +183,7 @@ def calibrate(
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
         raise ValueError(
             f"{few} tokens are too few for a {layers[0].hidden_size}-dimensional covariance; give texts of at least "
-            f"{layers[0].hidden_size} tokens in all, better ten times as many."
+            f"{layers[0].hidden_size} tokens in all, preferably ten times as many."
         )
 
     for layer in layers:

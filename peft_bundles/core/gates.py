@@ -99,7 +99,7 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
                 )
             alphas[name] = tuple(column.tolist())
         elif column.dim() > 2 or (per == "layer" and column.dim() > 0):
-            allowed = "(L,)" if per == "layer" else "a number, (B,) or (B, T)"
+            allowed = "one value per layer, (L,)" if per == "layer" else "a number, (B,) or (B, T)"
             raise ValueError(f"alphas[{name!r}] has shape {tuple(column.shape)}; give {allowed}.")
         elif column.requires_grad or (column.dim() > 0 and size > 0):
             alphas[name] = column

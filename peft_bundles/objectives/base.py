@@ -82,8 +82,8 @@ class Objective(ABC):
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"objective {self.name!r}: the {split} dataset is a {type(dataset).__name__}; give a datasets.Dataset "
-                "or a list of dicts (of a DatasetDict one split, e.g. dataset['train']; of a stream, which has no "
-                "length, a part: Dataset.from_list(list(...)))."
+                "or a list of dicts (from a DatasetDict take one split, e.g. dataset['train']; from a stream, which "
+                "has no length, take a part: Dataset.from_list(list(...)))."
             )
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")

@@ -74,7 +74,7 @@ class RowTopics:
             raise ValueError(f"topics={value!r} names {unknown}; the topics are {names}.")
         for name, weight in weights.items():
             if not isinstance(weight, (int, float)) or not math.isfinite(weight) or not 0 <= weight <= 1:
-                raise ValueError(f"topics={value!r}: the weight of {name!r} must be in [0, 1].")
+                raise ValueError(f"topics: {name!r} has weight {weight!r}; give a number in [0, 1].")
         return [float(weights.get(name, 0.0)) for name in names]
 
     def draws(self, rows: int, *key: int | str) -> Tensor | None:

@@ -228,7 +228,7 @@ def test_functions_work_where_there_is_no_bundle_model():
         (torch.ones(2, 4), {}, r"shape \(2, 4\)"),
         (torch.ones(3, 3), {"per": "layer"}, "3 values, but the model has 2 layers"),
         ({"b_one": torch.ones(2, 2, 2)}, {}, r"shape \(2, 2, 2\)"),
-        ({"b_one": torch.ones(2, 2)}, {"per": "layer"}, r"must be \(L,\)"),
+        ({"b_one": torch.ones(2, 2)}, {"per": "layer"}, r"give one value per layer, \(L,\)"),
         ({"b_one": 1.0}, {"per": "head"}, "per='head'"),
         ({"b_one": "high"}, {}, r"alphas\['b_one'\]='high' must be a number, or numbers in a tensor or list"),
         ({"b_one": None}, {}, r"alphas\['b_one'\]=None must be a number"),
