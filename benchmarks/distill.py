@@ -119,26 +119,6 @@ def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: spread([each[name] for each in found]) for name in ("kl", "agreement", "scores")}
 
 
-def sentence(record: dict[str, Any]) -> str:
-    """What the README says of a record."""
-    found, seeds = record["over_seeds"], record["seeds"]
-
-    def text(value: list[float], sign: int = 1) -> str:
-        return f"{sign * value[0]:.3f}" + (f" ± {value[1]:.3f}" if len(seeds) > 1 else "")
-
-    losses = "; ".join(
-        f"{kind} {text(scores['base'], -1)}, {text(scores['lora'], -1)}, {text(scores['bundles'], -1)}"
-        for kind, scores in found["scores"].items()
-    )
-    return (
-        f"for both bundles of the demo, {seeds[0]['steps']} steps take the KL to the bundled model on held-out text "
-        f"from {text(found['kl']['base'])} (the base model) to {text(found['kl']['lora'])} nats a token and the share "
-        f"of tokens with the same likeliest next one from {text(found['agreement']['base'])} to "
-        f"{text(found['agreement']['lora'])}. Held-out loss of base, LoRA and bundles: {losses} ({len(seeds)} seeds; "
-        "[`benchmarks/results/distill.json`](benchmarks/results/distill.json))."
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", default="outputs/quickstart", help="folder of the demo's adapter, less _SEED")

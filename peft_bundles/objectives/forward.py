@@ -216,7 +216,7 @@ def default_alphas(model: nn.Module) -> dict[str, float | None]:
     for config in state.configs.values():
         for name, spec in (config.bundles or {}).items():
             value = state.set_alphas.get(name, spec.alpha)
-            defaults[name] = value if isinstance(value, float) else None
+            defaults[name] = float(value) if isinstance(value, (int, float)) else None
     return defaults
 
 

@@ -79,7 +79,7 @@ class RunState:
     """What a run adds to transformers' checkpoints.
 
     Args:
-        settings: settings that must be equal on resuming: name (for errors) -> JSON value.
+        settings: settings that must be equal on resuming: name (for errors) -> value.
         objectives: by name.
         trunk: the trunk, if it is trained; None if it is frozen.
         rank, processes: this process, and how many there are.
@@ -90,6 +90,10 @@ class RunState:
     trunk: TrunkProjection | None
     rank: int
     processes: int
+
+    def __post_init__(self) -> None:
+        # As they come back from a file: tuples and sets as lists, so that a run equals its own checkpoint.
+        self.settings = json.loads(json.dumps(self.settings, default=_plain))
 
     # ---- saving ----
 
@@ -172,6 +176,11 @@ class RunState:
         state = {**load_file(file), **values}
         for name, objective in self.objectives.items():
             objective.load_state_dict(_below(state, f"{name}."))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has no type for; a set is sorted, because its order differs between processes."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ ORDERS = {"A": ("memory", "logic", "meta"), "B": ("logic", "meta", "memory"), "C
 M0, MULTI = ("lora", "sequence"), ("lora", "mixture")
 M1, M3, SEPARATE = ("bundles", "mixture"), ("bundles", "sequence"), ("lora_separate", "sequence")
 ALL_ON = ("bundles_all", "sequence")  # M3, but the bundles learnt before stay on while the next one learns
-LOUD = ("bundles_loud", "sequence")  # M3 without the penalty on what bundles add to general text
 Record = dict[str, Any]
 Key = tuple[str, str]  # condition, schedule
 TIE = 0.01  # of mean accuracy on validation items: rates so near the best are told apart by their training loss
@@ -288,19 +287,6 @@ def _compared(
 def reduction(study: Study, key: Any, mode: str, order: str | None = None) -> Interval | None:
     """`continual.forgetting_reduction` against M0 over the runs that both have, of one order or of all."""
     return _compared(study, key, mode, M0, "all", continual.forgetting_reduction, order)
-
-
-def reduction_by_rate(study: Study, key: Key, mode: str) -> dict[float, Interval]:
-    """`reduction` against the search's M0 at each rate that validates as well as the chosen one, within TIE."""
-    tried, ours = grid(study, M0), runs_of(study, key, mode)
-    best = max(map(fmean, tried.values()), default=math.nan)
-    found = {}
-    for lr in (lr for lr in tried if fmean(tried[lr]) >= best - TIE):
-        cells = [r for r in study.records if (r["condition"], r["schedule"]) == M0 and r["lr"] == lr]
-        theirs = {(tuple(r["order"]), r["seed"]): run_of(study, r, "all") for r in cells if r["stage"] == "grid"}
-        if theirs.keys() & ours.keys():
-            found[lr] = continual.forgetting_reduction(theirs, ours)
-    return found
 
 
 def reduction_before_meta(study: Study, key: Any, mode: str) -> Interval | None:

@@ -1,4 +1,4 @@
-"""Comparing an answer with its reference: exact match and F1 of words, and numbers as numbers."""
+"""Comparing an answer with its reference: F1 of words, and numbers as numbers."""
 
 from __future__ import annotations
 
@@ -44,19 +44,15 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-    """Share of predictions equal, after `normalised`, to a reference (of several, the best counts)."""
-    return _mean(predictions, references, lambda p, r: float(normalised(p) == normalised(r)))
-
-
 def f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
     """Mean F1 of the words of prediction and reference, as SQuAD counts it (of several references, the best)."""
-    return _mean(predictions, references, _word_f1)
-
-
-def numeric_accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions whose last number is the reference's."""
-    return _mean(predictions, references, lambda p, r: float(last_number(p) == last_number(r) is not None))
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(f"{len(predictions)} predictions and {len(references)} references; give one each, at least 1.")
+    total = 0.0
+    for prediction, reference in zip(predictions, references):
+        choices = [reference] if isinstance(reference, str) else reference
+        total += max(_word_f1(prediction, choice) for choice in choices)
+    return total / len(predictions)
 
 
 def _word_f1(prediction: str, reference: str) -> float:
@@ -65,13 +61,3 @@ def _word_f1(prediction: str, reference: str) -> float:
         return float(ours == theirs)
     common = sum((ours & theirs).values())
     return 2 * common / (sum(ours.values()) + sum(theirs.values()))
-
-
-def _mean(predictions, references, score) -> float:  # type: ignore[no-untyped-def]
-    if len(predictions) != len(references) or not predictions:
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references; give one each, at least 1.")
-    total = 0.0
-    for prediction, reference in zip(predictions, references):
-        choices = [reference] if isinstance(reference, str) else list(reference)
-        total += max(score(prediction, choice) for choice in choices)
-    return total / len(predictions)

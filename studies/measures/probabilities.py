@@ -1,4 +1,4 @@
-"""How good probabilities are: discrimination, Brier score, expected calibration error. Needs scikit-learn."""
+"""How good probabilities are: area under the ROC curve, Brier score, expected calibration error. Needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ from peft_bundles.objectives import calibration
 
 
 Numbers = Sequence[float] | Sequence[bool] | np.ndarray | Tensor
-
-
-def discrimination_accuracy(right: Numbers, wrong: Numbers) -> float:
-    """Share of pairs whose right answer has the higher score (A/B judgement); a tie is a half.
-
-    Args:
-        right, wrong: scores (N,) of the right and the wrong answer to the same N questions.
-    """
-    a, b = _numbers("right", right), _numbers("wrong", wrong)
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} scores of right answers and {len(b)} of wrong ones; give one each a question.")
-    return float((np.sign(a - b) + 1).mean() / 2)
 
 
 def auc(correct: Numbers, scores: Numbers) -> float:

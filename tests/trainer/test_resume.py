@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_bundles import BundleConfig
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
-from peft_bundles.trainer.checkpoint import STAGING
+from peft_bundles.trainer.checkpoint import STAGING, RunState
 
 
 PROMPTS = [{"prompt": "a" * n} for n in (3, 1, 5, 2)]
@@ -146,6 +146,16 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_moves(tmp_path, 
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=True)
     assert unchanged(before, made.state_dict())
+
+
+def test_settings_with_tuples_and_sets_equal_those_in_their_checkpoint(tmp_path):
+    settings = {"topics": {"topics": ("law", "ml")}, "bundle config": {"target_modules": {"b", "a"}}}
+    run = RunState(settings, {}, None, 0, 1)
+    run.save_weights(tmp_path)
+    run.save_objectives(tmp_path)
+    run.check(tmp_path)
+    with pytest.raises(ValueError, match=r"another topics: .*law"):
+        RunState({**settings, "topics": {"topics": ("law",)}}, {}, None, 0, 1).check(tmp_path)
 
 
 def test_a_checkpoint_of_another_trainer_or_of_more_processes_is_refused(tmp_path):

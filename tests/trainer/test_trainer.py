@@ -90,6 +90,18 @@ def test_lm_rows_forwarded_alone_with_the_others_off_give_the_weights_of_lm_alon
         assert torch.equal(alone(ids).logits, both(ids).logits)
 
 
+def test_an_alpha_that_is_an_int_is_one_number():
+    bundles = {
+        name: {"rank": 8, "sub_bases": ["a"], "signals": {signal: 1.0}, "alpha": 1}
+        for name, signal in (("b_lm", "lm"), ("b_preference", "preference"))
+    }
+    forward = Forward(
+        model(bundles=bundles), {"lm": ("lm",), "preference": ("preference",)}, {"lm": {}, "preference": {"b_lm": 0.0}}
+    )
+    rows = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+    assert forward.row_alphas({"lm": rows, "preference": rows})["b_lm"].tolist() == [1, 1, 0, 0]
+
+
 def test_in_a_shared_forward_the_promise_holds_to_rounding_and_without_the_table_not_at_all(tmp_path):
     def run(objectives, **fields):
         made = model()
