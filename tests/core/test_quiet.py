@@ -249,7 +249,7 @@ def disturbance(model, base_logits, ids):
 
 
 def test_the_default_disturbs_less_than_what_it_replaced():
-    """A guard on the defaults (docs/results/learning.md): at least as much learnt, the base model's own text disturbed less.
+    """A guard on the defaults (docs/results/learning.md): they learn as much and disturb the base's own text less.
 
     The controls are what the defaults won against: no penalty, and a projector of the same number of parameters.
     """
