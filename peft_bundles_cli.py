@@ -389,8 +389,10 @@ def sweep(
         raise typer.BadParameter(
             f"--own {own!r} needs a --text of that name, at least one other --text, and 0 among --values."
         )
-    if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot {plot} has no suffix of a picture format; give a .png, .svg or .pdf.")
+    if plot is not None and not plot.parent.is_dir():
+        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}; give one that exists.")
     model, name = _load(sources, base, token, rename)
     _check_bundles(model, [bundle, *alphas])
     tokenizer = _tokenizer(name, token)

@@ -238,6 +238,11 @@ def test_push_and_pull(folders, tmp_path):
             2,
             "has no suffix of a picture format; give a .png, .svg or .pdf",
         ),
+        (
+            ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--plot", "nowhere/plot.png"],
+            2,
+            "there is no folder nowhere; give one that exists",
+        ),
         (["sweep", "{one}", "--bundle", "b_x", "--text", "a={root}/a.txt"], 1, "there is no bundle 'b_x'"),
         (
             ["sweep", "{one}", "--bundle", "b_mlp", "--text", "a={root}/a.txt", "--values", "0,high"],

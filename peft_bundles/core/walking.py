@@ -106,7 +106,9 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None, *, bundle: str
         names = [name for name in names if bundle in held[name]]
         if not names:
             raise ValueError(f"there is no bundle {bundle!r}; the bundles by adapter are {held}; name one of these.")
-    if len(names) != 1:
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no bundle adapter any more; attach one first.")
+    if len(names) > 1:
         raise ValueError(f"several adapters fit: {sorted(names)}; name one with adapter=.")
     return names[0]
 

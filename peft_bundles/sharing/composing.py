@@ -85,8 +85,8 @@ def compose(
     config = joined[0].config
     config.inference_mode = True
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    model: Any = kind(base_model, config, "composed_0", low_cpu_mem_usage=True)
-    model.base_model.fill("composed_0", joined[0].layers)
+    model: Any = kind(base_model, config, "composed_0")
+    _fill(model, "composed_0", joined[0])
     _state(model).use.built = 1
     names = ["composed_0", *(_attach(model, group) for group in joined[1:])]
     model.base_model.set_adapter(names, inference_mode=True)
@@ -116,9 +116,8 @@ def load_bundle(
 ) -> str:
     """Add a bundle to a running model, or replace one.
 
-    Other threads may be generating at the same time: their calls end with the bundles they started with. All checks are
-        done
-    before the model is changed.
+    Other threads may be generating at the same time: their calls end with the bundles they started with. All checks
+    are done before the model is changed.
 
     Args:
         model: a `PeftModel` with bundles.
@@ -235,9 +234,21 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
     if {layer.index for layer in bundle_layers(model)} >= group.layers.keys():
         cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
     else:
-        model.add_adapter(name, group.config, low_cpu_mem_usage=True)
-        cast(BundleModel, model.base_model).fill(name, group.layers)
+        model.add_adapter(name, group.config)
+        _fill(model, name, group)
     return name
+
+
+def _fill(model: PeftModel, adapter: str, group: Checkpoint) -> None:
+    """Give a new adapter its tensors. (PEFT's `low_cpu_mem_usage` would affect modules that other threads make.)"""
+    tuner, numbers = cast(BundleModel, model.base_model), {layer.index for layer in adapter_layers(model, adapter)}
+    if numbers != group.layers.keys():
+        tuner.delete_adapter(adapter)
+        raise ValueError(
+            f"{group.source} has tensors of layers {sorted(group.layers)}, but its config asks for {sorted(numbers)}; "
+            "one of its files was changed, get both again."
+        )
+    tuner.fill(adapter, group.layers)
 
 
 # ---- describing a composed model ----

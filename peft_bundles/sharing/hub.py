@@ -57,8 +57,7 @@ def parse_source(source: str | Path) -> Source:
     if match is None or ".." in text or text.startswith((".", "-")):
         raise ValueError(
             f"source {text!r} is neither an existing folder nor the name of a repository; write folder, "
-            "folder:bundle, repo, "
-            "repo:bundle or repo@revision:bundle."
+            "folder:bundle, repo, repo:bundle or repo@revision:bundle."
         )
     validate_repo_id(match["repo"])
     return Source(repo=match["repo"], revision=match["revision"], bundle=match["bundle"], text=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 import time
@@ -16,6 +17,7 @@ from peft import get_peft_model
 import peft_bundles
 from peft_bundles.core.checkpoints import read
 from peft_bundles.core.functional import within_budget
+from peft_bundles.core.layer import BundleLayer
 from peft_bundles.core.walking import state_of
 
 
@@ -49,6 +51,21 @@ def close(a, b):
 
 
 # ---- composing ----
+
+
+def test_models_that_other_threads_build_meanwhile_keep_their_weights(saved, monkeypatch):
+    made, real = [], BundleLayer.update_layer
+    monkeypatch.setattr(BundleLayer, "update_layer", lambda *args: made.append(torch.nn.Linear(2, 2)) or real(*args))
+    composed(saved, "b_mlp")
+    assert made and not any(p.is_meta for module in made for p in module.parameters())
+
+
+def test_a_file_with_tensors_of_fewer_layers_than_its_config_names_is_refused(saved, tmp_path):
+    folder = peft_bundles.save_bundle(attached(layers_to_transform=[0]), "b_mlp", tmp_path)
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, "layers_to_transform": None}))
+    with pytest.raises(ValueError, match=r"has tensors of layers \[0\], but its config asks for \[0, 1"):
+        peft_bundles.compose(TINY["llama"](), [folder])
 
 
 def test_bundles_of_one_basis_share_it(saved):
