@@ -160,7 +160,7 @@ def test_bundles_are_folders_to_push_with_cards_over_seeds(run):
             f"| `{name}` |",
             "± ",
             "| 0, 1 |",
-            "![What alpha does](sweep.png)",
+            "![Scores at different values of alpha](sweep.png)",
             "must not be used",
             "Data: ",
         ):
