@@ -161,7 +161,7 @@ def test_bundles_are_folders_to_push_with_cards_over_seeds(run):
             "± ",
             "| 0, 1 |",
             "![Scores at different values of alpha](sweep.png)",
-            "must not be used",
+            "Do not use it",
             "Data: ",
         ):
             assert wanted in card.text, wanted
