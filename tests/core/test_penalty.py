@@ -103,15 +103,21 @@ ONCE = {
         own_loss(m)
     ),
     "by hand in the loss": lambda m: (own_loss(m) + m.quiet_loss()).backward(),
-    "by hand, before": lambda m: (own_loss(m), m.quiet_loss().backward(), own_loss(m).backward()),
-    "by hand, afterwards": lambda m: (own_loss(m).backward(), m.quiet_loss().backward()),
+    "by hand, before": lambda m: (own_loss(m), by_hand(m), own_loss(m).backward()),
+    "by hand, afterwards": lambda m: (own_loss(m).backward(), by_hand(m)),
     "by hand in every micro-batch": lambda m: half_and_half(m, 2, lambda m, ids: own_loss(m, ids) + m.quiet_loss()),
     "routed_backward": lambda m: m.routed_backward({"lm": own_loss(m), "policy": own_loss(m, batch(seed=1))}),
     "routed_backward, rows of several signals": lambda m: routed(m),
-    "routed_backward and by hand": lambda m: (routed(m), m.quiet_loss().backward(), m.finalize_grads()),
+    "routed_backward and by hand": lambda m: (routed(m), by_hand(m), m.finalize_grads()),
     "a forward without a backward first": lambda m: (own_loss(m, batch(seed=2)), own_loss(m).backward()),
     "past PeftModel": lambda m: own_loss(m.get_base_model()).backward(),
 }
+
+
+def by_hand(model):
+    loss = model.quiet_loss()
+    if loss.requires_grad:
+        loss.backward()
 
 
 def routed(model):
@@ -281,8 +287,8 @@ def test_an_adapter_that_transformers_attached_has_it():
 
 
 def test_float16_autocast_has_it_in_the_models_own_loss_and_refuses_another(model):
+    ids, scale = batch(), 4.0
     model.float()
-    ids, scale = batch(), 64.0
     with torch.autocast("cpu", torch.float16):
         out = model(input_ids=ids, labels=ids)
         plain = loud(model)(input_ids=ids, labels=ids)
@@ -296,22 +302,20 @@ def test_float16_autocast_has_it_in_the_models_own_loss_and_refuses_another(mode
         own = bare(input_ids=ids, labels=ids).loss
     (scale * loss).backward()
     (scale * own).backward()
-    without, wanted = gradients(bare), penalty_of(model)
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close((grad - without[name]) / scale, wanted[name], rtol=0.1, atol=1e-3)
+    flat = lambda grads: torch.cat([grad.flatten() for grad in grads.values()])  # noqa: E731
+    error = (flat(gradients(model)) - flat(gradients(bare))) / scale - flat(penalty_of(model))
+    assert error.norm() < 0.05 * flat(penalty_of(model)).norm()
 
 
 def test_training_without_calibration_warns_once():
     ids = batch()
-    model = perturb(attached("llama")).train()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids)
-        model.eval()
+    model, without = attached("llama"), attached("llama", quiet=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attached("llama", quiet=0.0).train()(ids)
-        attached("llama").eval()(ids)
+        model(ids)
+        without.train()(ids)
+        with torch.no_grad():
+            model.train()(ids)
     with pytest.warns(UserWarning, match=r"quiet=20.*peft_bundles.calibrate\(model\).*quiet=0"):
         model.train()(ids)
     with warnings.catch_warnings():
