@@ -150,6 +150,8 @@ class _Arrival:
         version: the version that the gradient has if nothing but autograd has written to it.
     """
 
+    __torch_unserializable__ = True  # torch warns of other hooks when it sends a weight to another process
+
     def __init__(self, weight: nn.Parameter, layer: Layer, adapter: str, bundle: str) -> None:
         self.weight, self.layer, self.key, self.bundle = weight, layer, (adapter, layer.index), bundle
         self.by_hand = self.paid = False

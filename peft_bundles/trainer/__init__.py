@@ -1,4 +1,4 @@
-"""Training with several objectives: `BundleTrainer`, `BundlePPOTrainer` and their arguments; a log for other trainers."""
+"""Training with several objectives: `BundleTrainer`, `BundlePPOTrainer`, their arguments; a log for others."""
 
 # ruff: noqa: E402 - the check comes first
 from ..extras import require

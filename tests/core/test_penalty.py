@@ -151,7 +151,7 @@ def test_the_loss_itself_is_that_of_the_base_and_a_no_grad_forward_adds_nothing(
     state = state_of(model).penalty
     assert state.read() is None
     own_loss(model).backward()
-    torch.testing.assert_close(state.read(), float(model.quiet_loss()))
+    torch.testing.assert_close(state.read(), model.quiet_loss().item())
     assert state.read() is None
 
 
@@ -245,7 +245,7 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize("how", [copied, compiled])
+@pytest.mark.parametrize("how", [copied, pickled, pytest.param(compiled, marks=pytest.mark.slow)])
 def test_copies_and_compiled_models_have_it(model, how):
     wanted = penalty_of(model)
     bare = loud(model)
@@ -329,5 +329,5 @@ def test_weights_that_fsdp_has_sharded_are_refused_before_a_forward(model):
 
     table = layers(model)[0].bundle_up["default"]
     table._parameters["b_mlp"] = Sharded(table["b_mlp"].detach())
-    with pytest.raises(ValueError, match="FSDP has sharded .* BundleTrainer"):
+    with pytest.raises(ValueError, match=r"FSDP has sharded .* BundleTrainer"):
         model.train()
