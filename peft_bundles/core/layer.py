@@ -406,7 +406,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return config.calibration is not None and config.input_norm == "standard"
 
     def fold(
-        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: Collection[str]
+        self,
+        adapter: str,
+        dtype: torch.dtype,
+        numbers: tuple[float, ...] | None,
+        live: Collection[str],
+        tables: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside `folded()` and `generate`.
 
@@ -415,6 +420,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             dtype: of the result and of the products.
             numbers: alphas to multiply into E, one per bundle; None: 1.
             live: the bundles whose weights get gradients.
+            tables: weights to take instead of the adapter's own, as in `tables`; with gradients on only.
         """
         call, packing, learning = self.state.call, self.packing(adapter), torch.is_grad_enabled()
         folds = None if learning or torch.compiler.is_compiling() else call.folds
@@ -424,7 +430,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
         with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
-                *self.tables(adapter),
+                *(tables or self.tables(adapter)),
                 basis,
                 scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,

@@ -28,14 +28,15 @@ class Penalty:
         off: whoever trains adds the penalty himself (`without_penalty`).
         ignoring: gradients that are taken now are not those of a step yet.
         scaled: some forward ran under float16 autocast, where gradients carry a factor that nobody here knows.
-        total, count: sum and number of the penalties since `read`.
+        total, count: sum of the penalties since `read`, and the number of their steps.
+        noted: the penalty of this step is among them.
     """
 
     def __init__(self) -> None:
         self.marks: dict[tuple[str, int], tuple[str, ...]] = {}
         self.layers: dict[int, Layer] = {}
         self.gradients: dict[int, Tensor] = {}
-        self.arrived = self.off = self.ignoring = self.scaled = False
+        self.arrived = self.off = self.ignoring = self.scaled = self.noted = False
         self.total: Tensor | None = None
         self.count = 0
 
@@ -47,7 +48,7 @@ class Penalty:
         if self.off or not layer.state.configs[adapter].quiet:
             return
         if self.arrived:
-            self.marks, self.gradients, self.arrived, self.scaled = {}, {}, False, False
+            self.marks, self.gradients, self.arrived, self.scaled, self.noted = {}, {}, False, False, False
         key = adapter, layer.index
         if not layer.training:
             self.marks.pop(key, None)
@@ -90,31 +91,38 @@ class Penalty:
                     "penalty cannot be added to them. Train in bfloat16, use the model's own output.loss, which holds "
                     "the penalty under float16, or set quiet=0 in the BundleConfig."
                 )
-            self._compute()
+            self._compute(weight.device)
         return self.gradients.pop(id(weight), None)
 
-    def _compute(self) -> None:
-        """Gradients of the penalty of all marked bundles, layers of one kind together."""
+    def _compute(self, device: torch.device) -> None:
+        """Gradients of the penalty of all marked bundles on a device, layers of one kind together.
+
+        Another device's thread may be in a hook too, and would run this thread's hooks while this one waits for it.
+        """
         groups: dict[tuple[str, tuple[str, ...]], list[Layer]] = {}
         for (adapter, index), names in self.marks.items():
-            groups.setdefault((adapter, names), []).append(self.layers[index])
-        weights: dict[int, Tensor] = {}
-        with self.ignored(), torch.enable_grad():
-            losses = []
+            if self.layers[index].bundle_mean[adapter].device == device:
+                groups.setdefault((adapter, names), []).append(self.layers[index])
+        leaves: dict[int, Tensor] = {}  # apart from the weights, whose hooks wait for their own gradients
+        losses = []
+        with torch.enable_grad():
             for (adapter, names), layers in groups.items():
-                losses.append(layers[0].state.configs[adapter].quiet * loudness(layers, adapter, list(names)))
-                tables = (table for layer in layers for table in layer.tables(adapter))
-                weights.update((id(w), w) for table in tables for n, w in table.items() if n in names)
-            total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-            learning = [w for w in weights.values() if w.requires_grad]
-            gradients = torch.autograd.grad(total, learning, allow_unused=True)
-        self.gradients = {id(w): g for w, g in zip(learning, gradients) if g is not None}
+                tables = [layer.tables(adapter) for layer in layers]
+                learning = [(n, w) for of in tables for table in of for n, w in table.items() if w.requires_grad]
+                leaves.update((id(w), w.detach().requires_grad_()) for n, w in learning if n in names)
+                apart = [tuple({n: leaves.get(id(w), w) for n, w in t.items()} for t in of) for of in tables]
+                loss = loudness(layers, adapter, list(names), apart)
+                losses.append(layers[0].state.configs[adapter].quiet * loss)
+            total = torch.stack(losses).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        self.gradients.update((key, g) for key, g in zip(leaves, gradients) if g is not None)
         self.note(total)
 
     def note(self, value: Tensor) -> None:
-        """Keep the penalty of a step for the log."""
-        self.total = value.detach() if self.total is None else self.total + value.detach()
-        self.count += 1
+        """Keep the penalty of a step, or a part of it, for the log."""
+        self.total = value.detach() if self.total is None else self.total + value.detach().to(self.total.device)
+        self.count += not self.noted
+        self.noted = True
 
     def read(self) -> float | None:
         """The mean penalty since the last call; None if there was none."""

@@ -45,7 +45,7 @@ def warn_uncalibrated(layers: Sequence[Layer], adapter: str) -> None:
     )
 
 
-def loudness(layers: Sequence[Layer], adapter: str, names: list[str]) -> Tensor:
+def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Sequence[Any] | None = None) -> Tensor:
     """Mean |what the named bundles add|^2 on kept states, divided by the states' variance, summed over layers.
 
     Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
@@ -54,21 +54,22 @@ def loudness(layers: Sequence[Layer], adapter: str, names: list[str]) -> Tensor:
         layers: layers that keep states of this adapter.
         adapter: name of the adapter.
         names: bundles of the adapter.
+        tables: weights to take instead of the layers' own, as in `BundleLayer.tables`, one entry for each layer.
 
     Returns:
         A scalar, with gradients for the named bundles only.
     """
-    alike: dict[Any, list[Layer]] = {}
-    for layer in layers:
+    alike: dict[Any, list[tuple[Layer, Any]]] = {}
+    for layer, table in zip(layers, tables or [layer.tables(adapter) for layer in layers]):
         states = layer.bundle_states[adapter]
         # On a CPU layers stay apart: kernels are not the cost there, and one layer's tensors stay in its caches.
         alone = layer if states.device.type == "cpu" else None
-        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append(layer)
-    parts = [_loudness(group, adapter, names) for group in alike.values()]
+        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append((layer, table))
+    parts = [_loudness([layer for layer, _ in g], adapter, names, [t for _, t in g]) for g in alike.values()]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
-def _loudness(layers: list[Layer], adapter: str, names: list[str]) -> Tensor:
+def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Sequence[Any]) -> Tensor:
     """`loudness` of layers of one size, on one device."""
     first, state = layers[0], layers[0].state
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
@@ -76,17 +77,17 @@ def _loudness(layers: list[Layer], adapter: str, names: list[str]) -> Tensor:
     if len(kept[0]) > DRAW:
         drawn = torch.randint(len(kept[0]), (len(kept), DRAW), device=device)
         kept = [states.index_select(0, rows) for states, rows in zip(kept, drawn)]
-    weight = next(weight for table in first.tables(adapter) for weight in table.values())
+    weight = next(weight for table in tables[0] for weight in table.values())
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else torch.promote_types(weight.dtype, torch.float32)
     states_LNR = _stacked(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # these bundles see the whole stream, so D and E are needed themselves
-            folded = [layer.fold(adapter, dtype, None, names) for layer in layers]
+            folded = [layer.fold(adapter, dtype, None, names, t) for layer, t in zip(layers, tables)]
             maps_L2HR, factor = _stacked([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
             options = device, dtype, names
-            maps_L2HR = _stacked([packing.maps(*layer.tables(adapter), *options) for layer in layers])
+            maps_L2HR = _stacked([packing.maps(*table, *options) for table in tables])
             factor = state.configs[adapter].scaling ** 2
         chosen_H = None
         if not set(packing.names) <= set(names):
