@@ -45,12 +45,10 @@ class Penalty:
 
     def mark(self, layer: Layer, adapter: str, live: Iterable[str]) -> None:
         """Note that a forward with gradients lets these bundles of a layer learn. In eval mode none has a penalty."""
-        if self.off or not layer.state.configs[adapter].quiet:
-            return
         if self.arrived:
             self.marks, self.gradients, self.arrived, self.scaled, self.noted = {}, {}, False, False, False
         key = adapter, layer.index
-        if not layer.training:
+        if self.off or not layer.training or not layer.state.configs[adapter].quiet:
             self.marks.pop(key, None)
             return
         if not torch.compiler.is_compiling():

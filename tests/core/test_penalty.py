@@ -47,11 +47,14 @@ def own_loss(model, ids=None, **kwargs):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def silenced(model):
+    state_of(model).configs["default"].quiet = 0.0
+    return model
+
+
 def loud(model):
     """The same weights, without a penalty."""
-    other = copy.deepcopy(model)
-    state_of(other).configs["default"].quiet = 0.0
-    return other
+    return silenced(copy.deepcopy(model))
 
 
 def penalty_of(model, of=None) -> dict:
@@ -135,6 +138,12 @@ NONE = {
     "eval mode": lambda m: own_loss(m.eval()).backward(),
     "eval mode, after a step": lambda m: (own_loss(m).backward(), m.zero_grad(), own_loss(m.eval()).backward()),
     "eval mode, after a forward": lambda m: (own_loss(m), own_loss(m.eval()).backward()),
+    "quiet set to 0 after a step": lambda m: (
+        own_loss(m).backward(),
+        m.zero_grad(),
+        silenced(m),
+        own_loss(m).backward(),
+    ),
 }
 
 
@@ -293,6 +302,9 @@ def test_float16_autocast_has_it_in_the_models_own_loss_and_refuses_another(mode
         out = model(input_ids=ids, labels=ids)
         plain = loud(model)(input_ids=ids, labels=ids)
     torch.testing.assert_close(out.loss - plain.loss, model.quiet_loss().detach(), rtol=1e-2, atol=1e-3)
+    with torch.autocast("cpu", torch.float16):  # the trainer divides by the tokens of a step of two such micro-batches
+        half = model(input_ids=ids, labels=ids, num_items_in_batch=2 * ids[:, 1:].numel()).loss
+    torch.testing.assert_close(2 * half, out.loss, rtol=1e-2, atol=1e-3)
     with pytest.raises(RuntimeError, match=r"loss scale .* Train in bfloat16"):
         (scale * out.logits.logsumexp(-1).mean()).backward()
     assert not gradients(model)
