@@ -219,6 +219,30 @@ def test_micro_batches_of_different_signals_bring_each_bundle_its_own(model):
     close(added(model, run), penalty_of(model))
 
 
+def test_bundles_of_one_signal_count_together_if_they_learn_before_the_same_backward(model):
+    """b_diag and b_mlp learn from lm. What one adds changes the other's gradient where both learn, and nowhere else."""
+
+    def run(m):
+        with m.alphas(b_diag=0.0):
+            first = own_loss(m)
+        with m.alphas(b_mlp=0.0):
+            (first + own_loss(m)).backward()
+
+    close(added(model, run), penalty_of(model))
+
+    def alone(m):  # in the step before, both learnt
+        own_loss(m).backward()
+        m.zero_grad()
+        with m.alphas(b_diag=0.0):
+            own_loss(m).backward()
+
+    other = copy.deepcopy(model)
+    with other.alphas(b_diag=0.0):
+        other(batch())
+    other.quiet_loss().backward()
+    close(added(model, alone), gradients(other))
+
+
 def test_weights_below_one_do_not_attenuate_it(model):
     """b_diag learns from lm with weight 0.5: outside a route, `routed_backward` scales its whole gradient."""
     run = lambda m: m.routed_backward({"lm": own_loss(m)})  # noqa: E731
