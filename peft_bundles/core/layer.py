@@ -411,7 +411,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         dtype: torch.dtype,
         numbers: tuple[float, ...] | None,
         live: Collection[str],
-        tables: Sequence[Mapping[str, Tensor]] | None = None,
+        tables: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside `folded()` and `generate`.
 
