@@ -7,7 +7,7 @@ clipping, and what averages gradients over processes, see the sum. A weight that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,11 @@ class Penalty:
         self.layers[layer.index] = layer
         for table in layer.tables(adapter):
             for bundle, weight in table.items():
-                if weight.requires_grad and _arrival(weight) is None:
+                hook = _arrival(weight)
+                if hook is not None:
+                    # Set by a backward that ended before it came here (`autograd.grad` of some weights only).
+                    hook.by_hand &= torch._C._current_graph_task_id() != -1
+                elif weight.requires_grad:
                     if not weight.is_leaf or hasattr(weight, "device_mesh"):
                         raise ValueError(
                             "FSDP has sharded the weights of bundles, and the quiet penalty cannot reach them so; "
@@ -169,9 +173,9 @@ class _Arrival:
         # Zeros written in place have raised the version. To look for them at every arrival would make a GPU wait.
         return so_far is None or (so_far._version not in (0, self.version) and not bool(so_far.any()))
 
-    def __call__(self, gradient: Tensor) -> Tensor | None:
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
         penalty: Penalty = self.layer.state.penalty
-        if penalty.ignoring:
+        if gradient is None or penalty.ignoring:  # None: weights of bundles that do not learn are told so
             return None
         penalty.arrived = True
         by_hand, self.by_hand = self.by_hand, False
@@ -195,19 +199,25 @@ def arrive(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient if with_penalty is None else with_penalty
 
 
-def once(value: Tensor, penalty: Penalty, layers: Iterable[Layer], adapters: Iterable[str]) -> Tensor:
+def once(value: Tensor, penalty: Penalty, layers: Iterable[Layer], learning: Mapping[str, Sequence[str]]) -> Tensor:
     """A penalty that its caller adds to a loss: its backward replaces what would be added by itself in that step.
 
     If a backward of the step has added the penalty already, this one's gradient is zeros.
+
+    Args:
+        value: the penalty.
+        penalty: of the model.
+        layers: its layers with bundles.
+        learning: adapter -> the bundles that the penalty is of.
     """
     if not value.requires_grad:
         return value
     arrivals = []
     for layer in layers:
-        for adapter in adapters:
+        for adapter, names in learning.items():
             if adapter in layer.bundle_states:
                 penalty.watch(layer, adapter)
-                arrivals += [_arrival(w) for table in layer.tables(adapter) for w in table.values()]
+                arrivals += [_arrival(table[n]) for table in layer.tables(adapter) for n in names if n in table]
     return _Once.apply(value, penalty, [hook for hook in arrivals if hook is not None])
 
 

@@ -219,6 +219,18 @@ def test_micro_batches_of_different_signals_bring_each_bundle_its_own(model):
     close(added(model, run), penalty_of(model))
 
 
+def test_two_forwards_of_different_signals_before_their_backwards(model):
+    def run(m):
+        losses = []
+        for signal in ("lm", "policy"):
+            with m.route(signal):
+                losses.append(own_loss(m))
+        for loss in losses:
+            loss.backward()
+
+    close(added(model, run), penalty_of(model))
+
+
 def test_bundles_of_one_signal_count_together_if_they_learn_before_the_same_backward(model):
     """b_diag and b_mlp learn from lm. What one adds changes the other's gradient where both learn, and nowhere else."""
 
@@ -243,6 +255,20 @@ def test_bundles_of_one_signal_count_together_if_they_learn_before_the_same_back
     close(added(model, alone), gradients(other))
 
 
+def test_a_penalty_by_hand_for_one_signal_leaves_the_bundles_of_others_their_own(model):
+    with model.route("lm"):
+        model(batch())
+    model.quiet_loss().backward()
+    model.finalize_grads()
+
+    def run(m):
+        with m.route("policy"):
+            loss = own_loss(m)
+        loss.backward()
+
+    close(added(model, run), penalty_of(model, "policy"))
+
+
 def test_weights_below_one_do_not_attenuate_it(model):
     """b_diag learns from lm with weight 0.5: outside a route, `routed_backward` scales its whole gradient."""
     run = lambda m: m.routed_backward({"lm": own_loss(m)})  # noqa: E731
@@ -252,6 +278,7 @@ def test_weights_below_one_do_not_attenuate_it(model):
 def test_looking_at_the_penalty_by_hand_leaves_the_next_step_alone(model):
     model(batch())
     torch.autograd.grad(model.quiet_loss(), next(iter(weights(model).values())))
+    close(added(model, ONCE["a loss of logits"]), penalty_of(model))
     model.quiet_loss().backward()
     close(added(model, ONCE["a loss of logits"]), penalty_of(model))
 
