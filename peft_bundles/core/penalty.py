@@ -62,12 +62,14 @@ class Penalty:
             self.marks[key] = tuple(dict.fromkeys((*self.marks.get(key, ()), *live)))
 
     def watch(self, layer: Layer, adapter: str) -> None:
-        """Put hooks on an adapter's weights in a layer, unless they have them.
+        """Put hooks on an adapter's weights in a layer, unless they have them or there is no penalty.
 
         Raises:
             ValueError: weights that FSDP has sharded.
         """
         self.layers[layer.index] = layer
+        if not layer.state.configs[adapter].quiet:
+            return
         for table in layer.tables(adapter):
             for bundle, weight in table.items():
                 hook = _arrival(weight)
@@ -165,13 +167,13 @@ class _Arrival:
     def __init__(self, weight: nn.Parameter, layer: Layer, adapter: str, bundle: str) -> None:
         self.weight, self.layer, self.key, self.bundle = weight, layer, (adapter, layer.index), bundle
         self.by_hand = self.paid = False
-        self.version = 0
+        self.version = -1
 
     def first(self) -> bool:
         """Whether the weight's gradient is None or zeros, so that the next one is the first of its step."""
         so_far = self.weight.grad
         # Zeros written in place have raised the version. To look for them at every arrival would make a GPU wait.
-        return so_far is None or (so_far._version not in (0, self.version) and not bool(so_far.any()))
+        return so_far is None or (so_far._version != self.version and not bool(so_far.any()))
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
         penalty: Penalty = self.layer.state.penalty
@@ -195,7 +197,10 @@ def _arrival(weight: Tensor) -> _Arrival | None:
 def arrive(weight: Tensor, gradient: Tensor) -> Tensor:
     """A gradient that is about to be added to `weight.grad` by hand, with the penalty's if it is a step's first."""
     hook = _arrival(weight)
-    with_penalty = None if hook is None else hook(gradient)
+    if hook is None:
+        return gradient
+    with_penalty = hook(gradient)
+    hook.version = 0  # their sum is a new tensor
     return gradient if with_penalty is None else with_penalty
 
 

@@ -113,6 +113,10 @@ ONCE = {
     "routed_backward, rows of several signals": lambda m: routed(m),
     "routed_backward and by hand": lambda m: (routed(m), by_hand(m), m.finalize_grads()),
     "a forward without a backward first": lambda m: (own_loss(m, batch(seed=2)), own_loss(m).backward()),
+    "gradients that start as zeros": lambda m: (
+        [setattr(p, "grad", torch.zeros_like(p)) for p in weights(m).values()],
+        own_loss(m).backward(),
+    ),
     "past PeftModel": lambda m: own_loss(m.get_base_model()).backward(),
 }
 
@@ -392,5 +396,7 @@ def test_weights_that_fsdp_has_sharded_are_refused_before_a_forward(model):
 
     table = layers(model)[0].bundle_up["default"]
     table._parameters["b_mlp"] = Sharded(table["b_mlp"].detach())
+    silenced(model).train()
+    state_of(model).configs["default"].quiet = 3.0
     with pytest.raises(ValueError, match=r"FSDP has sharded .* BundleTrainer"):
         model.train()
