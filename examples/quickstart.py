@@ -80,8 +80,7 @@ def train_step(
     with model.route(kinds), model.alphas(row_alphas(kinds)):
         losses = row_losses(model, ids)
     by_kind = {kind: losses[[k == kind for k in kinds]].mean() for kind in dict.fromkeys(kinds)}
-    # The quiet penalty keeps the bundles that learn here small on the calibration text.
-    (sum(by_kind.values()) + model.quiet_loss()).backward()
+    sum(by_kind.values()).backward()  # with the quiet penalty's gradient, which keeps the bundles small on other text
     model.finalize_grads()
     model.clip_bundle_grads(1.0)
     optimizer.step()

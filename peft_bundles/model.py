@@ -18,6 +18,7 @@ from .core.checkpoints import by_layer, check_digest, check_tensors, weights_dig
 from .core.dialling import alphas, set_alphas
 from .core.layer import MERGE_ERROR, BundleLayer
 from .core.packing import Packing
+from .core.penalty import once, share_of_step
 from .core.planning import prepared
 from .core.quiet import loudness
 from .core.recompute import recompute_with_call
@@ -34,8 +35,8 @@ class BundleModel(BaseTuner):
     Adapters that transformers attached (`model.add_adapter`) have no `BundleModel`; there the functions of the same
     names in `peft_bundles` take the model (for `bundle_report` it is `peft_bundles.report`).
 
-    Give the config a task type, such as "CAUSAL_LM": without one PEFT calls the base model directly, so the loss has
-    no `quiet` penalty, and `alphas=` works only where the base model ignores arguments that it does not know.
+    Give the config a task type, such as "CAUSAL_LM": without one PEFT calls the base model directly, so `alphas=` works
+    only where the base model ignores arguments that it does not know.
 
     Example:
         >>> from peft import get_peft_model
@@ -368,7 +369,9 @@ class BundleModel(BaseTuner):
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's forward.
 
-        While training with labels, the loss includes `quiet_loss` of the bundles that this forward lets learn.
+        In training mode its backward adds the gradient of `quiet_loss`, whatever the loss is made of; the value of
+        `output.loss` is without it. Under float16 autocast gradients have a scale that is not known here: there the
+        penalty is in `output.loss`, and the backward of another loss is refused.
 
         Args:
             alphas: alphas for this call (see `peft_bundles.alphas`).
@@ -382,35 +385,32 @@ class BundleModel(BaseTuner):
         """
         state = self._state
         before, state.seen = state.seen, set()
-        state.call.joined = {} if self.training else None
         if self.training:
             recompute_with_call(((layer.get_base_layer(), state) for layer in self._layers), required=False)
         try:
             with self._call(self._not_set_yet(alphas), adapter_names):
                 output = self.model(*args, **kwargs)
-            if self.training and state.seen and getattr(output, "loss", None) is not None:
-                # The trainer divides the loss by the tokens of the whole step, and this micro-batch has only a share.
-                labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-                share = 1.0 if labels is None or items is None else (labels[..., 1:] != -100).sum() / items
+            if state.penalty.scaled and state.seen and getattr(output, "loss", None) is not None:
+                share = share_of_step(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
                 output.loss = output.loss + share * self.quiet_loss()
         finally:
             state.seen |= before
-            state.call.joined = None
         return output
 
     def quiet_loss(self) -> Tensor:
         """The penalty on what bundles add to the states that `calibrate` kept, times `config.quiet`.
 
-        It counts the bundles that learn in some forward since the last `finalize_grads`. Summed over layers: the mean
-        squared length of what they add to those states, divided by the variance of the states. Alphas do not matter:
-        every bundle counts at alpha 1. Bundles that learn from different signals are measured apart, so that the
-        gradient of one does not depend on the others.
+        It counts the bundles that learn in some forward since the last `finalize_grads`, at alpha 1. Summed over
+        layers: the mean squared length of what they add to those states, divided by the variance of the states.
+        Bundles of different signals are measured apart, so that the gradient of one does not depend on the others.
+
+        The backward of any training forward adds its gradient, once a step. In a step whose loss holds `quiet_loss()`
+        nothing is added to that; after a backward that has added it, the gradient of `quiet_loss()` is zeros.
 
         Returns:
-            A scalar; 0 for an adapter that was not calibrated.
+            A scalar; 0 without calibration.
         """
-        layers = bundle_layers(self.model)
-        learning: dict[str, list[str]] = {}
+        layers, learning = bundle_layers(self.model), dict[str, list[str]]()
         for adapter, bundle in sorted(self._state.seen):
             learning.setdefault(adapter, []).append(bundle)
         total = torch.zeros((), device=next(self.model.parameters()).device)
@@ -418,7 +418,7 @@ class BundleModel(BaseTuner):
             weight = self._state.configs[adapter].quiet
             if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
                 total = total + weight * loudness(kept, adapter, names).to(total.device)
-        return total
+        return once(total, self._state.penalty, layers, learning)
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with its result. The bundles are folded once for the whole call.

@@ -139,6 +139,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """The decoder block."""
         return self._block[0]
 
+    def train(self, mode: bool = True) -> BundleLayer:
+        """As in PyTorch. Weights that replaced others (a loaded checkpoint, a copy of the model) get their hooks."""
+        if mode:
+            for adapter in self.bundle_states:
+                self.state.penalty.watch(self, adapter)
+        return super().train(mode)
+
     def detach_from_block(self) -> None:
         """Remove the hook, so that the block runs without bundles."""
         self._handle.remove()
@@ -189,6 +196,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if adapter_name in self.bundle_states:
             del self.bundle_states[adapter_name]
+        self.state.penalty.marks.pop((adapter_name, self.index), None)
+        self.state.warned.discard(adapter_name)
         self.state.configs.pop(adapter_name, None)
         self.state.packings.pop((adapter_name, self.hidden_size), None)
 
@@ -350,6 +359,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                     state.waiting.append(route)
         if learning:
             state.seen.update(zip(itertools.repeat(adapter), live))
+            state.penalty.mark(self, adapter, live)
         D, E = self.fold(adapter, dtype, numbers, live)
         mask = None
         if config.dropout and self.training:
@@ -396,7 +406,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         return config.calibration is not None and config.input_norm == "standard"
 
     def fold(
-        self, adapter: str, dtype: torch.dtype, numbers: tuple[float, ...] | None, live: Collection[str]
+        self,
+        adapter: str,
+        dtype: torch.dtype,
+        numbers: tuple[float, ...] | None,
+        live: Collection[str],
+        tables: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """An adapter's D (d, H) and E (H, d) in `dtype`; kept inside `folded()` and `generate`.
 
@@ -405,6 +420,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             dtype: of the result and of the products.
             numbers: alphas to multiply into E, one per bundle; None: 1.
             live: the bundles whose weights get gradients.
+            tables: weights to take instead of the adapter's own, as in `tables`; with gradients on only.
         """
         call, packing, learning = self.state.call, self.packing(adapter), torch.is_grad_enabled()
         folds = None if learning or torch.compiler.is_compiling() else call.folds
@@ -414,12 +430,11 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
         with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
             D, E = packing.fold(
-                *self.tables(adapter),
+                *(tables or self.tables(adapter)),
                 basis,
                 scale if self._standardised(adapter) else None,
                 self.state.configs[adapter].scaling,
                 live,
-                self.joined(adapter) if learning else None,
                 dtype,
             )
             if numbers is not None and any(number != 1.0 for number in numbers):
@@ -431,11 +446,6 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             folds[key] = D, E
         return D, E
 
-    def joined(self, adapter: str) -> dict[Any, Any] | None:
-        """Cache of joined weights for one adapter and call (`Packing.maps`); None outside a training forward."""
-        joined = self.state.call.joined
-        return None if joined is None else joined.setdefault((adapter, self.index), {})
-
     def keep_states(self, adapter: str, states: Tensor) -> None:
         """Keep states of calibration text, (N, d), for the quiet penalty."""
         basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
@@ -445,3 +455,4 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if not whole:
             states = (states / scale if standardised else states) @ basis
         self.bundle_states[adapter] = states.to(torch.bfloat16)
+        self.state.penalty.watch(self, adapter)

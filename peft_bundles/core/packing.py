@@ -217,7 +217,6 @@ class Packing:
         device: torch.device,
         dtype: torch.dtype,
         live: Collection[str] | None = None,
-        joined: dict[Any, Any] | None = None,
     ) -> Tensor:
         """What the projected bundles read and write in coordinates of U, (2, H, R), in `dtype`.
 
@@ -227,27 +226,19 @@ class Packing:
             dtype: of the result and of the product with W.
             live: bundles that get a gradient; None: all. The others get None: AdamW moves a parameter whose gradient is
                 merely 0.
-            joined: cache that several uses of these weights in one graph share. Each weight then gets one gradient
-                instead of a sum of one per use.
         """
         # Names instead of `id`, which Dynamo of torch 2.11 cannot trace.
         key = tuple(name for name in self.projected if live is None or name in live)
-        joined, with_dtype = {} if joined is None else joined, (key, dtype)
-        if with_dtype in joined:
-            return joined[with_dtype]
         index = self.index(device)
 
         def lay(flat: Tensor, what: str, *size: int) -> Tensor:
             return _Lay.apply(flat, index[f"{what}_place"], index[f"{what}_back"], dtype).view(size)
 
-        if key not in joined:
-            tables = [(down, up), (weight,)] if weight else [(down, up)]
-            joined[key] = [self._join(each, key, index["constants"]) for each in tables]
-        flat, *projectors = joined[key]
+        tables = [(down, up), (weight,)] if weight else [(down, up)]
+        flat, *projectors = (self._join(each, key, index["constants"]) for each in tables)
         maps = lay(flat, "maps", 2, self.total_hidden, self.width)
         if projectors:
             maps = maps @ lay(projectors[0], "weight", 1, self.width, self.basis_rank)
-        joined[with_dtype] = maps
         return maps
 
     def _join(self, tables: Sequence[Mapping[str, Tensor]], live: Collection[str], constants: Tensor) -> Tensor:
@@ -269,7 +260,6 @@ class Packing:
         scale: Tensor | None,
         scaling: float = 1.0,
         live: Collection[str] | None = None,
-        joined: dict[Any, Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """D (d, H) and E (H, d), differentiable in the weights of `live` bundles.
@@ -279,11 +269,11 @@ class Packing:
             basis: U, (d, R).
             scale: sigma, (d,); None: 1.
             scaling: c.
-            live, joined: as in `maps`.
+            live: as in `maps`.
             dtype: of the result and of the products; None: that of `basis`.
         """
         dtype = basis.dtype if dtype is None else dtype
-        maps = self.maps(weight, down, up, basis.device, dtype, live, joined)
+        maps = self.maps(weight, down, up, basis.device, dtype, live)
         D, E = _Fold.apply(maps, basis, scale, scaling)
         if self.full:
 

@@ -8,6 +8,7 @@ Shapes: L layers, N kept states, R coordinates (d where a bundle acts on the who
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -17,14 +18,34 @@ from torch import Tensor
 
 from .basis import align
 from .functional import activate, activate_backward
-from .layer import BundleLayer
 
 
+Layer: TypeAlias = Any  # a `BundleLayer`, which imports this file
 Span: TypeAlias = tuple[int, int]  # start and number of hidden units
 DRAW = 512  # number of kept states that one step looks at
 
 
-def loudness(layers: Sequence[BundleLayer], adapter: str, names: list[str]) -> Tensor:
+def warn_uncalibrated(layers: Sequence[Layer], adapter: str) -> None:
+    """Warn, once for an adapter, if it has `quiet` but its layers keep no states to be quiet on.
+
+    Args:
+        layers: layers with bundles of the adapter, all of one model.
+        adapter: name of the adapter.
+    """
+    state = layers[0].state
+    quiet = state.configs[adapter].quiet
+    if not quiet or adapter in state.warned or any(adapter in layer.bundle_states for layer in layers):
+        return
+    state.warned.add(adapter)
+    warnings.warn(
+        f"adapter {adapter!r} trains with quiet={quiet:g}, but the model holds no calibration states, so nothing keeps "
+        "its bundles quiet on other text. Call peft_bundles.calibrate(model) before training (with states_only=True "
+        "for an adapter that was calibrated or trained before), or set quiet=0 in the BundleConfig.",
+        stacklevel=2,
+    )
+
+
+def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Sequence[Any] | None = None) -> Tensor:
     """Mean |what the named bundles add|^2 on kept states, divided by the states' variance, summed over layers.
 
     Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
@@ -33,21 +54,22 @@ def loudness(layers: Sequence[BundleLayer], adapter: str, names: list[str]) -> T
         layers: layers that keep states of this adapter.
         adapter: name of the adapter.
         names: bundles of the adapter.
+        tables: weights to take instead of the layers' own, as in `BundleLayer.tables`, one entry for each layer.
 
     Returns:
         A scalar, with gradients for the named bundles only.
     """
-    alike: dict[Any, list[BundleLayer]] = {}
-    for layer in layers:
+    alike: dict[Any, list[tuple[Layer, Any]]] = {}
+    for layer, table in zip(layers, tables or [layer.tables(adapter) for layer in layers]):
         states = layer.bundle_states[adapter]
         # On a CPU layers stay apart: kernels are not the cost there, and one layer's tensors stay in its caches.
         alone = layer if states.device.type == "cpu" else None
-        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append(layer)
-    parts = [_loudness(group, adapter, names) for group in alike.values()]
+        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append((layer, table))
+    parts = [_loudness([layer for layer, _ in g], adapter, names, [t for _, t in g]) for g in alike.values()]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
-def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tensor:
+def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Sequence[Any]) -> Tensor:
     """`loudness` of layers of one size, on one device."""
     first, state = layers[0], layers[0].state
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
@@ -55,19 +77,17 @@ def _loudness(layers: list[BundleLayer], adapter: str, names: list[str]) -> Tens
     if len(kept[0]) > DRAW:
         drawn = torch.randint(len(kept[0]), (len(kept), DRAW), device=device)
         kept = [states.index_select(0, rows) for states, rows in zip(kept, drawn)]
-    # Autocast's dtype, as in the forward: both share the joined weights (packing.py).
+    weight = next(weight for table in tables[0] for weight in table.values())
     autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.promote_types(weight.dtype, torch.float32)
     states_LNR = _stacked(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
         if packing.full:  # these bundles see the whole stream, so D and E are needed themselves
-            folded = [layer.fold(adapter, dtype, None, names) for layer in layers]
+            folded = [layer.fold(adapter, dtype, None, names, t) for layer, t in zip(layers, tables)]
             maps_L2HR, factor = _stacked([torch.stack((D.T, E)) for D, E in folded]), 1.0
         else:
             options = device, dtype, names
-            maps_L2HR = _stacked(
-                [packing.maps(*layer.tables(adapter), *options, layer.joined(adapter)) for layer in layers]
-            )
+            maps_L2HR = _stacked([packing.maps(*table, *options) for table in tables])
             factor = state.configs[adapter].scaling ** 2
         chosen_H = None
         if not set(packing.names) <= set(names):

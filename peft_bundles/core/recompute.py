@@ -33,7 +33,7 @@ class CheckpointWithCall:
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Context managers of a block's forward and of its recomputation; called when the forward starts."""
         call = self.state.call
-        kept = {**vars(call), "own": CallAlphas(call.alphas), "joined": None if call.joined is None else {}}
+        kept = {**vars(call), "own": CallAlphas(call.alphas)}
         return nullcontext(), _with(self.state, kept)
 
 

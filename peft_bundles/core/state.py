@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import BundleConfig
 from .functional import Gate
 from .packing import Packing
+from .penalty import Penalty
 
 
 # The alpha of one bundle: a number, a tensor of shape (B,), (B, T) or (), or one number for each layer.
@@ -59,7 +60,6 @@ class Call(threading.local):
         prompts: inside `generate`, the number of its prompts; each may have several beams.
         folds: inside `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
-        joined: during a training forward, (adapter, layer) -> joined weights that its quiet penalty uses again.
         offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
     """
 
@@ -70,7 +70,6 @@ class Call(threading.local):
         self.active: tuple[str, ...] | None = None
         self.prompts: int | None = None
         self.folds: dict[Any, Any] | None = None
-        self.joined: dict[Any, dict[Any, Any]] | None = None
         self.offered: Any = None
 
     @property
@@ -132,9 +131,11 @@ class BundleState:
         compiled: some forward without gradients was compiled. Set by `planning.is_compiled` and by a layer that is
             being compiled; never taken back. From then on plans are made before the forward.
         seen: (adapter, bundle) that a forward with gradients has let learn since the last `finalize_grads`. Layers add
-            to it; `BundleModel.forward` reads it for the quiet penalty; `finalize_grads` empties it.
+            to it; `BundleModel.quiet_loss` reads it; `finalize_grads` empties it.
         waiting: deferred routes whose forwards still wait for their losses. Layers add to it; `routed_backward` takes
             its routes out; `finalize_grads` raises an error while some are left.
+        penalty: the quiet penalty of the step in progress.
+        warned: adapters that train without the calibration that their `quiet` needs, after the warning.
     """
 
     configs: dict[str, BundleConfig] = field(default_factory=dict)
@@ -149,6 +150,8 @@ class BundleState:
     use: InUse = field(default_factory=InUse)
     seen: set[tuple[str, str]] = field(default_factory=set)
     waiting: list[OpenRoute] = field(default_factory=list)
+    penalty: Penalty = field(default_factory=Penalty)
+    warned: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ..core.penalty import arrive
 from ..core.state import BundleState
 from ..core.walking import bundle_parameters, state_of
 from .graph import Edge, Reach, walk
@@ -22,7 +23,8 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
     Losses whose routing columns are equal are added first. If the forward ran under `route(...)` with the signals of
     every row, losses on different rows share a pass, and a further pass walks only the graph that it reaches. If it ran
     outside any route, every distinct column takes a pass, and the weights scale whole gradients. Parameters of no
-    bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses.
+    bundle (a value head, LoRA, a trained trunk) get the gradient of the sum of all losses. As in `.backward()`, the
+    first gradients of a step hold the quiet penalty's.
 
     Args:
         model: a model with bundles.
@@ -77,7 +79,8 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
             leaves = _leaves([reached[s] for s in signals], owner_of, {} if once else weights)
             edges = list(dict.fromkeys(edge for s in signals for edge in reached[s].folds)) if once else []
             keep = retain_graph or number < len(passes) - 1
-            gradients = _gradients(total, leaves, edges, keep)
+            with state.penalty.ignored():  # `_add` adds it, for these are parts of gradients
+                gradients = _gradients(total, leaves, edges, keep)
             scale = {} if any(routes[s] for s in signals) else weights
             learned |= _add(leaves, gradients, [scale.get(owner_of.get(id(p), ("", "")), 1.0) for p in leaves])
             for edge, gradient in zip(edges, gradients[len(leaves) :]):
@@ -87,9 +90,10 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
         if fold_gradients:
             owned = {i: p for s, r in reached.items() for i, p in r.leaves.items() if owner_of.get(i) in owners[s]}
             roots, leaves = [GradientEdge(*edge) for edge in fold_gradients], list(owned.values())
-            gradients = torch.autograd.grad(
-                roots, leaves, list(fold_gradients.values()), retain_graph, allow_unused=True
-            )
+            with state.penalty.ignored():
+                gradients = torch.autograd.grad(
+                    roots, leaves, list(fold_gradients.values()), retain_graph, allow_unused=True
+                )
             learned |= _add(leaves, gradients)
     finally:
         for r in all_routes:
@@ -186,11 +190,14 @@ def _gradients(
 
 
 def _add(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], weights: Sequence[float] = ()) -> set[int]:
-    """Add gradients to the `.grad` of the leaves, times weights (none: 1); ids of the leaves that got one."""
+    """Add gradients, times weights (none: 1), to the `.grad` of the leaves; ids of the leaves that got one.
+
+    The quiet penalty's gradient joins the first of a step, with weight 1.
+    """
     learned = set()
     for leaf, gradient, weight in zip(leaves, gradients, weights or itertools.repeat(1.0)):
         if gradient is not None:
-            gradient = gradient if weight == 1.0 else gradient * weight
+            gradient = arrive(leaf, gradient if weight == 1.0 else gradient * weight)
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             learned.add(id(leaf))
     return learned

@@ -1,4 +1,4 @@
-"""Training with several objectives: `BundleTrainer`, `BundlePPOTrainer` and their arguments."""
+"""Training with several objectives: `BundleTrainer`, `BundlePPOTrainer`, their arguments; a log for others."""
 
 # ruff: noqa: E402 - the check comes first
 from ..extras import require
@@ -9,7 +9,8 @@ for _module in ("datasets", "trl"):
 
 from .config import BundleTrainingConfig
 from .ppo import BundlePPOTrainer
+from .quiet_logging import QuietLogging
 from .trainer import BundleTrainer
 
 
-__all__ = ["BundlePPOTrainer", "BundleTrainer", "BundleTrainingConfig"]
+__all__ = ["BundlePPOTrainer", "BundleTrainer", "BundleTrainingConfig", "QuietLogging"]

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
+from ..core.walking import state_of
 from ..objectives.base import Objective
 from ..objectives.batches import Batch, Share
 from ..objectives.forward import Forward
@@ -244,6 +245,18 @@ class BundleTrainer(_BaseTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch: Any = None) -> Tensor:
         """Forwards and backwards of one micro-batch; returns the sum of its losses."""
         model.train()
+        with state_of(model).penalty.without_penalty():  # it is added once a step, with its own seed
+            total = self._forwards_and_backwards(model, inputs)
+        self._micro += 1
+        if self.accelerator.sync_gradients:
+            self._micro = 0
+            self._add_quiet_gradient(model)
+            finalize_grads(model)
+            reduce_gradients(self._head_parameters())
+            self.run_log.close_step()
+        return total
+
+    def _forwards_and_backwards(self, model: nn.Module, inputs: dict[str, Batch]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         watched: dict[str, list[Tensor]] = {}
         for group in self._groups(inputs):
@@ -265,13 +278,6 @@ class BundleTrainer(_BaseTrainer):
         for name, values in watched.items():
             self.run_log.add(name, torch.stack([v.float() for v in values]).mean())
         self.run_log.count_tokens(inputs.values(), total.device)
-        self._micro += 1
-        if self.accelerator.sync_gradients:
-            self._micro = 0
-            self._add_quiet_gradient(model)
-            finalize_grads(model)
-            reduce_gradients(self._head_parameters())
-            self.run_log.close_step()
         return total
 
     def _groups(self, inputs: Iterable[str]) -> list[list[str]]:

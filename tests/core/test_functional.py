@@ -192,22 +192,6 @@ def test_the_constant_factor_is_on_what_is_written_only():
         torch.testing.assert_close(thrice, 3.0 * once, rtol=1e-12, atol=1e-12)
 
 
-def test_folds_that_share_their_weights_give_the_gradients_of_both():
-    packing, tables, _, basis = make(("mlp", "linear", "diag"), "tied")
-    leaves = [t for table in tables.values() for t in table.values()]
-    shared: dict = {}
-
-    def loss(joined) -> Tensor:
-        first = packing.fold(*tables.values(), basis, None, joined=joined)
-        second = packing.fold(*tables.values(), 2 * basis, None, joined=joined)
-        return sum(m.square().sum() for m in (*first, *second))
-
-    apart, together = torch.autograd.grad(loss(None), leaves), torch.autograd.grad(loss(shared), leaves)
-    assert len(shared) == 2  # of both folds: the weights side by side, and as they are laid out
-    for a, b in zip(apart, together):
-        torch.testing.assert_close(a, b)
-
-
 def test_a_walk_finds_of_each_loss_what_it_reaches():
     """Also where graphs share parts in several places, and one loss reaches less of them than another."""
     a, b, c, d = (torch.ones(2, requires_grad=True) for _ in range(4))

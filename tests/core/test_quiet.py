@@ -12,7 +12,6 @@ from peft_bundles import BundleConfig, BundleSpec, calibrate
 from peft_bundles.core.layer import BundleLayer
 from peft_bundles.core.quiet import DRAW, _Energy, _loudness, loudness
 from peft_bundles.core.walking import state_of
-from peft_bundles.routing.graph import walk
 
 
 def calibrated(**fields):
@@ -69,19 +68,13 @@ def test_kept_states_are_those_of_the_text(monkeypatch):
     torch.testing.assert_close(model.quiet_loss(), wanted, rtol=1e-2, atol=0)
 
 
-def test_it_shares_what_the_forward_made_of_the_weights():
-    """Every weight has one place in the graph: its gradient is made once, and not once a use and then added up."""
-    model = calibrated(projection="tied").train()
-    nodes = walk([model(input_ids=batch(), labels=batch()).loss])[0].nodes
-    edges = [child.variable for node in nodes for child, _ in node.next_functions if hasattr(child, "variable")]
-    assert sorted(map(id, edges)) == sorted(map(id, weights(model).values()))
-
-
 @pytest.mark.parametrize("names", [["b_mlp", "b_linear", "b_diag"], ["b_diag"]])
 def test_layers_looked_at_together_or_one_by_one_are_as_loud(names):
     """Together is how a GPU does it, one by one a CPU."""
     model = calibrated()
-    found, losses = [], (_loudness(layers(model), "default", names), loudness(layers(model), "default", names))
+    tables = [layer.tables("default") for layer in layers(model)]
+    together = _loudness(layers(model), "default", names, tables)
+    found, losses = [], (together, loudness(layers(model), "default", names))
     for loss in losses:
         gradients = torch.autograd.grad(loss, list(weights(model).values()), allow_unused=True)
         found.append({n: g for n, g in zip(weights(model), gradients) if g is not None})
@@ -119,40 +112,6 @@ def test_many_bundles_are_as_loud_as_one_that_adds_the_same():
     for model in models:
         model.train()(input_ids=batch())
     torch.testing.assert_close(models[1].quiet_loss(), models[0].quiet_loss())
-
-
-def test_forward_adds_it_to_the_loss_while_training_only():
-    model, ids = calibrated(), batch()
-    plain = model.eval()(input_ids=ids, labels=ids).loss
-    output = model.train()(input_ids=ids, labels=ids)
-    own = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(plain, own)
-    torch.testing.assert_close(output.loss, own + model.quiet_loss())
-    assert model.quiet_loss() > 0
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)  # nothing learns
-
-
-def test_a_forward_and_its_penalty_reach_each_weight_by_one_path():
-    model, ids = calibrated().train(), batch()
-    stack, nodes = [model(ids, labels=ids).loss.grad_fn], set()
-    while stack:
-        if (node := stack.pop()) is not None and node not in nodes:
-            nodes.add(node)
-            stack.extend(child for child, _ in node.next_functions)
-    joins = sum("JoinWeights" in type(node).__name__ for node in nodes)
-    assert joins == len(layers(model))  # down and up together
-
-
-def test_micro_batches_of_a_step_add_it_once_between_them():
-    """Transformers' Trainer hands every micro-batch the number of tokens of the whole step."""
-    model, ids = calibrated().train(), batch(4, 9)
-    labels = ids.masked_fill(torch.arange(9) < torch.tensor([[1], [2], [5], [7]]), -100)
-    items = (labels[:, 1:] != -100).sum()
-    parts = [model(input_ids=x, labels=y, num_items_in_batch=items).loss for x, y in zip(ids.split(1), labels.split(1))]
-    whole = model(input_ids=ids, labels=labels, num_items_in_batch=items).loss
-    torch.testing.assert_close(sum(parts), whole)
-    torch.testing.assert_close(whole, model.eval()(input_ids=ids, labels=labels).loss + model.quiet_loss())
 
 
 @pytest.mark.parametrize(("signal", "owners"), [("lm", {"b_mlp", "b_diag"}), ("policy", {"b_linear"})])
