@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import BundleConfig
+from .core.attaching import own_config
 from .core.basis import choose_basis, fingerprint
 from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
@@ -192,6 +193,7 @@ def calibrate(
         layer.keep_states(adapter, moments[layer.index].states())
     if states_only:
         return dict(config.calibration or {})
+    config = own_config(model, adapter)
     config.calibration = {
         "tokens": seen,
         "source": " and ".join(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from ..config import BundleConfig
 
@@ -21,36 +27,86 @@ VOCABULARY = 64  # rows of the embeddings in the fingerprint: a larger vocabular
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks, in order.
+    """Names of the decoder blocks, in order: those of the outermost list of modules inside the language model.
 
-    Tried in this order: the list of `num_hidden_layers` modules that the model says must not be split
-    (`_no_split_modules`), any list of such modules, the list of `num_hidden_layers` modules inside `get_decoder()`.
-    Failure mode of a simpler rule: the longest list may be a vision tower.
+    Of several lists the one with `num_hidden_layers` entries is taken, then the one of modules that the model says must
+    not be split (`_no_split_modules`). Failure modes of simpler rules: the longest list, or the first of the right
+    length, may be a vision or audio tower.
 
     Raises:
-        ValueError: no blocks found; name them with `target_modules`.
+        ValueError: no list of blocks, or several that fit; name the blocks with `target_modules`.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    depth = getattr(text, "num_hidden_layers", None)
     whole = set(getattr(model, "_no_split_modules", None) or ())
-    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
+    lists = {
+        name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and m in inside
+    }
+    lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    text = _text_config(model)
+    depth = getattr(text, "num_hidden_layers", None)
     unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
-    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
-    inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
-    decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
-    for candidates in (
-        {name: m for name, m in unsplit.items() if len(m) == depth},
-        unsplit,
-        {name: m for name, m in decoding.items() if len(m) == depth},
-    ):
-        if candidates:
-            name = max(candidates, key=lambda n: len(candidates[n]))
-            return [f"{name}.{i}" for i in range(len(candidates[name]))]
-    raise ValueError(
-        f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
-        r"r'.*\.layers\.\d+'."
-    )
+    for found in ({name: m for name, m in unsplit.items() if len(m) == depth}, unsplit):
+        if len(found) == 1:
+            break
+    else:
+        found = {name: m for name, m in lists.items() if len(m) == depth}
+    if len(found) != 1:
+        raise ValueError(
+            f"{f'several lists of blocks ({sorted(found)})' if found else 'no decoder blocks'} found in "
+            f"{type(model).__name__}; name the decoder blocks with target_modules, e.g. a regex such as "
+            r"r'.*\.layers\.\d+'."
+        )
+    ((name, blocks),) = found.items()
+    return [f"{name}.{i}" for i in range(len(blocks))]
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def check_causal(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Refuse models that are not causal language models, as far as can be told.
+
+    Raises:
+        ValueError: an encoder-decoder model, or blocks that all attend in both directions.
+    """
+    config, text = getattr(model, "config", None), _text_config(model)
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, but bundles sit on the decoder blocks of a causal "
+            "language model; give such a model, e.g. one of AutoModelForCausalLM."
+        )
+    marks = [m.is_causal for name in blocks for m in model.get_submodule(name).modules() if hasattr(m, "is_causal")]
+    if not any(marks) and (marks or _is_known_encoder(model)):
+        raise ValueError(
+            f"the blocks of {type(model).__name__} are not causal, but bundles sit on the decoder blocks of a causal "
+            "language model; give such a model, e.g. one of AutoModelForCausalLM."
+        )
+
+
+def _is_known_encoder(model: nn.Module) -> bool:
+    """Whether transformers has the model, and no language model with its kind of config."""
+    config: Any = getattr(model, "config", None)
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    kinds = {type(config), type(_text_config(model))}
+    known = type(model).__module__.startswith("transformers.")
+    return known and not any(kind in mapping for kind in kinds for mapping in mappings)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model that is a `PeftModel`, or holds one: an adapter around another one could not be loaded again.
+
+    Raises:
+        ValueError: it is or holds one.
+    """
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        raise ValueError(
+            "the model is a PeftModel already, and an adapter around it could not be loaded again. For a second "
+            "adapter of bundles call model.add_adapter(name, config) on it; for bundles beside LoRA call add_adapter "
+            "of the transformers model for each."
+        )
 
 
 @dataclass
@@ -104,6 +160,14 @@ class Injection:
         matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
+        taken = [name for name, match in self.matches.items() if match]
+        for name in taken:
+            if outer := next((other for other in taken if name.startswith(f"{other}.")), None):
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} names {outer} and {name} inside it, but bundles sit on "
+                    "whole decoder blocks; name the blocks alone."
+                )
+        check_causal(model, taken)
 
 
 def base_shape(model: nn.Module) -> list[int]:
@@ -129,6 +193,7 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
     Raises:
         ValueError: the base model has another shape, or other weights than those whose fingerprint is in the config.
     """
+    check_unwrapped(model)
     name = config.base_model_name_or_path
     if config.base_shape is not None and config.base_shape != (shape := base_shape(model)):
         raise ValueError(
@@ -137,7 +202,8 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
             + (f" ({name})." if name else ".")
         )
     provenance = config.provenance or {}
-    if provenance.get("base") and (difference := other_base(provenance["base"], model)) is not None:
+    recorded = provenance.get("base") or config.base_fingerprint
+    if recorded and (difference := other_base(recorded, model)) is not None:
         revision = f" at revision {provenance['base_revision']}" if provenance.get("base_revision") else ""
         raise ValueError(
             f"{what} was trained on another base model or another revision of it: {difference}. Load "
@@ -148,6 +214,7 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
 def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The first rows of the embeddings, and the weights of the first, middle and last block."""
     embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(embeddings, "original_module", embeddings)  # of `modules_to_save`
     if embeddings is not None and getattr(embeddings, "weight", None) is not None:
         yield "embeddings", embeddings.weight[:VOCABULARY]
     try:
@@ -156,7 +223,8 @@ def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         blocks = []
     for number in sorted({0, len(blocks) // 2, len(blocks) - 1} if blocks else ()):
         for name, parameter in model.get_submodule(blocks[number]).named_parameters():
-            yield f"{number}.{name.replace('.base_layer.', '.')}", parameter  # LoRA adds ".base_layer" to the name
+            # LoRA adds ".base_layer" to the name, and `modules_to_save` adds ".original_module".
+            yield f"{number}.{name.replace('.base_layer.', '.').replace('original_module.', '')}", parameter
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -167,8 +235,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """
     sampled = {}
     for name, tensor in _sampled_tensors(model):
-        adapter = any(part.startswith(("lora_", "bundle")) for part in name.split("."))
-        if adapter or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        adapter = any(part.startswith(("lora_", "bundle", "modules_to_save")) for part in name.split("."))
+        special = type(tensor) not in (Tensor, nn.Parameter)  # quantised, or a shard of the whole
+        if adapter or special or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         flat = tensor.detach().reshape(-1)
         where = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
@@ -182,6 +251,8 @@ def other_base(recorded: Mapping[str, str], model: nn.Module) -> str | None:
     A tensor differs if more than half of its samples do: float16 and bfloat16 may round a few differently.
     """
     present = base_fingerprint(model)
+    if not present:  # all weights are quantised, sharded or not on this machine: there is nothing to compare
+        return None
     common = [name for name in recorded if name in present]
     if not common:
         return f"it has none of the tensors that were recorded, such as {next(iter(recorded), None)!r}"

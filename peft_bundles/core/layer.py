@@ -19,7 +19,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .basis import SHARED, draw_basis, weight_shapes
+from .basis import FINGERPRINT_TOLERANCE, SHARED, draw_basis, fingerprint, weight_shapes
 from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
 from .inference import Part, Plan, Slot, for_reuse, run_plan
@@ -148,11 +148,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create an adapter's weights on the device and in the dtype of the block (float32 if it is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
-        generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
         def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as in nn.Linear and LoRA
             bound = 1 / math.sqrt(size[-1])
-            return torch.rand(*size, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
+            return torch.rand(*size, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
         for key, size in weight_shapes(config, d).items():
@@ -163,6 +162,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
         self.bundle_basis.draw_later(adapter, d, packing.basis_rank, config.basis_seed, self.index)
+        if config.basis_fingerprint is not None or config.calibration is not None:
+            self.state.unchecked.add((adapter, self.index))  # its U, mu and sigma have to come from elsewhere
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             getattr(self, what)[adapter].to(dtype)
@@ -189,8 +190,36 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if adapter_name in self.bundle_states:
             del self.bundle_states[adapter_name]
+        self.state.unchecked.discard((adapter_name, self.index))
         self.state.configs.pop(adapter_name, None)
         self.state.packings.pop((adapter_name, self.hidden_size), None)
+
+    def copy_basis(self, adapter: str, donor: str) -> None:
+        """Give an adapter the U, mu and sigma of another one, and the states kept for the quiet penalty."""
+        for what in self.other_param_names:
+            getattr(self, what)[adapter] = getattr(self, what)[donor].clone()
+        if donor in self.bundle_states and bool(self.packing(adapter).full) == bool(self.packing(donor).full):
+            self.bundle_states[adapter] = self.bundle_states[donor]
+
+    def check_basis(self, adapter: str) -> None:
+        """Refuse an adapter whose config names another basis than it has, as nothing brought that basis.
+
+        Raises:
+            ValueError: U is not the recorded one, or the config is that of a calibrated adapter and mu is 0.
+        """
+        config, basis = self.state.configs[adapter], self.bundle_basis[adapter]
+        if (adapter, self.index) not in self.state.unchecked or basis.is_meta:
+            return
+        measured = fingerprint(basis)
+        recorded = (config.basis_fingerprint or {}).get(str(self.index), measured)
+        fresh = config.calibration is not None and not bool(self.bundle_mean[adapter].any())
+        if fresh or not abs(measured - recorded) <= FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"the config of adapter {adapter!r} names the basis of an adapter that was calibrated or loaded "
+                "elsewhere, and nothing brought that basis. Load that adapter (PeftModel.from_pretrained or "
+                "load_adapter), or attach a new BundleConfig and calibrate it."
+            )
+        self.state.unchecked.discard((adapter, self.index))
 
     def packing(self, adapter: str) -> Packing:
         """How the adapter's bundles are laid out in D and E."""
@@ -313,6 +342,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """Of the active adapters, or of those that rows name, those with bundles on this layer."""
         names = self.state.call.adapter_names
         adapters = active if names is None else dict.fromkeys(names)
+        if self.state.unchecked and not torch.compiler.is_compiling():
+            for adapter in adapters:
+                if (adapter, self.index) in self.state.unchecked:
+                    self.check_basis(adapter)
         return [name for name in adapters if name in self.bundle_basis and self.packing(name).names]
 
     def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:
