@@ -151,6 +151,7 @@ def calibrate(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
     max_length = min(max_length, positions)
     device = next(model.parameters()).device
+    device = layers[0].bundle_mean[adapter].device if device.type == "meta" else device  # accelerate offloads the base
     moments = {
         layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device, tokens) for layer in layers
     }

@@ -173,7 +173,12 @@ class BundleModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        layer, index = getattr(target, CHILD, None), self._injection.layers[current_key]
+        layer, index = getattr(target, CHILD, None), self._injection.layers.get(current_key)
+        if index is None:
+            raise ValueError(
+                f"the state dict has bundles at {current_key!r}, which is none of the decoder blocks of "
+                f"{type(self.model).__name__}; it belongs to another base model."
+            )
         if not isinstance(layer, BundleLayer):
             layer = BundleLayer(target, index, base_shape(self.model)[0], self._state)
             setattr(target, CHILD, layer)

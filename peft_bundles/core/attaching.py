@@ -113,9 +113,14 @@ def check_saved(model: nn.Module, config: BundleConfig, adapter: str) -> None:
     """Check that an adapter to be saved has its basis. Forget the record of a base model that has been trained since.
 
     Raises:
-        ValueError: the adapter lacks the basis that its config names.
+        ValueError: the adapter lacks the basis that its config names, or its tensors are offloaded.
     """
     for layer in adapter_layers(model, adapter):
+        if any(p.is_meta for p in layer.parameters()):
+            raise ValueError(
+                f"adapter {adapter!r} is on the meta device: accelerate offloads it, or it was never loaded. Save it "
+                "before offloading it, or after accelerate.hooks.remove_hook_from_submodules(model)."
+            )
         layer.check_basis(adapter)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.base_fingerprint and other_base(config.base_fingerprint, base) is not None:

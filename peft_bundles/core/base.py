@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -37,28 +38,38 @@ def find_blocks(model: nn.Module) -> list[str]:
         ValueError: no list of blocks, or several that fit; name the blocks with `target_modules`.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
-    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
-    lists = {
-        name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and m in inside
-    }
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    lists = {n: list(m) for n, m in _language_model(model).items() if isinstance(m, nn.ModuleList) and len(m)}
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    text = _text_config(model)
-    depth = getattr(text, "num_hidden_layers", None)
     unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
-    for found in ({name: m for name, m in unsplit.items() if len(m) == depth}, unsplit):
+    candidates: dict[str, list[nn.Module]] = {}
+    for some in ({n: m for n, m in unsplit.items() if len(m) == depth}, unsplit, lists):
+        found = {n: m for n, m in some.items() if some is not lists or len(m) == depth}
+        found = {n: m for n, m in found.items() if len(found) == 1 or any(marks := _causal_marks(m)) or not marks}
         if len(found) == 1:
-            break
-    else:
-        found = {name: m for name, m in lists.items() if len(m) == depth}
-    if len(found) != 1:
-        raise ValueError(
-            f"{f'several lists of blocks ({sorted(found)})' if found else 'no decoder blocks'} found in "
-            f"{type(model).__name__}; name the decoder blocks with target_modules, e.g. a regex such as "
-            r"r'.*\.layers\.\d+'."
-        )
-    ((name, blocks),) = found.items()
-    return [f"{name}.{i}" for i in range(len(blocks))]
+            ((name, blocks),) = found.items()
+            return [f"{name}.{i}" for i in range(len(blocks))]
+        candidates = candidates or found
+    raise ValueError(
+        f"{f'several lists of blocks ({sorted(candidates)})' if candidates else 'no decoder blocks'} found in "
+        f"{type(model).__name__}; name the decoder blocks with target_modules, e.g. a regex such as "
+        r"r'.*\.layers\.\d+'."
+    )
+
+
+def _language_model(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the language model by their names in the model; all modules where it is not known."""
+    named = dict(model.named_modules())
+    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    if not any(isinstance(module, nn.ModuleList) for module in inside):  # a head may be called "decoder", too
+        return named
+    return {name: module for name, module in named.items() if module in inside}
+
+
+def _causal_marks(modules: Iterable[nn.Module]) -> list[bool]:
+    """`is_causal` of the attention modules that have it."""
+    return [bool(m.is_causal) for module in modules for m in module.modules() if hasattr(m, "is_causal")]
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -66,33 +77,22 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def check_causal(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Refuse models that are not causal language models, as far as can be told.
+def check_language_model(model: nn.Module) -> None:
+    """Refuse models that are not causal language models, with or without other parts, as far as can be told.
 
     Raises:
-        ValueError: an encoder-decoder model, or blocks that all attend in both directions.
+        ValueError: an encoder-decoder model, or an encoder.
     """
     config, text = getattr(model, "config", None), _text_config(model)
+    what = "but bundles sit on the decoder blocks of a causal language model; give one of AutoModelForCausalLM or such."
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, but bundles sit on the decoder blocks of a causal "
-            "language model; give such a model, e.g. one of AutoModelForCausalLM."
-        )
-    marks = [m.is_causal for name in blocks for m in model.get_submodule(name).modules() if hasattr(m, "is_causal")]
-    if not any(marks) and (marks or _is_known_encoder(model)):
-        raise ValueError(
-            f"the blocks of {type(model).__name__} are not causal, but bundles sit on the decoder blocks of a causal "
-            "language model; give such a model, e.g. one of AutoModelForCausalLM."
-        )
-
-
-def _is_known_encoder(model: nn.Module) -> bool:
-    """Whether transformers has the model, and no language model with its kind of config."""
-    config: Any = getattr(model, "config", None)
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model, {what}")
+    if (is_decoder := getattr(text, "is_decoder", None)) or any(_causal_marks([model])):
+        return
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    kinds = {type(config), type(_text_config(model))}
-    known = type(model).__module__.startswith("transformers.")
-    return known and not any(kind in mapping for kind in kinds for mapping in mappings)
+    writes = any(type(c) in mapping for c in (config, text) for mapping in mappings)
+    if is_decoder is False or (type(model).__module__.startswith("transformers.") and not writes):
+        raise ValueError(f"{type(model).__name__} is an encoder, {what}")
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -131,6 +131,7 @@ class Injection:
         Raises:
             ValueError: no blocks found, `target_modules` that are not blocks, or layers that the model does not have.
         """
+        check_language_model(model)
         matcher = copy.copy(config)
         matcher.layers_to_transform = None  # PEFT would read the numbers as those of submodules
         try:
@@ -160,14 +161,20 @@ class Injection:
         matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
-        taken = [name for name, match in self.matches.items() if match]
-        for name in taken:
-            if outer := next((other for other in taken if name.startswith(f"{other}.")), None):
+        taken = {name for name, match in self.matches.items() if match}
+        ends = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
+        places = sorted({*taken, *(name.removesuffix(f".{CHILD}") for name in ends)})
+        for outer, inner in itertools.combinations(places, 2):
+            if inner.startswith(f"{outer}."):
                 raise ValueError(
-                    f"target_modules={config.target_modules!r} names {outer} and {name} inside it, but bundles sit on "
-                    "whole decoder blocks; name the blocks alone."
+                    f"target_modules={config.target_modules!r}: bundles would sit on {outer} and on {inner} inside it; "
+                    "name the decoder blocks alone, for all adapters of the model."
                 )
-        check_causal(model, taken)
+        if _text_config(model) is not getattr(model, "config", None) and not taken <= _language_model(model).keys():
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names blocks outside of the language model, such as "
+                f"{min(taken - _language_model(model).keys())}; name its decoder blocks."
+            )
 
 
 def base_shape(model: nn.Module) -> list[int]:

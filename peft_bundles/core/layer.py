@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -257,11 +258,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT looks for `.weight`, which a block does not have.
         own = {id(p) for p in self.parameters()}
-        for parameter in base_layer.parameters():
-            if id(parameter) not in own and parameter.is_floating_point():
-                return parameter.device, parameter.dtype
-        first = next((p for p in base_layer.parameters() if id(p) not in own), None)
-        return (None, None) if first is None else (first.device, torch.float32)
+        parameters = [p for p in base_layer.parameters() if id(p) not in own]
+        if not parameters:
+            return None, None
+        first = next((p for p in parameters if p.is_floating_point()), parameters[0])
+        hooks = [module._hf_hook for module in base_layer.modules() if hasattr(module, "_hf_hook")]
+        offloaded = [h for hook in hooks for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)]
+        # accelerate keeps an offloaded block on the meta device, and its states are where it computes.
+        device = torch.device(offloaded[0].execution_device) if offloaded and first.is_meta else first.device
+        return device, first.dtype if first.is_floating_point() else torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
         # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu precision.
@@ -306,6 +311,26 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """The output of the block, hidden (B, T, d), with the bundles' update; same shape and dtype."""
         if self._disable_adapters:
             return hidden
+        if hasattr(self.bundle_mean, "_hf_hook"):
+            with self._fetched():
+                return self._bundled(hidden)
+        return self._bundled(hidden)
+
+    @contextmanager
+    def _fetched(self) -> Iterator[None]:
+        """Run the block with the tensors that accelerate offloads: it fetches them when their module is called, but
+        the modules that hold ours never are.
+        """
+        modules: list[Any] = [module for module in self.modules() if hasattr(module, "_hf_hook")]
+        for module in modules:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._hf_hook.post_forward(module, None)
+
+    def _bundled(self, hidden: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
             return run_plan(plan, hidden)
         return self._training_forward(hidden)
