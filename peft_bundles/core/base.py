@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
@@ -87,11 +88,12 @@ def check_language_model(model: nn.Module) -> None:
     what = "but bundles sit on the decoder blocks of a causal language model; give one of AutoModelForCausalLM or such."
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model, {what}")
-    if (is_decoder := getattr(text, "is_decoder", None)) or any(_causal_marks([model])):
+    if getattr(text, "is_decoder", False) or any(_causal_marks([model])):
         return
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     writes = any(type(c) in mapping for c in (config, text) for mapping in mappings)
-    if is_decoder is False or (type(model).__module__.startswith("transformers.") and not writes):
+    fills_gaps = type(text) in MODEL_FOR_MASKED_LM_MAPPING  # BERT and its kind write with `is_decoder` only
+    if fills_gaps or (type(model).__module__.startswith("transformers.") and not writes):
         raise ValueError(f"{type(model).__name__} is an encoder, {what}")
 
 
@@ -220,7 +222,10 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
 
 def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The first rows of the embeddings, and the weights of the first, middle and last block."""
-    embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers does not find those of every model
+        embeddings = None
     embeddings = getattr(embeddings, "original_module", embeddings)  # of `modules_to_save`
     if embeddings is not None and getattr(embeddings, "weight", None) is not None:
         yield "embeddings", embeddings.weight[:VOCABULARY]
