@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 
 MODELS = (
@@ -101,6 +102,7 @@ def edit(path: Path, pattern: str, new: str, times: int) -> None:
 
 def build(folder: Path) -> None:
     """Save a tiny model of every kind, and a config of LoRA where PEFT's tests look for one on the Hub."""
+    disable_progress_bar()
     LoraConfig().save_pretrained(str(folder / "peft-internal-testing" / "tiny-opt-lora-revision"))
     for name in MODELS:
         torch.manual_seed(0)
@@ -117,7 +119,7 @@ def main() -> None:
         workers = str(min(os.cpu_count() or 1, 8))
         command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-W", "ignore", "-k", selected]
         tests = ["tests/test_decoder_models.py", "tests/test_config.py"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         for test, reason in DESELECTED.items():
             print(f"left out: {test}: {reason}", flush=True)
         sys.exit(subprocess.run([*command, *tests, *sys.argv[1:]], cwd=folder, env=env).returncode)
