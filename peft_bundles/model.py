@@ -116,7 +116,7 @@ class BundleModel(BaseTuner):
         self._injection = Injection(adapter_name)
         config = given = cast(BundleConfig, self.peft_config[adapter_name])
         others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
-        if any(other is given for other in others.values()):  # `calibrate` would note its results for both
+        if any(other is given for other in others.values()):  # a third adapter of either has to tell them apart
             config = self.peft_config[adapter_name] = copy.deepcopy(given)
         in_memory, named = config.weights_digest is None, config.basis_fingerprint is not None
         if in_memory and config.bundles:
