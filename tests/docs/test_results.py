@@ -94,7 +94,6 @@ def speed_claims() -> Claims:
     rows = {
         "step: LoRA r16, all linear layers": ("train", "lora_r16", "base"),
         "step: 15 bundles": ("train", "bundles_15", "base"),
-        "step: 15 bundles, rows of four signals": ("train", "bundles_15_routed", "base"),
         "step: 64 bundles": ("train", "bundles_64", "base"),
         "one token, batch 1: LoRA r16": ("decode", "lora_r16/1", "base/1"),
         "one token, batch 1: 15 bundles": ("decode", "bundles_15/1", "base/1"),
@@ -119,15 +118,10 @@ def speed_claims() -> Claims:
             *map(tokens, ("bundles_15/1", "base/1", "lora_r16/1")),
         ),
         ("15 bundles cost {:.2f} times the base", h200("135m", "bundles_15")),
-        ("with routed rows {:.2f},", h200("135m", "bundles_15_routed")),
         ("LoRA costs {:.2f}, and 64", h200("135m", "lora_r16")),
         ("64 bundles cost {:.2f}, more than", h200("135m", "bundles_64")),
         ("{:.2f} times LoRA's step at 256 tokens", on_cpu("cpu")),
-        ("{:.2f} at 512", on_cpu("cpu_4x128")),
         ("{:.2f} at 1,024", on_cpu("cpu_4x256")),
-        ("{:.2f} at 4,096", on_cpu("cpu_4x1024")),
-        ("same rows cost {:.2f} times one", time_ratio("h200", "1.2b", "same_rows", "four_losses", "one_loss")),
-        ("experts costs {:.2f} times the base", h200("1.2b", "xlora")),
     ]
 
 
@@ -166,7 +160,6 @@ def learning_claims() -> Claims:
         ("all are on: {:.3f} if they", mean(together, "score")),
         ("training too, {:.3f} if each", mean(apart, "score")),
         ("loss elsewhere by {:.3f}.", mean(apart, "rise")),
-        ("score {:.3f}, rise {:.3f} with one on", mean(apart, "own score"), mean(apart, "one on")),
         ("of {:.2f} that the base knows LoRA keeps {:.2f}, the default bundle {:.2f}", base, *capitals),
     ]
 
@@ -195,8 +188,7 @@ def continual_claims() -> Claims:
         ("the same price ({:.2f} with the task told)", lora_told),
         ("bundles end at {:.2f}, LoRAs with a KL penalty at {:.2f}", all_on, lora_kl),
         ("without a penalty bundles at {:.2f} and LoRAs at {:.2f}", loud, lora_all),
-        ("one LoRA to {:.2f} without", fmean(continual("lora_replay", 0.001, "all"))),
-        ("all on end at {:.2f}.", fmean(continual("bundles", 0.004, "all", order="C"))),
+        ("with all on end at {:.2f}.", fmean(continual("bundles", 0.004, "all", order="C"))),
     ]
 
 
@@ -204,7 +196,6 @@ def continual_claims() -> Claims:
 def removal_claims() -> Claims:
     rows = {
         "gradient ascent on one LoRA": ("ascent", 0.0001),
-        "ascent, with descent on the rest": ("ascent_retain", 0.0001),
         "RMU on one LoRA": ("rmu", 0.0003),
         "alpha 0, each bundle trained with the others off": ("owners", 0.0),
         "alpha 0, bundles trained with all on": ("all", 0.0),
@@ -374,8 +365,6 @@ def topics_claims() -> Claims:
         for source in sources
     ]
     masks = ("soft", "hard", "stochastic", "rate")
-    kinds = ("own", "other", "all")
-    table += [(f"| {m} |" + " {:+.3f} |" * 3, *(fmean(topic_mask(m, kind)) for kind in kinds)) for m in masks]
     own = sorted(fmean(topic_mask(mask, "own")) for mask in masks)
     assert min(fmean(topic_mask(mask, "all")) for mask in masks) == fmean(topic_mask("hard", "all"))
     return [
