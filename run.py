@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Set up and run: `python3 run.py demo` (the main job), `test` (lint, types, tests) or `compat` (other releases).
+"""Set up and run: `python3 run.py demo` (the main job), `test` (lint, types, tests), `peft` or `compat`.
+
+`peft` runs PEFT's own tests with bundles, and `compat` the tests with other releases of the companions.
 
 Needs Python >= 3.10 with pip and venv, and nothing else: it makes its own virtual environment in `.venv`, and installs
 the versions of `constraints.txt`. Torch goes first: left to another package's requirement, pip would take the newest.
@@ -18,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = {"demo": "demo", "test": "dev,app,demo,docs,studies", "compat": "dev,app,demo,docs,studies"}
+EXTRAS = {"demo": "demo", **dict.fromkeys(("test", "peft", "compat"), "dev,app,demo,docs,studies")}
+SCRIPTS = {"demo": "examples/quickstart.py", "peft": ".ci/peft_suite.py", "compat": ".ci/compat.py"}
 
 
 def run(*command: str, **env: str) -> None:
@@ -44,11 +47,8 @@ def main() -> None:
     task, options = sys.argv[1], sys.argv[2:]
     install(EXTRAS[task])
     try:
-        if task == "demo":
-            subprocess.run([str(PYTHON), "examples/quickstart.py", *options], cwd=ROOT, check=True)
-            return
-        if task == "compat":
-            subprocess.run([str(PYTHON), ".ci/compat.py", *options], cwd=ROOT, check=True)
+        if task in SCRIPTS:
+            subprocess.run([str(PYTHON), SCRIPTS[task], *options], cwd=ROOT, check=True)
             return
         run("ruff", "check", ".")
         run("ruff", "format", "--check", ".")

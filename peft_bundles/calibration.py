@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import BundleConfig
+from .core.attaching import own_config
 from .core.basis import choose_basis, fingerprint
 from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
@@ -150,6 +151,7 @@ def calibrate(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
     max_length = min(max_length, positions)
     device = next(model.parameters()).device
+    device = layers[0].bundle_mean[adapter].device if device.type == "meta" else device  # accelerate offloads the base
     moments = {
         layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device, tokens) for layer in layers
     }
@@ -192,6 +194,7 @@ def calibrate(
         layer.keep_states(adapter, moments[layer.index].states())
     if states_only:
         return dict(config.calibration or {})
+    config = own_config(model, adapter)
     config.calibration = {
         "tokens": seen,
         "source": " and ".join(

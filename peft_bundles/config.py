@@ -201,7 +201,8 @@ class BundleConfig(PeftConfig):
             preset's. They are cut from U in this order.
         basis_rank: R, the number of columns of U: an int, or a float as a fraction of the hidden size. None: as many as
             the sub-bases need, rounded up to a multiple of 8.
-        basis_seed: seed of the random basis and of the first weights. Layer l draws from (seed, l).
+        basis_seed: seed of the random basis. Layer l draws from (seed, l). (The first weights come from torch's own
+            generator, as in other PEFT methods: call `torch.manual_seed` before attaching.)
         basis_init: "random", or directions that `calibrate` chooses: "pca" (of high variance) or "null" (of low
             variance). Until `calibrate` has run, these are random, too.
         adapter: "mlp", "linear", "diag" or "full" for bundles that name none; see `BundleSpec`.
@@ -225,7 +226,8 @@ class BundleConfig(PeftConfig):
             directly, which leaves out the `quiet` penalty and `generate(..., alphas=)`.
 
     The library fills in the other fields, and they are saved: `base_shape` ([hidden size, number of layers]),
-    `basis_fingerprint` (layer -> a number that tells bases apart), `calibration` (what `calibrate` returned),
+    `base_fingerprint` (a few weights of the base model, by which another one is refused), `basis_fingerprint` (layer ->
+    a number that tells bases apart), `calibration` (what `calibrate` returned),
     `provenance` (of bundles that `save_bundle` wrote: their basis, their base model, a summary of their training),
     `weights_digest` (in files: SHA-256 of the tensors) and `format_version` (of the files; 1 where it is missing, as in
     files of version 0.1).
@@ -274,6 +276,7 @@ class BundleConfig(PeftConfig):
     save_basis: bool = True
     init_weights: bool = True
     base_shape: list[int] | None = None
+    base_fingerprint: dict[str, str] | None = None
     basis_fingerprint: dict[str, float] | None = None
     calibration: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None

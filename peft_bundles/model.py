@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import BundleConfig
-from .core.base import CHILD, PEFT_PREFIX, Injection, base_shape, check_base
+from .core.attaching import basis_brought, borrow_basis, check_loaded, check_saved
+from .core.base import CHILD, Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
-from .core.checkpoints import by_layer, check_digest, check_tensors, weights_digest
+from .core.checkpoints import weights_digest
 from .core.dialling import alphas, set_alphas
 from .core.layer import MERGE_ERROR, BundleLayer
 from .core.packing import Packing
@@ -23,7 +25,7 @@ from .core.planning import prepared
 from .core.quiet import loudness
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
-from .core.walking import basis_brought, bundle_layers, bundle_parameters
+from .core.walking import bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
 from .routing import backward, reduction, routes
 
@@ -113,10 +115,17 @@ class BundleModel(BaseTuner):
                 f"{key.rsplit(f'.{CHILD}.', 1)[0]}.{self.prefix}": v for key, v in state_dict.items()
             }
         self._injection = Injection(adapter_name)
+        config = given = cast(BundleConfig, self.peft_config[adapter_name])
+        others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
+        if any(other is given for other in others.values()):  # a third adapter of either has to tell them apart
+            config = self.peft_config[adapter_name] = copy.deepcopy(given)
+        in_memory, named = config.weights_digest is None, config.basis_fingerprint is not None
+        if in_memory and config.bundles:
+            config.base_fingerprint = base_fingerprint(model) or None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
-        self._state.nested |= len(bundle_layers(model)) < len(self._layers)
-        config = cast(BundleConfig, self.peft_config[adapter_name])
+        if in_memory and named:  # no file follows that brings its basis
+            borrow_basis(self._layers, others, adapter_name, given)
         if config.bundles and config.basis_fingerprint is None:
             config.basis_fingerprint = {
                 str(layer.index): fingerprint(layer.bundle_basis[adapter_name])
@@ -165,7 +174,12 @@ class BundleModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        layer, index = getattr(target, CHILD, None), self._injection.layers[current_key]
+        layer, index = getattr(target, CHILD, None), self._injection.layers.get(current_key)
+        if index is None:
+            raise ValueError(
+                f"the state dict has bundles at {current_key!r}, which is none of the decoder blocks of "
+                f"{type(self.model).__name__}; it belongs to another base model."
+            )
         if not isinstance(layer, BundleLayer):
             layer = BundleLayer(target, index, base_shape(self.model)[0], self._state)
             setattr(target, CHILD, layer)
@@ -225,6 +239,7 @@ class BundleModel(BaseTuner):
     ) -> dict[str, Tensor]:
         if not config.bundles:  # plain fine-tuning: what was trained is the base model
             return dict(state_dict)
+        check_saved(model, config, adapter_name)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         entries = {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
         config.digest_to_save = weights_digest(
@@ -255,23 +270,7 @@ class BundleModel(BaseTuner):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             if not config.bundles:
                 return remapped
-            source = f"the checkpoint of adapter {adapter_name!r}"
-            layers = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer)}
-            layers = {name: layer for name, layer in layers.items() if adapter_name in layer.bundle_basis}
-            tensors, others = by_layer(state_dict, {name: layer.index for name, layer in layers.items()})
-            if others:  # modules that were trained too (`modules_to_save`)
-                places = {key.removeprefix(PEFT_PREFIX) for key in model.state_dict()}
-                if extra := sorted(set(others) - places):
-                    raise ValueError(
-                        f"{source} has {len(extra)} tensors that the model has no place for, first {extra[0]!r}; it "
-                        "belongs to another base model or another config."
-                    )
-            for name, layer in layers.items():
-                if not config.save_basis:  # drawn from the seed when the adapter was attached
-                    basis = remapped[f"{name}.bundle_basis.{adapter_name}"] = layer.bundle_basis[adapter_name]
-                    tensors[layer.index]["bundle_basis"] = basis
-                check_tensors({layer.index: tensors[layer.index]}, config, layer.hidden_size, source)
-            check_digest(config, state_dict, source)
+            check_loaded(model, config, adapter_name, state_dict, remapped)
         config.weights_digest = None  # state dicts that are set later are not checked against it
         return remapped
 

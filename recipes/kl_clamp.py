@@ -100,6 +100,7 @@ def run(config: dict[str, Any], clamp: dict[str, Any] | None, source: str, texts
             **config["training"],
         )  # fmt: skip
         base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
+        transformers.set_seed(config["seed"])  # of the bundles' first weights
         model = get_peft_model(base, bundle_config(config))
         peft_bundles.calibrate(model, texts["manual"][0], tokenizer, progress=False, **config["calibration"])
         length, rows = config["text"]["length"], config["text"]

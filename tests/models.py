@@ -59,12 +59,16 @@ BLOCKS = {name: blocks for name, (blocks, _) in _MODELS.items()}
 
 
 def tiny(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A model of that type with random weights, float32, in eval mode, no dropout; `fields` override its config's."""
+    """A model of that type with random weights, float32, in eval mode, no dropout; `fields` override its config's.
+
+    It leaves torch's generator at the seed, so that adapters attached next start with the same weights.
+    """
     special = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     config = AutoConfig.for_model(name, **{**special, **_MODELS[name][1], **fields})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    torch.manual_seed(seed)
+    return model
 
 
 TINY: dict[str, Callable[..., PreTrainedModel]] = {name: partial(tiny, name) for name in _MODELS}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from ..config import BundleConfig
 
@@ -21,36 +29,86 @@ VOCABULARY = 64  # rows of the embeddings in the fingerprint: a larger vocabular
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks, in order.
+    """Names of the decoder blocks, in order: those of the outermost list of modules inside the language model.
 
-    Tried in this order: the list of `num_hidden_layers` modules that the model says must not be split
-    (`_no_split_modules`), any list of such modules, the list of `num_hidden_layers` modules inside `get_decoder()`.
-    Failure mode of a simpler rule: the longest list may be a vision tower.
+    Of several lists the one with `num_hidden_layers` entries is taken, then the one of modules that the model says must
+    not be split (`_no_split_modules`). Failure modes of simpler rules: the longest list, or the first of the right
+    length, may be a vision or audio tower.
 
     Raises:
-        ValueError: no blocks found; name them with `target_modules`.
+        ValueError: no list of blocks, or several that fit; name the blocks with `target_modules`.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    depth = getattr(text, "num_hidden_layers", None)
     whole = set(getattr(model, "_no_split_modules", None) or ())
-    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    lists = {n: list(m) for n, m in _language_model(model).items() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     unsplit = {name: m for name, m in lists.items() if all(type(block).__name__ in whole for block in m)}
-    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
-    inside = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if isinstance(decoder, nn.Module) else []
-    decoding = {name: m for name, m in lists.items() if any(model.get_submodule(name) is other for other in inside)}
-    for candidates in (
-        {name: m for name, m in unsplit.items() if len(m) == depth},
-        unsplit,
-        {name: m for name, m in decoding.items() if len(m) == depth},
-    ):
-        if candidates:
-            name = max(candidates, key=lambda n: len(candidates[n]))
-            return [f"{name}.{i}" for i in range(len(candidates[name]))]
+    candidates: dict[str, list[nn.Module]] = {}
+    for some in ({n: m for n, m in unsplit.items() if len(m) == depth}, unsplit, lists):
+        found = {n: m for n, m in some.items() if some is not lists or len(m) == depth}
+        found = {n: m for n, m in found.items() if len(found) == 1 or any(marks := _causal_marks(m)) or not marks}
+        if len(found) == 1:
+            ((name, blocks),) = found.items()
+            return [f"{name}.{i}" for i in range(len(blocks))]
+        candidates = candidates or found
     raise ValueError(
-        f"no decoder blocks found in {type(model).__name__}; name them with target_modules, e.g. a regex such as "
+        f"{f'several lists of blocks ({sorted(candidates)})' if candidates else 'no decoder blocks'} found in "
+        f"{type(model).__name__}; name the decoder blocks with target_modules, e.g. a regex such as "
         r"r'.*\.layers\.\d+'."
     )
+
+
+def _language_model(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the language model by their names in the model; all modules where it is not known."""
+    named = dict(model.named_modules())
+    decoder: Any = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    if not any(isinstance(module, nn.ModuleList) for module in inside):  # a head may be called "decoder", too
+        return named
+    return {name: module for name, module in named.items() if module in inside}
+
+
+def _causal_marks(modules: Iterable[nn.Module]) -> list[bool]:
+    """`is_causal` of the attention modules that have it."""
+    return [bool(m.is_causal) for module in modules for m in module.modules() if hasattr(m, "is_causal")]
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def check_language_model(model: nn.Module) -> None:
+    """Refuse models that are not causal language models, with or without other parts, as far as can be told.
+
+    Raises:
+        ValueError: an encoder-decoder model, or an encoder.
+    """
+    config, text = getattr(model, "config", None), _text_config(model)
+    what = "but bundles sit on the decoder blocks of a causal language model; give one of AutoModelForCausalLM or such."
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model, {what}")
+    if getattr(text, "is_decoder", False) or any(_causal_marks([model])):
+        return
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    writes = any(type(c) in mapping for c in (config, text) for mapping in mappings)
+    fills_gaps = type(text) in MODEL_FOR_MASKED_LM_MAPPING  # BERT and its kind write with `is_decoder` only
+    if fills_gaps or (type(model).__module__.startswith("transformers.") and not writes):
+        raise ValueError(f"{type(model).__name__} is an encoder, {what}")
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model that is a `PeftModel`, or holds one: an adapter around another one could not be loaded again.
+
+    Raises:
+        ValueError: it is or holds one.
+    """
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        raise ValueError(
+            "the model is a PeftModel already, and an adapter around it could not be loaded again. For a second "
+            "adapter of bundles call model.add_adapter(name, config) on it; for bundles beside LoRA call add_adapter "
+            "of the transformers model for each."
+        )
 
 
 @dataclass
@@ -75,6 +133,7 @@ class Injection:
         Raises:
             ValueError: no blocks found, `target_modules` that are not blocks, or layers that the model does not have.
         """
+        check_language_model(model)
         matcher = copy.copy(config)
         matcher.layers_to_transform = None  # PEFT would read the numbers as those of submodules
         try:
@@ -104,6 +163,20 @@ class Injection:
         matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
+        taken = {name for name, match in self.matches.items() if match}
+        ends = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
+        places = sorted({*taken, *(name.removesuffix(f".{CHILD}") for name in ends)})
+        for outer, inner in itertools.combinations(places, 2):
+            if inner.startswith(f"{outer}."):
+                raise ValueError(
+                    f"target_modules={config.target_modules!r}: bundles would sit on {outer} and on {inner} inside it; "
+                    "name the decoder blocks alone, for all adapters of the model."
+                )
+        if _text_config(model) is not getattr(model, "config", None) and not taken <= _language_model(model).keys():
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names blocks outside of the language model, such as "
+                f"{min(taken - _language_model(model).keys())}; name its decoder blocks."
+            )
 
 
 def base_shape(model: nn.Module) -> list[int]:
@@ -129,6 +202,7 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
     Raises:
         ValueError: the base model has another shape, or other weights than those whose fingerprint is in the config.
     """
+    check_unwrapped(model)
     name = config.base_model_name_or_path
     if config.base_shape is not None and config.base_shape != (shape := base_shape(model)):
         raise ValueError(
@@ -137,7 +211,8 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
             + (f" ({name})." if name else ".")
         )
     provenance = config.provenance or {}
-    if provenance.get("base") and (difference := other_base(provenance["base"], model)) is not None:
+    recorded = provenance.get("base") or config.base_fingerprint
+    if recorded and (difference := other_base(recorded, model)) is not None:
         revision = f" at revision {provenance['base_revision']}" if provenance.get("base_revision") else ""
         raise ValueError(
             f"{what} was trained on another base model or another revision of it: {difference}. Load "
@@ -147,7 +222,11 @@ def check_base(config: BundleConfig, model: nn.Module, what: str = "this adapter
 
 def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The first rows of the embeddings, and the weights of the first, middle and last block."""
-    embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embeddings: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers does not find those of every model
+        embeddings = None
+    embeddings = getattr(embeddings, "original_module", embeddings)  # of `modules_to_save`
     if embeddings is not None and getattr(embeddings, "weight", None) is not None:
         yield "embeddings", embeddings.weight[:VOCABULARY]
     try:
@@ -156,7 +235,8 @@ def _sampled_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         blocks = []
     for number in sorted({0, len(blocks) // 2, len(blocks) - 1} if blocks else ()):
         for name, parameter in model.get_submodule(blocks[number]).named_parameters():
-            yield f"{number}.{name.replace('.base_layer.', '.')}", parameter  # LoRA adds ".base_layer" to the name
+            # LoRA adds ".base_layer" to the name, and `modules_to_save` adds ".original_module".
+            yield f"{number}.{name.replace('.base_layer.', '.').replace('original_module.', '')}", parameter
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -167,8 +247,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """
     sampled = {}
     for name, tensor in _sampled_tensors(model):
-        adapter = any(part.startswith(("lora_", "bundle")) for part in name.split("."))
-        if adapter or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        adapter = any(part.startswith(("lora_", "bundle", "modules_to_save")) for part in name.split("."))
+        special = type(tensor) not in (Tensor, nn.Parameter)  # quantised, or a shard of the whole
+        if adapter or special or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         flat = tensor.detach().reshape(-1)
         where = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
@@ -182,6 +263,8 @@ def other_base(recorded: Mapping[str, str], model: nn.Module) -> str | None:
     A tensor differs if more than half of its samples do: float16 and bfloat16 may round a few differently.
     """
     present = base_fingerprint(model)
+    if not present:  # all weights are quantised, sharded or not on this machine: there is nothing to compare
+        return None
     common = [name for name in recorded if name in present]
     if not common:
         return f"it has none of the tensors that were recorded, such as {next(iter(recorded), None)!r}"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .basis import SHARED, draw_basis, weight_shapes
+from .bases import Bases
+from .basis import FINGERPRINT_TOLERANCE, SHARED, fingerprint, weight_shapes
 from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
 from .gates import expand_rows, layer_alphas
 from .inference import Part, Plan, Slot, for_reuse, run_plan
@@ -31,59 +33,6 @@ MERGE_ERROR = (
     "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
     "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
 )
-
-
-class Bases(BufferDict):
-    """U by adapter. A random U is drawn when it is read for the first time, so not before a checkpoint replaces it.
-
-    Drawing takes up to a second per layer (QR in float64, 3072 x 2304, two cores), five times as long as loading a
-    LoRA.
-    """
-
-    def __init__(self, beside: BufferDict) -> None:
-        super().__init__(persistent=True)
-        self.beside = (beside,)  # buffers on the same device; in a tuple, so that they are not registered as a child
-        self.later: dict[str, tuple[int, int, int, int]] = {}
-
-    def draw_later(self, adapter: str, *drawn: int) -> None:
-        """Draw this adapter's U later. `drawn` are the arguments of `draw_basis`: hidden size, rank, seed, layer."""
-        self.register_buffer(adapter, None)
-        self.later[adapter] = drawn  # type: ignore[assignment]
-
-    def draw(self) -> None:
-        """Draw every U that has not been drawn yet."""
-        for adapter in list(self.later):
-            self[adapter]
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key in self.later:
-            with torch.inference_mode(False):
-                self[key] = draw_basis(*self.later[key]).to(self.beside[0][key].device)
-        return super().__getitem__(key)
-
-    def __setitem__(self, key: str, buffer: Tensor) -> None:
-        super().__setitem__(key, buffer)
-        self.later.pop(key, None)
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.later.pop(key, None)
-
-    def items(self) -> Any:
-        self.draw()
-        return super().items()
-
-    def extra_repr(self) -> str:
-        self.draw()
-        return super().extra_repr()
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.draw()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.draw()
-        super()._load_from_state_dict(*args)
 
 
 class BundleLayer(nn.Module, BaseTunerLayer):
@@ -155,11 +104,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create an adapter's weights on the device and in the dtype of the block (float32 if it is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
-        generator = torch.Generator().manual_seed(1_000_003 * config.basis_seed + self.index + 500_009)
 
         def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as in nn.Linear and LoRA
             bound = 1 / math.sqrt(size[-1])
-            return torch.rand(*size, generator=generator, device="cpu").mul_(2 * bound).sub_(bound)
+            return torch.rand(*size, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
         for key, size in weight_shapes(config, d).items():
@@ -170,6 +118,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
         self.bundle_basis.draw_later(adapter, d, packing.basis_rank, config.basis_seed, self.index)
+        if config.basis_fingerprint is not None or config.calibration is not None:
+            self.state.unchecked.add((adapter, self.index))  # its U, mu and sigma have to come from elsewhere
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             getattr(self, what)[adapter].to(dtype)
@@ -198,8 +148,36 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             del self.bundle_states[adapter_name]
         self.state.penalty.marks.pop((adapter_name, self.index), None)
         self.state.warned.discard(adapter_name)
+        self.state.unchecked.discard((adapter_name, self.index))
         self.state.configs.pop(adapter_name, None)
         self.state.packings.pop((adapter_name, self.hidden_size), None)
+
+    def copy_basis(self, adapter: str, donor: str) -> None:
+        """Give an adapter the U, mu and sigma of another one, and the states kept for the quiet penalty."""
+        for what in self.other_param_names:
+            getattr(self, what)[adapter] = getattr(self, what)[donor].clone()
+        if donor in self.bundle_states and bool(self.packing(adapter).full) == bool(self.packing(donor).full):
+            self.bundle_states[adapter] = self.bundle_states[donor]
+
+    def check_basis(self, adapter: str) -> None:
+        """Refuse an adapter whose config names another basis than it has, as nothing brought that basis.
+
+        Raises:
+            ValueError: U is not the recorded one, or the config is that of a calibrated adapter and mu is 0.
+        """
+        config, basis = self.state.configs[adapter], self.bundle_basis[adapter]
+        if (adapter, self.index) not in self.state.unchecked or basis.is_meta:
+            return
+        measured = fingerprint(basis)
+        recorded = (config.basis_fingerprint or {}).get(str(self.index), measured)
+        fresh = config.calibration is not None and not bool(self.bundle_mean[adapter].any())
+        if fresh or not abs(measured - recorded) <= FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"the config of adapter {adapter!r} names the basis of an adapter that was calibrated or loaded "
+                "elsewhere, and nothing brought that basis. Load that adapter (PeftModel.from_pretrained or "
+                "load_adapter), or attach a new BundleConfig and calibrate it."
+            )
+        self.state.unchecked.discard((adapter, self.index))
 
     def packing(self, adapter: str) -> Packing:
         """How the adapter's bundles are laid out in D and E."""
@@ -237,11 +215,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT looks for `.weight`, which a block does not have.
         own = {id(p) for p in self.parameters()}
-        for parameter in base_layer.parameters():
-            if id(parameter) not in own and parameter.is_floating_point():
-                return parameter.device, parameter.dtype
-        first = next((p for p in base_layer.parameters() if id(p) not in own), None)
-        return (None, None) if first is None else (first.device, torch.float32)
+        parameters = [p for p in base_layer.parameters() if id(p) not in own]
+        if not parameters:
+            return None, None
+        first = next((p for p in parameters if p.is_floating_point()), parameters[0])
+        hooks = [module._hf_hook for module in base_layer.modules() if hasattr(module, "_hf_hook")]
+        offloaded = [h for hook in hooks for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)]
+        # accelerate keeps an offloaded block on the meta device, and its states are where it computes.
+        device = torch.device(offloaded[0].execution_device) if offloaded and first.is_meta else first.device
+        return device, first.dtype if first.is_floating_point() else torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> BundleLayer:
         # `model.to(torch.bfloat16)` must not round the basis: U would lose orthogonality (2e-3), and mu precision.
@@ -286,6 +268,26 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """The output of the block, hidden (B, T, d), with the bundles' update; same shape and dtype."""
         if self._disable_adapters:
             return hidden
+        if hasattr(self.bundle_mean, "_hf_hook"):
+            with self._fetched():
+                return self._bundled(hidden)
+        return self._bundled(hidden)
+
+    @contextmanager
+    def _fetched(self) -> Iterator[None]:
+        """Run the block with the tensors that accelerate offloads: it fetches them when their module is called, but
+        the modules that hold ours never are.
+        """
+        modules: list[Any] = [module for module in self.modules() if hasattr(module, "_hf_hook")]
+        for module in modules:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._hf_hook.post_forward(module, None)
+
+    def _bundled(self, hidden: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
             return run_plan(plan, hidden)
         return self._training_forward(hidden)
@@ -322,6 +324,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         """Of the active adapters, or of those that rows name, those with bundles on this layer."""
         names = self.state.call.adapter_names
         adapters = active if names is None else dict.fromkeys(names)
+        if self.state.unchecked and not torch.compiler.is_compiling():
+            for adapter in adapters:
+                if (adapter, self.index) in self.state.unchecked:
+                    self.check_basis(adapter)
         return [name for name in adapters if name in self.bundle_basis and self.packing(name).names]
 
     def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:

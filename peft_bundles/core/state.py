@@ -125,7 +125,7 @@ class BundleState:
         set_alphas: alphas from `set_alphas`, bundle -> alpha.
         version: raised by everything that changes `set_alphas` or the adapters behind a name.
         budget: tau of `set_norm_budget`; None: no limit.
-        nested: some block with bundles is inside another one.
+        unchecked: (adapter, layer) whose config names a basis that it has yet to get, from a file or another adapter.
         call: what holds for the calling thread.
         use: which adapters running calls use.
         compiled: some forward without gradients was compiled. Set by `planning.is_compiled` and by a layer that is
@@ -144,7 +144,7 @@ class BundleState:
     set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
     version: int = 0
-    nested: bool = False
+    unchecked: set[tuple[str, int]] = field(default_factory=set)
     budget: float | None = None
     compiled: bool = False
     use: InUse = field(default_factory=InUse)
@@ -157,7 +157,7 @@ class BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.
         configs = copy.deepcopy(self.configs, memo)
         memo[id(self)] = new = BundleState(configs, dict(self.packings), self.num_layers, dict(self.set_alphas))
-        new.budget, new.use.built, new.nested = self.budget, self.use.built, self.nested
+        new.budget, new.use.built, new.unchecked = self.budget, self.use.built, set(self.unchecked)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(module)
         layer = module._modules.get(CHILD)
-        if isinstance(layer, BundleLayer) and not layer.state.nested:
+        if isinstance(layer, BundleLayer):
             yield layer
         else:
             yield module
@@ -134,21 +133,6 @@ def active_adapters(model: nn.Module) -> list[str]:
     """
     configs = state_of(model).configs
     return [adapter for adapter in bundle_layers(model)[0].active_adapters if adapter in configs]
-
-
-@contextmanager
-def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Run a block that loads U from a file. Bases not drawn yet stay empty inside, and are drawn if it fails."""
-    layers = [layer for layer in adapter_layers(model, adapter) if adapter in layer.bundle_basis.later]
-    drawn = [layer.bundle_basis.later[adapter] for layer in layers]
-    for layer, how in zip(layers, drawn):
-        layer.bundle_basis[adapter] = torch.empty(how[:2], device=layer.bundle_mean[adapter].device)
-    try:
-        yield
-    except Exception:
-        for layer, how in zip(layers, drawn):
-            layer.bundle_basis.draw_later(adapter, *how)
-        raise
 
 
 def _no_bundles(model: nn.Module) -> str:

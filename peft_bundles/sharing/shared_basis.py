@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..calibration import is_trained
 from ..config import BundleConfig
+from ..core.attaching import own_config
 from ..core.base import check_base
 from ..core.basis import fingerprint, sub_basis_columns
 from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, read_tensors
@@ -189,6 +190,7 @@ def load_basis(
         for what in SHARED:
             tensor = getattr(layer, what)[adapter]
             getattr(layer, what)[adapter] = layers[layer.index][what].to(tensor.device)
+    config = own_config(model, adapter)
     config.basis_init, config.calibration, config.save_basis = about["basis_init"], about.get("calibration"), True
     config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in adapted}
     config.provenance = about["provenance"]

@@ -36,6 +36,7 @@ NOT_COMPARED = {
     "weights_digest",
     "format_version",
     "basis_fingerprint",
+    "base_fingerprint",
     "inference_mode",
     "base_model_name_or_path",
     "revision",

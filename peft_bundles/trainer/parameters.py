@@ -6,12 +6,20 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.walking import bundle_parameters
 from ..objectives.base import Objective
 from ..routing.reduction import bundle_labels, clip_parts
 from .topics import MARK
+
+
+def start_alike(model: nn.Module) -> None:
+    """Give every process the first one's weights of the bundles, as DDP does: each has drawn its own."""
+    for parameters in bundle_parameters(model).values():
+        for parameter in parameters:
+            dist.broadcast(parameter.data, 0)
 
 
 def head_parameters(objectives: Mapping[str, Objective]) -> dict[str, list[nn.Parameter]]:

@@ -37,7 +37,7 @@ from .checks import check_arguments, check_names, config_of, objectives_by_name
 from .config import BundleTrainingConfig
 from .evaluating import held_out_means
 from .mixing import MixingPlan
-from .parameters import clip_gradients, head_parameters, optimizer_groups
+from .parameters import clip_gradients, head_parameters, optimizer_groups, start_alike
 from .progress import shorten_console
 from .run_log import RunLog
 from .sharding import fsdp_plugin, shard, treat_as_whole
@@ -168,6 +168,8 @@ class BundleTrainer(_BaseTrainer):
             self.is_fsdp_enabled = False  # everything that trains is whole, so transformers need not handle FSDP
             trunk = trunk_parameters(model)  # sharding replaced the parameters
             self.trunk = TrunkProjection(trunk, {}, args.trunk_refresh)
+        if self.accelerator.num_processes > 1:
+            start_alike(model)
         check_topics(self.topics, list(self.objectives.values()), plugin is not None)
         self.forward = Forward(model, signals, table, self.accelerator.autocast, self.topics)
         for objective in self.objectives.values():

