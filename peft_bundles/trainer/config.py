@@ -29,9 +29,9 @@ class BundleTrainingConfig(TrainingArguments):
         mixing: "together", every step has rows of each objective; "ratio", one objective a step, drawn by
             `mixing_weights`; "alternate", one objective a step, in turn.
         mixing_weights: objective -> weight, for "ratio"; an objective not named weighs 1.
-        forward: objective (or a signal of it) -> the bundles that are on in its rows: "all" (default), "owners", a list
-            of bundles, or bundle -> alpha. "owners" are the bundles that its signals update, and those of role
-            "general".
+        forward: objective (or a signal of it) -> the bundles that are on in its rows: "all" (default), "owners" (those
+            that its signals update, and no other), a list, or bundle -> alpha. A list names bundles, "owners", and
+            roles of bundles: ["owners", "general"] are the owners and all bundles of role "general".
         shared_forward: let objectives whose losses need one backward share one forward. False forwards each objective
             alone; then what the forward table promises holds bit for bit, not only up to rounding.
         lr_multipliers: bundle, "trunk" or objective (its value head) -> factor on the learning rate.
