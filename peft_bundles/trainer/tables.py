@@ -20,9 +20,9 @@ def forward_table(
     Args:
         config: of the adapter.
         signals: objective -> the signals it emits.
-        entries: objective, or a signal of it -> "all", "owners" (the bundles that its signals update), a list of what is
-            on, or bundle -> alpha. A list names bundles, "owners" and roles (all bundles of that role); where a bundle
-            has such a name, the bundle is meant. None: "all" everywhere.
+        entries: objective, or a signal of it -> "all", "owners" (the bundles that its signals update), a list of
+            what is on, or bundle -> alpha. A list names bundles, "owners" and roles (all bundles of that role); where a
+            bundle has such a name, the bundle is meant. None: "all" everywhere.
 
     Raises:
         ValueError: an unknown name, two entries for one objective that differ, or a signal whose owners are all off.
@@ -117,7 +117,7 @@ def promises(
                 if common := [b for b in bundles if b in own & theirs]:
                     reasons.append(f"{other} (which updates {', '.join(common)} too)")
                 elif seen:
-                    reasons.append(f"{other} (its {', '.join(seen)} {'are' if len(seen) > 1 else 'is'} on in these rows)")
+                    reasons.append(f"{other} ({', '.join(seen)} on in these rows)")
                 else:
                     reasons.append(f"{other} (through another objective)")
             sentences.append(f"{name}: what its bundles learn depends on {', '.join(reasons)}.")

@@ -139,9 +139,7 @@ def test_tables_say_what_they_promise():
 def test_owners_are_the_owners_whatever_their_role(role):
     """And what stays on beside them is named."""
     signals = {"lm": ("lm",), "preference": ("preference",)}
-    bundles = {
-        f"b_{name}": {"rank": 4, "sub_bases": ["a"], "role": role, "signals": {name: 1.0}} for name in ("lm", "preference")
-    }
+    bundles = {f"b_{s}": {"rank": 4, "sub_bases": ["a"], "role": role, "signals": {s: 1.0}} for s in signals}
     plain = BundleConfig(sub_bases={"a": 16}, bundles={**bundles, "general": {"rank": 4, "sub_bases": ["a"]}})
     on = lambda entry: [b for b in plain.bundles if b not in forward_table(plain, signals, {"lm": entry})["lm"]]  # noqa: E731
     assert on("owners") == on(["owners"]) == ["b_lm"]
@@ -154,7 +152,7 @@ def test_owners_are_the_owners_whatever_their_role(role):
     ]
     (kept, depends) = promises(plain, signals, table)
     assert kept == "lm: its bundles get the weights of a run without preference."
-    assert depends == "preference: what its bundles learn depends on lm (its b_lm is on in these rows)."
+    assert depends == "preference: what its bundles learn depends on lm (b_lm on in these rows)."
 
 
 @pytest.mark.parametrize(
