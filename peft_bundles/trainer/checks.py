@@ -102,8 +102,8 @@ def warn_of_weak_penalty(model: Any, config: BundleConfig) -> None:
     elif not kept:
         what = "a calibrated adapter was loaded, and no states were kept with it, so there is no"
         fix = "call peft_bundles.calibrate(model, texts, tokenizer, states_only=True)"
-    elif kept < STATES:
-        what = f"calibration kept {kept:,} states of {STATES:,}, so there is only a weak"
+    elif kept < STATES // 2:
+        what = f"calibration kept {kept:,} of up to {STATES:,} states, so there is only a weak"
         fix = "call peft_bundles.calibrate with more text (20,000 tokens are usual)"
     else:
         return

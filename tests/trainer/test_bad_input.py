@@ -230,7 +230,7 @@ def test_without_held_out_rows_there_is_no_evaluation(tmp_path):
         ),
         (
             lambda: model(calibrated=True),
-            r"kept [\d,]+ states of 4,096, so there is only a weak .* with more text",
+            r"kept [\d,]+ of up to 4,096 states, so there is only a weak .* with more text",
         ),
         (lambda: loaded(), r"no states were kept with it, so there is no penalty .*, states_only=True\)"),
     ],
@@ -252,7 +252,7 @@ def test_a_penalty_with_enough_states_or_of_weight_0_is_not_mentioned(tmp_path):
     enough = model(calibrated=True)
     for layer in layers(enough):
         states = layer.bundle_states["default"]
-        layer.bundle_states["default"] = states.repeat(4096 // len(states) + 1, 1)[:4096]
+        layer.bundle_states["default"] = states.repeat(2048 // len(states) + 1, 1)[:2048]
     for made in (enough, model(quiet=0.0), model(bundles={}, sub_bases={}, moved=False)):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*penalty on what bundles do.*")
