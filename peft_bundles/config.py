@@ -114,7 +114,7 @@ class SubBasis:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        _check_rank(f"sub-basis {self.name!r}", "rank", self.rank)
+        _check_rank("SubBasis" if self.name is None else f"sub-basis {self.name!r}", "rank", self.rank)
 
 
 @dataclass
@@ -134,7 +134,7 @@ class BundleSpec:
             "diag" one factor per column, "full" an "mlp" on the whole residual stream, without U. None takes the
             config's.
         alpha: factor of the bundle's output, unless `alphas` or `set_alphas` say otherwise.
-        role: "general", "semantic" or "signal"; a label for reports and trainers.
+        role: "general", "semantic" or "signal"; a label for reports, and for `forward` of the trainer.
         topic: what a semantic bundle is about; a label for routers.
         protected: allow only weights of 0 and 1 in `signals`; also a label for trainers.
         name: filled in from the key of `BundleConfig.bundles`.
@@ -162,7 +162,7 @@ class BundleSpec:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        owner = f"bundle {self.name!r}"
+        owner = "BundleSpec" if self.name is None else f"bundle {self.name!r}"
         _check_rank(owner, "rank", self.rank)
         _check_choice(owner, "role", self.role, ROLES)
         if self.adapter is not None:
@@ -219,7 +219,8 @@ class BundleConfig(PeftConfig):
         layers_to_transform: numbers of the decoder layers that get bundles. None: all.
         target_modules: names or a regex of the decoder blocks, for models where they are not found automatically.
         exclude_modules: blocks to leave out, as in other PEFT methods.
-        modules_to_save: further modules to train in full and to save, as in other PEFT methods.
+        modules_to_save: further modules to train in full and to save, as in other PEFT methods. Alphas do not turn
+            them off; `disable_adapter` does.
         save_basis: store U in the checkpoint. False draws it again from the seed (`basis_init="random"` only).
         init_weights: True: a fresh adapter changes nothing, bit for bit. False: random weights, for tests.
         task_type: set it to "CAUSAL_LM", as in other PEFT methods. Without a task type PEFT calls the base model

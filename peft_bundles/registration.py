@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft.utils import PeftType
 
 
@@ -18,3 +20,5 @@ def add_peft_type(name: str) -> None:
 
 
 add_peft_type("BUNDLE")
+# PEFT asks every model that it wraps for this name, of which transformers 5 warns; users can do nothing about it.
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..core.dialling import alphas
@@ -165,9 +166,10 @@ class Forward:
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Outputs:
-        """The model with all bundles off, which is the base model bit for bit; no gradient, no dropout."""
+        """The model with all bundles off and `modules_to_save` as they were: the base model bit for bit, without
+        gradient and dropout."""
         off = dict.fromkeys(state_of(self.model).bundle_names(), 0.0)
-        with self.eval_mode(), alphas(self.model, off):
+        with self.eval_mode(), original_modules(self.model), alphas(self.model, off):
             return self._run(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
@@ -207,6 +209,23 @@ class Forward:
             yield
         finally:
             self.model.train(training)
+
+
+@contextmanager
+def original_modules(model: nn.Module) -> Iterator[None]:
+    """The modules that PEFT trains copies of (`modules_to_save`) as they were in the base model, inside the block.
+
+    PEFT's `disable_adapter` does the same, and also sets `requires_grad` anew.
+    """
+    trained = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    before = [module._disable_adapters for module in trained]
+    try:
+        for module in trained:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module, disabled in zip(trained, before):
+            module._disable_adapters = disabled
 
 
 def default_alphas(model: nn.Module) -> dict[str, float | None]:

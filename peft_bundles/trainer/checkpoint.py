@@ -31,6 +31,8 @@ from .trunk import TrunkProjection
 
 
 STAGING = ".saving"  # transformers does not match this name when it looks for the last checkpoint
+# Settings that runs of earlier versions did not save.
+SINCE_0_3 = {"per_device_train_batch_size or rows", "gradient_accumulation_steps", "number of training rows"}
 # Fields that saving and loading fill in, that PEFT compares with a tolerance, or that differ between machines.
 NOT_COMPARED = {
     "weights_digest",
@@ -141,8 +143,10 @@ class RunState:
                 f"{folder} has no run.json, so BundleTrainer did not save it; give a checkpoint of a BundleTrainer."
             )
         saved = json.loads((folder / "run.json").read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"{folder / 'run.json'} is damaged: it holds no settings.")
         for setting, value in self.settings.items():
-            if saved.get(setting) != value:
+            if saved.get(setting) != value and (setting in saved or setting not in SINCE_0_3):
                 raise ValueError(
                     f"{folder} was saved by a run with another {setting}: {_difference(saved.get(setting), value)}. "
                     "Resume with the settings of that run, or start a new run in another output_dir."

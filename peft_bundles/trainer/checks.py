@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 
+from ..calibration import STATES
 from ..config import BundleConfig
+from ..core.walking import adapter_layers
 from ..objectives.base import Objective
 from ..routing.routes import check_signals
 from .config import BundleTrainingConfig
@@ -70,3 +73,42 @@ def check_names(args: BundleTrainingConfig, config: BundleConfig, signals: Mappi
     ):
         if unknown := sorted(set(getattr(args, field) or {}) - set(allowed)):
             raise ValueError(f"{field} names {unknown}; it takes some of {allowed}.")
+
+
+def check_held_out(args: BundleTrainingConfig, objectives: Mapping[str, Objective]) -> None:
+    """Raises ValueError if the arguments ask for evaluations and no objective has held-out rows."""
+    if any(objective.eval_rows is not None for objective in objectives.values()):
+        return
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    asked = {"eval_strategy": strategy, "eval_on_start": args.eval_on_start}
+    for name, value in asked.items():
+        if value not in ("no", False):
+            raise ValueError(
+                f"{name}={value!r}, but no objective has held-out rows; give them to an objective, e.g. "
+                "LM(rows, eval_dataset=held_out)."
+            )
+
+
+def warn_of_weak_penalty(model: Any, config: BundleConfig) -> None:
+    """One warning if the penalty on what bundles add to other text (`quiet`) has no states, or few, to act on."""
+    if not (config.quiet and config.bundles):
+        return
+    adapter = model.active_adapter
+    layers = adapter_layers(model, adapter)
+    kept = min((len(layer.bundle_states[adapter]) for layer in layers if adapter in layer.bundle_states), default=0)
+    if config.calibration is None:
+        what = "the bundles are not calibrated, so there is no"
+        fix = "call peft_bundles.calibrate(model, texts, tokenizer)"
+    elif not kept:
+        what = "a calibrated adapter was loaded, and no states were kept with it, so there is no"
+        fix = "call peft_bundles.calibrate(model, texts, tokenizer, states_only=True)"
+    elif kept < STATES // 2:
+        what = f"calibration kept {kept:,} of up to {STATES:,} states, so there is only a weak"
+        fix = "call peft_bundles.calibrate with more text (20,000 tokens are usual)"
+    else:
+        return
+    warnings.warn(
+        f"{what} penalty on what bundles do to other text (quiet={config.quiet:g}). Before training {fix}, or set "
+        "BundleConfig(quiet=0) to train without it.",
+        stacklevel=3,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..routers.topics import TopicRouting
+from .arguments import REFUSED, refuse_without_effect
 from .mixing import MIXINGS
 
 
@@ -22,16 +23,17 @@ class BundleTrainingConfig(TrainingArguments):
 
     Two of transformers' arguments have another meaning here. `per_device_train_batch_size` counts the rows of *each*
     objective in a micro-batch (a preference row is a pair). `max_grad_norm` holds for every bundle, for the trunk and
-    for every head separately. DDP and FSDP2 are supported, DeepSpeed is not.
+    for every head separately. DDP and FSDP2 are supported, DeepSpeed is not. Arguments that would have no effect are
+    refused; docs/training-arguments.md lists what each of them does.
 
     Args:
         rows: objective -> rows in a micro-batch, where it differs from `per_device_train_batch_size`.
         mixing: "together", every step has rows of each objective; "ratio", one objective a step, drawn by
             `mixing_weights`; "alternate", one objective a step, in turn.
         mixing_weights: objective -> weight, for "ratio"; an objective not named weighs 1.
-        forward: objective (or a signal of it) -> the bundles that are on in its rows: "all" (default), "owners", a list
-            of bundles, or bundle -> alpha. "owners" are the bundles that its signals update, and those of role
-            "general".
+        forward: objective (or a signal of it) -> the bundles that are on in its rows: "all" (default), "owners" (those
+            that its signals update, and no other), a list, or bundle -> alpha. A list names bundles, "owners", and
+            roles of bundles: ["owners", "general"] are the owners and all bundles of role "general".
         shared_forward: let objectives whose losses need one backward share one forward. False forwards each objective
             alone; then what the forward table promises holds bit for bit, not only up to rounding.
         lr_multipliers: bundle, "trunk" or objective (its value head) -> factor on the learning rate.
@@ -75,13 +77,7 @@ class BundleTrainingConfig(TrainingArguments):
     trunk_refresh: int = 200
 
     def __post_init__(self) -> None:
-        # Checked first: transformers and accelerate would ask for DeepSpeed to be installed.
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            raise ValueError(
-                "DeepSpeed is not supported: it gives bundles without a gradient a gradient of zero, and momentum then "
-                "moves them. Leave deepspeed= out and launch with DDP or FSDP2 (recipes/accelerate/ddp_2.yaml, "
-                "fsdp_2.yaml)."
-            )
+        refuse_without_effect(self)  # before transformers asks for DeepSpeed to be installed
         # transformers' older names of these arguments contain "gradient".
         checkpointing = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         if isinstance(checkpointing, dict):
@@ -104,8 +100,11 @@ class BundleTrainingConfig(TrainingArguments):
             raise ValueError(f"trunk_ranks={self.trunk_ranks!r} need trunk='full'; it is {self.trunk!r}.")
         if self.trunk_refresh < 1:
             raise ValueError(f"trunk_refresh={self.trunk_refresh!r} must be at least 1.")
-        if self.fp16:
-            raise ValueError("fp16=True: a gradient scaler cannot handle several backwards per step; use bf16=True.")
+        if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() in ("fp16", "fp8"):
+            raise ValueError(
+                f"accelerate's launch sets mixed_precision={os.environ['ACCELERATE_MIXED_PRECISION']!r}, which is not "
+                f"supported by BundleTrainer: {REFUSED['fp16']}."
+            )
 
 
 def _check_positive(name: str, values: Mapping[str, Any] | None, kind: Any, kind_name: str) -> None:

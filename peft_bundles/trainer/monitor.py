@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ def watch(model: nn.Module, values: dict[str, list[Tensor]], *, spread: bool = F
     def measure(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BundleLayer)
         if torch.is_grad_enabled():  # forwards of the reference have no gradients
-            with torch.no_grad():
+            # In float32: base, stream and bundles may each have a dtype of their own.
+            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 _measure(layer, args[0].detach(), names, values, spread)
 
     handles = [layer.register_forward_pre_hook(measure) for layer in bundle_layers(model)]
@@ -73,13 +75,16 @@ def _measure(
     """B rows, T tokens, d hidden size, K bundles, S sampled tokens."""
     for adapter in layer.bundle_adapters():
         numbers, tensor = layer_alphas(layer.state, adapter, layer.index, h_BTd)
-        alphas_BTK = h_BTd.new_tensor(numbers).view(1, 1, -1) if tensor is None else tensor.to(h_BTd.dtype)
+        sample_1Sd = h_BTd[:1, -SAMPLE:].float()
+        alphas_BTK = sample_1Sd.new_tensor(numbers).view(1, 1, -1) if tensor is None else tensor.float()
         alphas_BTK = alphas_BTK.expand(*h_BTd.shape[:2], -1)
-        sample_1Sd = h_BTd[:1, -SAMPLE:]
         basis, mean, scale = (
-            table[adapter].to(h_BTd.dtype) for table in (layer.bundle_basis, layer.bundle_mean, layer.bundle_scale)
+            table[adapter].float() for table in (layer.bundle_basis, layer.bundle_mean, layer.bundle_scale)
         )
         for k, (name, weights) in enumerate(zip(layer.packing(adapter).names, layer.bundle_weights(adapter))):
+            weights = replace(
+                weights, **{f: t.float() for f in ("weight", "down", "up") if (t := getattr(weights, f)) is not None}
+            )
             label, gate = names[adapter, name], alphas_BTK[:1, -SAMPLE:, k, None]
             written = bundle_reference(sample_1Sd, [weights], basis, mean, scale, gate) - sample_1Sd
             values.setdefault(f"alpha/{label}", []).append(alphas_BTK[..., k].mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import BundleConfig
+from ..config import ROLES, BundleConfig
 
 
 def forward_table(
@@ -20,8 +20,9 @@ def forward_table(
     Args:
         config: of the adapter.
         signals: objective -> the signals it emits.
-        entries: objective, or a signal of it -> "all", "owners" (the bundles that its signals update, and those of role
-            "general"), a list of the bundles that are on, or bundle -> alpha. None: "all" everywhere.
+        entries: objective, or a signal of it -> "all", "owners" (the bundles that its signals update), a list of
+            what is on, or bundle -> alpha. A list names bundles, "owners" and roles (all bundles of that role); where a
+            bundle has such a name, the bundle is meant. None: "all" everywhere.
 
     Raises:
         ValueError: an unknown name, two entries for one objective that differ, or a signal whose owners are all off.
@@ -55,17 +56,19 @@ def _alphas(name: str, value: Any, owners: set[str], config: BundleConfig) -> di
     bundles = config.bundles or {}
     if value == "all":
         return {}
-    if value == "owners":
-        value = [b for b, spec in bundles.items() if b in owners or spec.role == "general"]
+    value = ["owners"] if value == "owners" else value
     if not isinstance(value, (list, tuple, Mapping)):
         raise ValueError(
             f"forward[{name!r}]={value!r} must be 'all', 'owners', a list of bundles or a dict bundle -> alpha."
         )
-    if unknown := [b for b in value if b not in bundles]:
-        raise ValueError(f"forward[{name!r}] names bundle(s) {unknown}; it takes some of {list(bundles)}.")
+    groups = {role: {b for b, spec in bundles.items() if spec.role == role} for role in ROLES} | {"owners": owners}
+    groups = {} if isinstance(value, Mapping) else groups
+    if unknown := [b for b in value if b not in bundles and not (isinstance(b, str) and b in groups)]:
+        raise ValueError(f"forward[{name!r}] names bundle(s) {unknown}; it takes some of {[*bundles, *groups]}.")
     if isinstance(value, Mapping):
         return {b: float(a) for b, a in value.items()}
-    return {b: 0.0 for b in bundles if b not in value}
+    on = {b for each in value for b in ({each} if each in bundles else groups[each])}
+    return {b: 0.0 for b in bundles if b not in on}
 
 
 def updated(config: BundleConfig, signals: Sequence[str]) -> set[str]:
@@ -99,17 +102,44 @@ def promises(
     config: BundleConfig, signals: Mapping[str, tuple[str, ...]], table: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
     """What the tables promise: one or two sentences for each objective."""
+    bundles = config.bundles or {}
     sentences = []
     for name, others in untouched_by(config, signals, table).items():
         changing = [b for b in signals if b not in others and b != name]
         if others:
             sentences.append(f"{name}: its bundles get the weights of a run without {', '.join(others)}.")
         if changing:
-            sentences.append(
-                f"{name}: what its bundles learn depends on {', '.join(changing)} too; `forward` can turn bundles off "
-                "in its rows."
-            )
+            own = updated(config, signals[name])
+            reasons = []
+            for other in changing:
+                theirs = updated(config, signals[other])
+                seen = [b for b in bundles if b in theirs - own and table[name].get(b, bundles[b].alpha)]
+                if common := [b for b in bundles if b in own & theirs]:
+                    reasons.append(f"{other} (which updates {', '.join(common)} too)")
+                elif seen:
+                    reasons.append(f"{other} ({', '.join(seen)} on in these rows)")
+                else:
+                    reasons.append(f"{other} (through another objective)")
+            sentences.append(f"{name}: what its bundles learn depends on {', '.join(reasons)}.")
     return sentences
+
+
+def company(
+    config: BundleConfig, signals: Mapping[str, tuple[str, ...]], table: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """Which bundles learn with which others on: a sentence for each objective."""
+    bundles = config.bundles or {}
+    lines = []
+    for name, emitted in signals.items():
+        own = updated(config, emitted)
+        on = [b for b in bundles if table[name].get(b, bundles[b].alpha) != 0]
+        learning, others = [b for b in on if b in own], [b for b in on if b not in own]
+        if not bundles:
+            continue
+        whole = len(others) > 4 and set(bundles) <= own | set(others)
+        beside = "no other bundle" if not others else "all other bundles" if whole else ", ".join(others)
+        lines.append(f"{name}: {', '.join(learning)} learn{'s' * (len(learning) == 1)} with {beside} on.")
+    return lines
 
 
 def at_full_rate(config: BundleConfig, penalties: Sequence[str], multipliers: Mapping[str, float]) -> list[str]:

@@ -31,17 +31,16 @@ from ..objectives.seeding import seeded
 from ..routing.backward import routed_backward
 from ..routing.reduction import finalize_grads, reduce_gradients, share_seen
 from ..routing.routes import routing_column
-from . import monitor
+from . import checks, monitor
 from .checkpoint import STAGING, RunState, comparable, staged
-from .checks import check_arguments, check_names, config_of, objectives_by_name
 from .config import BundleTrainingConfig
 from .evaluating import held_out_means
 from .mixing import MixingPlan
 from .parameters import clip_gradients, head_parameters, optimizer_groups, start_alike
-from .progress import shorten_console
+from .progress import shorten_console, without_bars
 from .run_log import RunLog
 from .sharding import fsdp_plugin, shard, treat_as_whole
-from .tables import at_full_rate, forward_table, promises
+from .tables import at_full_rate, company, forward_table, promises
 from .topics import TopicRates, check_topics, topics_of
 from .trunk import TrunkProjection, trunk_parameters
 
@@ -117,12 +116,12 @@ class BundleTrainer(_BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        check_arguments(args)
-        self.bundle_config = config_of(model)
-        self.objectives = objectives_by_name(objectives, self.bundle_config)
+        checks.check_arguments(args)
+        self.bundle_config = checks.config_of(model)
+        self.objectives = checks.objectives_by_name(objectives, self.bundle_config)
         signals = {name: objective.signals for name, objective in self.objectives.items()}
         table = forward_table(self.bundle_config, signals, args.forward)
-        check_names(args, self.bundle_config, signals)
+        checks.check_names(args, self.bundle_config, signals)
         self.plan = MixingPlan(list(signals), args.mixing, args.mixing_weights, args.seed)
         self.clamp = KLClamp.from_config(args.kl_clamp, model, signals) if args.kl_clamp else None
         if processing_class.pad_token is None:
@@ -131,7 +130,10 @@ class BundleTrainer(_BaseTrainer):
         self.topic_rates = TopicRates(self.topics, signals)
         for objective in self.objectives.values():
             objective.topics = self.topics
-            objective.setup(processing_class, model)
+            with without_bars():
+                objective.setup(processing_class, model)
+        checks.check_held_out(args, self.objectives)
+        checks.warn_of_weak_penalty(model, self.bundle_config)
         penalties = [s for objective in self.objectives.values() for s in objective.penalties]
         if loud := at_full_rate(self.bundle_config, penalties, args.lr_multipliers or {}):
             warnings.warn(
@@ -161,7 +163,7 @@ class BundleTrainer(_BaseTrainer):
             callbacks=[*(callbacks or []), _AroundOptimizer(self)],
             optimizers=optimizers,
         )
-        shorten_console(self)
+        shorten_console(self, company(self.bundle_config, signals, table))
         if (plugin := fsdp_plugin(args, self.accelerator)) is not None:
             shard(model, plugin, self.accelerator)
             treat_as_whole(self.accelerator)
@@ -185,15 +187,19 @@ class BundleTrainer(_BaseTrainer):
         It follows from two tables: the bundles that a signal updates, and the bundles that are on in an objective's
         rows. It is logged at level INFO when the trainer is made.
         """
-        if any(p.requires_grad for p in self.trunk.parameters.values()):
+        trained = [name for name, p in self.trunk.parameters.items() if p.requires_grad]
+        if all(".modules_to_save." in name for name in trained) and trained:
+            return ["modules_to_save are trained: every objective moves them; the reference is the base without them."]
+        if trained:
             return ["the trunk is trained: every objective moves it, and with it the reference (bundles off)."]
         return promises(self.bundle_config, self.forward.signals, self.forward.table)
 
     # ---- data: the rows of a step ----
 
-    def share(self, name: str) -> Share:
+    def share(self, name: str, *, held_out: bool = False) -> Share:
         """This process's rows of an objective."""
         rows = (self.args.rows or {}).get(name, self.args.per_device_train_batch_size)
+        rows = self.args.per_device_eval_batch_size if held_out else rows
         accelerator = self.accelerator
         return Share(
             rows,
@@ -328,14 +334,14 @@ class BundleTrainer(_BaseTrainer):
         """Every loss on its objective's held-out rows: "eval_loss/<signal>", and their sum, "eval_loss".
 
         Raises:
-            ValueError: a dataset is given here; objectives hold theirs.
+            ValueError: a dataset is given here, and objectives hold theirs; or no objective has held-out rows.
         """
-        if eval_dataset is not None:
-            raise ValueError(
-                "evaluate() takes no dataset: give held-out rows to the objectives, e.g. LM(rows, eval_dataset=rows)."
-            )
+        if eval_dataset is not None or not any(o.eval_rows is not None for o in self.objectives.values()):
+            what = "no objective has held-out rows" if eval_dataset is None else "evaluate() takes no dataset"
+            raise ValueError(f"{what}; give held-out rows to an objective, e.g. LM(rows, eval_dataset=held_out).")
         with self.forward.eval_mode():
-            means = held_out_means(self.forward, self.objectives, {name: self.share(name) for name in self.objectives})
+            shares = {name: self.share(name, held_out=True) for name in self.objectives}
+            means = held_out_means(self.forward, self.objectives, shares)
         results = {f"{metric_key_prefix}_loss": 0.0}
         for of_objective in means.values():
             for name, mean in of_objective.items():
@@ -344,6 +350,10 @@ class BundleTrainer(_BaseTrainer):
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: what a model predicts for rows depends on the objective."""
+        raise ValueError("BundleTrainer has no predict(); use model.generate(), or evaluate() for held-out losses.")
 
     # ---- optimizer ----
 
@@ -421,6 +431,9 @@ class BundleTrainer(_BaseTrainer):
             "topics": self.args.topics,
             "trunk": [self.args.trunk, self.args.trunk_ranks],
             "seed": self.args.seed,
+            "per_device_train_batch_size or rows": {name: self.share(name).rows for name in self.objectives},
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "number of training rows": {name: len(o.rows) for name, o in self.objectives.items()},
         }
         trunk = self.trunk if self.args.trunk == "full" else None
         accelerator = self.accelerator

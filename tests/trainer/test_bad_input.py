@@ -1,10 +1,13 @@
 """Every wrong input has an error that names objective, row and fix, before the model moves."""
 
+import re
+import tempfile
 import warnings
 
 import pytest
 import torch
-from models import snapshot, unchanged
+from datasets import Dataset
+from models import TINY, layers, snapshot, unchanged
 from peft import PeftModel
 from training import arguments, config, model, pairs, texts, tokenizer, trainer
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -111,7 +114,7 @@ def test_arguments(tmp_path, fields, message):
 def test_deepspeed_is_refused_by_its_argument_and_by_its_launcher(tmp_path, monkeypatch, launched):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(launched).lower())
     settings = {} if launched else {"deepspeed": {"zero_optimization": {"stage": 2}}}
-    with pytest.raises(ValueError, match=r"DeepSpeed is not supported: .* launch with DDP or FSDP2"):
+    with pytest.raises(ValueError, match=r"deepspeed.* not supported .*: DeepSpeed gives bundles .* use DDP or FSDP2"):
         arguments(tmp_path, **settings)
 
 
@@ -202,6 +205,55 @@ def test_a_penalty_that_would_learn_at_the_full_rate_is_told_of(tmp_path):
 
 def test_evaluate_takes_no_dataset(tmp_path):
     run = trainer(tmp_path, LM(texts(), eval_dataset=texts(2)))
-    with pytest.raises(ValueError, match="give held-out rows to the objectives"):
+    with pytest.raises(ValueError, match="takes no dataset; give held-out rows to an objective"):
         run.evaluate(texts(2))
     assert torch.isfinite(torch.tensor(run.evaluate()["eval_loss"]))
+
+
+def test_without_held_out_rows_there_is_no_evaluation(tmp_path):
+    """Neither a perfect score of 0 nor an argument that this trainer does not have."""
+    with pytest.raises(ValueError, match=r"no objective has held-out rows; give .* LM\(rows, eval_dataset=held_out\)"):
+        trainer(tmp_path, LM(texts())).evaluate()
+    refused(tmp_path, LM(texts()), "eval_strategy='epoch', but no objective has held-out rows", eval_strategy="epoch")
+    refused(tmp_path, LM(texts()), "eval_on_start=True, but no objective has held-out rows", eval_on_start=True)
+    for rows in (texts(3), Dataset.from_list(texts(3))):
+        with pytest.raises(ValueError, match=r"has no predict\(\); use model.generate\(\), or evaluate\(\)"):
+            trainer(tmp_path, LM(texts())).predict(rows)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda: model(),
+            r"not calibrated, so there is no penalty .*\(quiet=20\).* call peft_bundles.calibrate",
+        ),
+        (
+            lambda: model(calibrated=True),
+            r"kept [\d,]+ of up to 4,096 states, so there is only a weak .* with more text",
+        ),
+        (lambda: loaded(), r"no states were kept with it, so there is no penalty .*, states_only=True\)"),
+    ],
+)
+def test_a_penalty_without_states_is_said_once(tmp_path, made, message):
+    with pytest.warns(UserWarning) as seen:
+        trainer(tmp_path, LM(texts()), made()).train()
+    (said,) = [str(w.message) for w in seen if "penalty on what bundles do" in str(w.message)]
+    assert re.search(message, said) and said.endswith("set BundleConfig(quiet=0) to train without it.")
+
+
+def loaded() -> PeftModel:
+    with tempfile.TemporaryDirectory() as folder:
+        model(calibrated=True).save_pretrained(folder)
+        return PeftModel.from_pretrained(TINY["llama"](), folder, is_trainable=True)
+
+
+def test_a_penalty_with_enough_states_or_of_weight_0_is_not_mentioned(tmp_path):
+    enough = model(calibrated=True)
+    for layer in layers(enough):
+        states = layer.bundle_states["default"]
+        layer.bundle_states["default"] = states.repeat(2048 // len(states) + 1, 1)[:2048]
+    for made in (enough, model(quiet=0.0), model(bundles={}, sub_bases={}, moved=False)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*penalty on what bundles do.*")
+            trainer(tmp_path, LM(texts()), made)

@@ -1,7 +1,11 @@
 """What a run reports outside of its own log: TensorBoard, trackio (without a network), the console."""
 
+import ast
+import importlib
 import logging
+import re
 import sqlite3
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import arguments, losses_of, model, pairs, texts, tokenizer, trainer
 from trl import RichProgressCallback
 
-from peft_bundles.objectives import LM, Preference
+import peft_bundles.registration
+from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
 
 
@@ -47,12 +52,35 @@ def test_trackio_keeps_them_on_this_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bar", [True, False])
-def test_the_console_shows_a_bar_and_losses_but_no_numbers_of_bundles(tmp_path, capfd, bar):
-    run = run_of(tmp_path, disable_tqdm=not bar)
+def test_the_console_shows_a_bar_losses_and_the_reward_and_nothing_else(tmp_path, capfd, bar):
+    """What is measured of bundles and objectives goes to the tracker."""
+    length = lambda completions, **_: [float(len(c)) for c in completions]  # noqa: E731
+    ppo = PPO([{"prompt": "ab"}] * 4, length, max_completion_length=4)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, disable_tqdm=not bar)
+    run = BundleTrainer(model(), args, [LM(texts(), eval_dataset=texts(3)), ppo], tokenizer())
+    run.train()
     out, err = capfd.readouterr()
-    assert ("it/s]" in err or "s/it]" in err) == bar  # the rows of datasets are counted as "examples/s"
-    assert out.count("'loss/lm'") == len(losses_of(run)) == 3 and "eval_loss/lm" in out
-    assert "b_lm" not in out and "grad_norm/b_lm" in run.state.log_history[0]
+    assert ("it/s]" in err or "s/it]" in err) == bar and "examples/s" not in err
+    assert {"grad_norm/b_lm", "ppo/clip_fraction"} <= run.state.log_history[0].keys()
+    assert "lm: b_lm learns with all other bundles on." in out and out.count("learn") == 2
+    lines = [ast.literal_eval(line) for line in re.findall(r"^.*?(\{.*\})", out, re.MULTILINE)]
+    losses = {"loss", "loss/lm", "loss/ppo/policy", "loss/ppo/value", "loss/ppo/kl"}
+    assert [set(line) for line in lines] == [
+        *([losses | {"ppo/reward", "epoch"}] * 3),
+        {"eval_loss", "eval_loss/lm", "epoch"},
+        {"train_runtime", "train_loss", "epoch"},
+    ]
+
+
+def test_wrapping_a_model_warns_of_nothing():
+    """PEFT asks transformers for a deprecated name; importing the package silences that one message."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(peft_bundles.registration)
+        model()
+    with warnings.catch_warnings(), pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        warnings.simplefilter("always")
+        model()
 
 
 def test_promises_are_logged_once_and_not_shown_by_default(tmp_path, capfd, caplog):

@@ -133,6 +133,14 @@ def other_bundles() -> BundleConfig:
         ({"mixing": "alternate"}, r"another mixing: was \['together', None\], is \['alternate', None\]"),
         ({"forward": {"lm": "owners"}}, r"another forward table: lm\.b_preference was None, is 0\.0"),
         ({"seed": 1}, r"another seed: was 42, is 1"),
+        ({"per_device_train_batch_size": 3}, r"another per_device_train_batch_size or rows: lm was 2, is 3"),
+        ({"rows": {"ppo": 4}}, r"another per_device_train_batch_size or rows: ppo was 2, is 4"),
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+            r"another per_device_train_batch_size or rows: lm was 2, is 1",
+        ),
+        ({"gradient_accumulation_steps": 2}, r"another gradient_accumulation_steps: was 1, is 2"),
+        ({"fewer": True}, r"another number of training rows: lm was 12, is 11"),
         ({"bundles": True}, r"another bundle config: bundles\.b_lm\.signals\.preference was None, is 0\.5"),
         ({"objectives": True}, r"another objectives: preference was \['preference'\], is None"),
     ],
@@ -142,6 +150,8 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_moves(tmp_path, 
     fields = dict(fields)
     made = model(bundles=other_bundles().bundles) if fields.pop("bundles", False) else model()
     kept = objectives()[::2] if fields.pop("objectives", False) else objectives()
+    if fields.pop("fewer", False):
+        kept[0] = LM(texts(11))
     run = trainer(tmp_path, kept, made, max_steps=2, **fields)
     before = snapshot(made.state_dict())
     with pytest.raises(ValueError, match=message):

@@ -20,10 +20,11 @@ from training import (
 )
 from transformers import EarlyStoppingCallback
 
+from peft_bundles import BundleConfig
 from peft_bundles.objectives import LM, Forward, Preference
 from peft_bundles.trainer import BundleTrainer, monitor
 from peft_bundles.trainer.mixing import MixingPlan
-from peft_bundles.trainer.tables import forward_table, promises, untouched_by
+from peft_bundles.trainer.tables import company, forward_table, promises, untouched_by
 
 
 def moved(before: dict, after: dict) -> set[str]:
@@ -129,7 +130,29 @@ def test_tables_say_what_they_promise():
     heard = lambda rows: untouched_by(config(), signals, forward_table(config(), signals, {**off, "preference": rows}))  # noqa: E731
     off = {"lm": "owners", "ppo": {"b_lm": 0.0}}
     assert heard(["b_preference"]) == {"lm": ["preference", "ppo"], "preference": ["lm", "ppo"], "ppo": ["lm"]}
-    assert heard("owners") == {"lm": ["preference", "ppo"], "preference": ["ppo"], "ppo": []}  # b_lm is "general"
+    assert heard("owners") == heard(["b_preference"])
+    assert heard(["owners", "general"]) == {"lm": ["preference", "ppo"], "preference": ["ppo"], "ppo": []}
+    assert heard(["general", "b_preference"]) == heard(["owners", "b_lm"]) == heard(["owners", "general"])
+
+
+@pytest.mark.parametrize("role", ["general", "semantic", "signal"])
+def test_owners_are_the_owners_whatever_their_role(role):
+    """And what stays on beside them is named."""
+    signals = {"lm": ("lm",), "preference": ("preference",)}
+    bundles = {f"b_{s}": {"rank": 4, "sub_bases": ["a"], "role": role, "signals": {s: 1.0}} for s in signals}
+    plain = BundleConfig(sub_bases={"a": 16}, bundles={**bundles, "general": {"rank": 4, "sub_bases": ["a"]}})
+    on = lambda entry: [b for b in plain.bundles if b not in forward_table(plain, signals, {"lm": entry})["lm"]]  # noqa: E731
+    assert on("owners") == on(["owners"]) == ["b_lm"]
+    assert on(["owners", role]) == (["b_lm", "general"] if role == "general" else ["b_lm", "b_preference"])
+    assert on(["b_lm", "general"]) == ["b_lm", "general"]  # the bundle of that name, not its role
+    table = forward_table(plain, signals, {"lm": "owners"})
+    assert company(plain, signals, table) == [
+        "lm: b_lm learns with no other bundle on.",
+        "preference: b_preference learns with b_lm, general on.",
+    ]
+    (kept, depends) = promises(plain, signals, table)
+    assert kept == "lm: its bundles get the weights of a run without preference."
+    assert depends == "preference: what its bundles learn depends on lm (b_lm on in these rows)."
 
 
 @pytest.mark.parametrize(

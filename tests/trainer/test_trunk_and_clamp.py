@@ -33,6 +33,27 @@ def test_a_frozen_trunk_stays_and_a_full_one_moves(tmp_path):
         assert any("the trunk is trained" in line for line in run.promises()) == (trunk == "full")
 
 
+@pytest.mark.parametrize("module", ["lm_head", "norm", "embed_tokens"])
+def test_the_reference_is_the_base_where_other_modules_are_trained(tmp_path, module):
+    """As with PEFT's `disable_adapter`; alphas of 0 turn off bundles only."""
+    made = get_peft_model(TINY["llama"](), config(modules_to_save=[module]))
+    frozen = made.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.weight")
+    run = trainer(tmp_path, Preference(pairs()), made, learning_rate=5e-2)
+    rows = run.objectives["preference"]
+    batch = rows.on(run.forward, rows.collate([rows.rows[i] for i in range(4)]))
+    before = run.forward.reference(batch)
+    run.train()
+    after = run.forward.reference(batch)
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.hidden, after.hidden)
+    ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad(), made.eval().disable_adapter():
+        assert torch.equal(made(**ids).logits, after.logits)
+    with torch.no_grad(), made.alphas(dict.fromkeys(made.peft_config["default"].bundles, 0.0)):
+        assert not torch.equal(made(**ids).logits, after.logits)
+    (line,) = run.promises()
+    assert line.startswith("modules_to_save are trained") and not frozen.requires_grad
+
+
 def test_a_model_without_bundles_is_fine_tuned_by_all(tmp_path):
     made = get_peft_model(TINY["llama"](), BundleConfig(preset="baseline", task_type="CAUSAL_LM"))
     before = trunk_of(made)
