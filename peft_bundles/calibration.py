@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .config import BundleConfig
 from .core.basis import choose_basis, fingerprint
+from .core.generation import own_distribution
 from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
 
@@ -331,19 +332,20 @@ def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
 
     The model's generation settings are overridden: those of instruct models would make all samples alike.
     """
-    return model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_beams=1,
-        min_new_tokens=length - prompts.shape[1],
-        max_new_tokens=length - prompts.shape[1],
-        pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
-    )
+    ends = model.generation_config.eos_token_id  # suppressed by min_new_tokens
+    with own_distribution(model):
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=ends,
+            min_new_tokens=length - prompts.shape[1],
+            max_new_tokens=length - prompts.shape[1],
+            pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
+        )
 
 
 def _own_samples(

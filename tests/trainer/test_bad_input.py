@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from models import snapshot, unchanged
+from models import VOCABULARY, snapshot, unchanged
 from peft import PeftModel
 from training import arguments, config, model, pairs, texts, tokenizer, trainer
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -128,7 +128,7 @@ def test_deepspeed_is_refused_by_its_argument_and_by_its_launcher(tmp_path, monk
         (lambda: PPO(PROMPTS, []), r"0 reward_funcs and 0 reward_weights"),
         (lambda: PPO(PROMPTS, ones, reward_weights=[1.0, 2.0]), r"1 reward_funcs and 2 reward_weights"),
         (lambda: PPO(PROMPTS, ones, epochs=0), "epochs=0 must be at least 1"),
-        (lambda: PPO(PROMPTS, ones, temperature=0.0), "temperature=0.0 must be positive"),
+        (lambda: PPO(PROMPTS, ones, temperature=0.0), "temperature=0.0 must be a number > 0"),
     ],
 )
 def test_objectives(make, message):
@@ -181,13 +181,17 @@ def test_rollouts(tmp_path):
     run = trainer(tmp_path, PPO(PROMPTS, ones, num_generations=3, advantages="rloo", max_completion_length=3))
     with pytest.raises(ValueError, match="'ppo': num_generations=3 does not divide the 2 completions of a rollout"):
         run.train()
-    endless = PPO(PROMPTS, ones, max_completion_length=3, generation={"min_new_tokens": 3})
+    endless = PPO(PROMPTS, ones, max_completion_length=3, generation={"eos_token_id": VOCABULARY})
     with pytest.warns(UserWarning, match="'ppo': none of the 2 completions of a rollout has an end token within"):
         trainer(tmp_path, endless, max_steps=1).train()
     tok = tokenizer()
     tok.eos_token = None
-    with pytest.raises(ValueError, match="'ppo': the tokenizer has no end token"):
-        BundleTrainer(model(), arguments(tmp_path), PPO(PROMPTS, ones), tok)
+    with pytest.raises(
+        ValueError, match="'ppo': neither the tokenizer nor the model's generation_config has an end token"
+    ):
+        made = model()
+        made.get_base_model().generation_config.eos_token_id = None
+        BundleTrainer(made, arguments(tmp_path), PPO(PROMPTS, ones), tok)
 
 
 def test_a_penalty_that_would_learn_at_the_full_rate_is_told_of(tmp_path):
