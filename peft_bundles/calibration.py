@@ -139,8 +139,12 @@ def calibrate(
         raise ValueError(f"own_samples={own_samples!r} must be in [0, 1]; without texts, leave it out or set it to 1.")
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
-    if texts is not None and tokenizer is None:
-        raise ValueError("texts need a tokenizer; pass it as tokenizer=.")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if texts is not None and not callable(tokenizer):
+        raise ValueError(f"texts need a tokenizer, and tokenizer is {tokenizer!r}; pass the model's as tokenizer=.")
+    for field, number in (("tokens", tokens), ("max_length", max_length), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{field}={number!r} must be a whole number of at least 1.")
     outer = config.basis_init != "random" and not states_only
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(

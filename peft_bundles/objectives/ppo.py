@@ -15,7 +15,8 @@ from trl.data_utils import is_conversational
 
 from .base import Objective
 from .batches import ROW, TAU, Batch, Outputs, Share
-from .data import prompt_ids, require_columns
+from .checks import require_columns, require_words, whole_number
+from .data import prompt_ids
 from .forward import Forward
 from .heads import SubspaceHead, subspace
 from .ppo_losses import (
@@ -174,8 +175,7 @@ class PPO(Objective):
             ("minibatches", minibatches),
             ("max_prompt_length", max_prompt_length),
         ):
-            if number < 1:
-                raise ValueError(f"{prefix}: {field}={number!r} must be at least 1.")
+            whole_number(prefix, field, number)
         for field, factor in (
             ("advantage_coef", advantage_coef),
             ("curiosity_coef", curiosity_coef),
@@ -245,9 +245,10 @@ class PPO(Objective):
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
         require_columns(self.name, dataset, ("prompt",))
+        require_words(self.name, dataset, self.tokenizer, ["prompt"])
         rows = []
         for number, row in enumerate(dataset):
-            ids = prompt_ids(row["prompt"], self.tokenizer)[-self.max_prompt_length :]
+            ids = prompt_ids(row, self.tokenizer)[-self.max_prompt_length :]
             if not ids:
                 raise ValueError(f"objective {self.name!r}: the prompt of row {number} has no token; drop that row.")
             rows.append({**row, "prompt_ids": ids, ROW: number})
