@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .config import BundleConfig
 from .core.attaching import own_config
 from .core.basis import choose_basis, fingerprint
+from .core.generation import own_distribution
 from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
 
@@ -139,8 +140,12 @@ def calibrate(
         raise ValueError(f"own_samples={own_samples!r} must be in [0, 1]; without texts, leave it out or set it to 1.")
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
-    if texts is not None and tokenizer is None:
-        raise ValueError("texts need a tokenizer; pass it as tokenizer=.")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if texts is not None and not callable(tokenizer):
+        raise ValueError(f"texts need a tokenizer, and tokenizer is {tokenizer!r}; pass the model's as tokenizer=.")
+    for field, number in (("tokens", tokens), ("max_length", max_length), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{field}={number!r} must be a whole number of at least 1.")
     outer = config.basis_init != "random" and not states_only
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(
@@ -334,19 +339,20 @@ def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
 
     The model's generation settings are overridden: those of instruct models would make all samples alike.
     """
-    return model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_beams=1,
-        min_new_tokens=length - prompts.shape[1],
-        max_new_tokens=length - prompts.shape[1],
-        pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
-    )
+    ends = model.generation_config.eos_token_id  # suppressed by min_new_tokens
+    with own_distribution(model):
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=ends,
+            min_new_tokens=length - prompts.shape[1],
+            max_new_tokens=length - prompts.shape[1],
+            pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
+        )
 
 
 def _own_samples(

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from peft_bundles import BundleConfig, calibrate
 from peft_bundles.core.walking import bundle_parameters
+from peft_bundles.objectives import PPO
+from peft_bundles.objectives.tokens import Sampling
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 
 
@@ -99,8 +101,21 @@ def arguments(folder: Path, **fields: Any) -> BundleTrainingConfig:
     return BundleTrainingConfig(**{**defaults, **fields})
 
 
-def trainer(folder: Path, objectives: Any, on: PeftModel | None = None, **fields: Any) -> BundleTrainer:
-    return BundleTrainer(on or model(), arguments(folder, **fields), objectives, tokenizer())
+def trainer(
+    folder: Path, objectives: Any, on: PeftModel | None = None, tokens: Any = None, **fields: Any
+) -> BundleTrainer:
+    return BundleTrainer(on or model(), arguments(folder, **fields), objectives, tokens or tokenizer())
+
+
+class Greedy(Sampling):
+    def options(self) -> dict[str, Any]:
+        return {"do_sample": False}
+
+
+def greedy(objective: PPO) -> PPO:
+    """The objective with rollouts that do not depend on the rows beside them, for comparisons."""
+    objective.sampling = Greedy()
+    return objective
 
 
 def bundles_of(found: torch.nn.Module) -> dict[str, list[torch.Tensor]]:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from .batches import ROW, TAU, Batch, Outputs, Share, has_topics
+from .checks import short, whole_number
 from .forward import Forward
 from .seeding import draw
 from .topical import COLUMN, RowTopics
@@ -66,6 +67,11 @@ class Objective(ABC):
         Raises:
             ValueError: a dataset is empty, lacks a column, or has a row with nothing to learn from.
         """
+        prefix = f"objective {self.name!r}"
+        if not hasattr(tokenizer, "eos_token"):
+            raise ValueError(f"{prefix}: the tokenizer is {short(tokenizer)}; give the model's tokenizer.")
+        if (max_length := getattr(self, "max_length", None)) is not None:
+            whole_number(prefix, "max_length", max_length)
         self.tokenizer = tokenizer
         self.rows = self._prepare_split(self._dataset, "train")
         self.eval_rows = None if self._eval_dataset is None else self._prepare_split(self._eval_dataset, "eval")
@@ -88,7 +94,13 @@ class Objective(ABC):
         if not len(dataset):
             raise ValueError(f"objective {self.name!r}: the {split} dataset is empty; give at least one row.")
         topics = None
-        if self.topics is not None and COLUMN in dataset.column_names:
+        if COLUMN in dataset.column_names and self.topics is None:
+            warnings.warn(
+                f"objective {self.name!r}: the {split} rows have a column {COLUMN!r}, which is not used: the trainer "
+                "has no topics. Set topics= in BundleTrainingConfig, or remove the column.",
+                stacklevel=4,
+            )
+        elif COLUMN in dataset.column_names and self.topics is not None:
             topics = self.topics.vectors(self.name, dataset[COLUMN])
         rows = self.prepare(dataset, split)
         if not len(rows):
@@ -114,8 +126,9 @@ class Objective(ABC):
                     "dict of columns, such as {'text': ...} or {'prompt': ...}."
                 )
         try:
-            return Dataset.from_list(rows)
-        except (TypeError, ValueError) as error:  # pyarrow's errors are subclasses of these
+            # Without "use_json" the arguments of one tool call would be added, as null, to those of all others.
+            return Dataset.from_list(rows, on_mixed_types="use_json")
+        except (TypeError, ValueError, OverflowError) as error:  # pyarrow's errors are subclasses of these
             raise ValueError(
                 f"objective {self.name!r}: the {split} rows do not fit into one table ({error}); give a column "
                 "the same kind of value in all rows, such as {} instead of [] next to dicts."

@@ -13,7 +13,8 @@ from trl.trainer.utils import pad
 
 from .base import Objective
 from .batches import ROW, Batch, Outputs
-from .data import binary_labels, joined_ids, require_columns
+from .checks import binary_labels, require_columns
+from .data import joined_ids
 from .heads import SubspaceHead, subspace
 from .tokens import accuracy
 

@@ -12,7 +12,7 @@ from trl.trainer.utils import pad
 
 from .base import Objective
 from .batches import ROW, Batch, Outputs, Share
-from .data import require_columns, require_text
+from .checks import require_columns, require_text, short
 from .forward import Forward
 from .heads import SubspaceHead, subspace
 from .tokens import pooled
@@ -79,6 +79,7 @@ class Contrastive(Objective):
         require_columns(self.name, dataset, ("anchor", "positive"))
         require_text(self.name, dataset, "anchor", "positive")
         documents = dataset["document"] if "document" in dataset.column_names else range(len(dataset))
+        documents = [value if isinstance(value, (str, int)) else repr(value) for value in documents]
         number_of = {value: i for i, value in enumerate(dict.fromkeys(documents))}
         if len(number_of) < 2:
             raise ValueError(
@@ -87,6 +88,9 @@ class Contrastive(Objective):
             )
         rows = []
         for i, (a, p, document) in enumerate(zip(dataset["anchor"], dataset["positive"], documents)):
+            for column, text in (("anchor", a), ("positive", p)):
+                if not isinstance(text, str):
+                    raise ValueError(f"objective {self.name!r}: row {i} has {column}={short(text)}; give a string.")
             if a == p:
                 raise ValueError(f"objective {self.name!r}: row {i}: anchor and positive are the same text; drop it.")
             ids = [self.tokenizer(text=text)["input_ids"][: self.max_length] for text in (a, p)]

@@ -1,4 +1,4 @@
-"""Rows of datasets: checked, and tokenized by TRL's own preparation.
+"""Rows of datasets, tokenized by TRL's own preparation.
 
 `SFTTrainer._prepare_dataset` and `DPOTrainer._prepare_dataset` read only the tokenizer and a few settings of their
 trainer, so they run here on a stand-in that has just these.
@@ -6,7 +6,8 @@ trainer, so they run here on a stand-in that has just these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,30 +17,50 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
 
+from .checks import require_words
 
-# ---- tokenizing ----
 
+def text_rows(
+    objective: str, dataset: Dataset, tokenizer: Any, max_length: int | None, text_field: str = "text"
+) -> Dataset:
+    """Language-modelling or prompt-completion rows -> `input_ids`, and `completion_mask` where there is a prompt.
 
-def text_rows(dataset: Dataset, tokenizer: Any, max_length: int | None, text_field: str = "text") -> Dataset:
-    """Language-modelling or prompt-completion rows -> `input_ids`, and `completion_mask` where there is a prompt."""
+    Raises:
+        ValueError: as `require_words`; or the rows are text and the tokenizer has no end token.
+    """
+    columns = [c for c in (text_field, "messages", "prompt", "completion") if c in dataset.column_names]
+    require_words(objective, dataset, tokenizer, columns, ended=True)
     stand_in = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=False)
     args = _config(SFTConfig, max_length=max_length, dataset_text_field=text_field)
     return _quietly(SFTTrainer._prepare_dataset, stand_in, dataset, tokenizer, args, False, None, "train")
 
 
-def preference_rows(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
-    """Preference rows, prompt given or implied -> `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+def preference_rows(objective: str, dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
+    """Preference rows, prompt given or implied -> `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Raises:
+        ValueError: as `text_rows`.
+    """
+    columns = [c for c in ("prompt", "chosen", "rejected") if c in dataset.column_names]
+    require_words(objective, dataset, tokenizer, columns, ended=True)
     args = _config(DPOConfig, max_length=max_length)
     return _quietly(
         DPOTrainer._prepare_dataset, SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, "train"
     )
 
 
-def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt: a string, or a conversation followed by the template's generation prompt."""
-    if is_conversational({"prompt": prompt}):
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(text=prompt)["input_ids"]
+def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of a row's `prompt`: text, or a conversation followed by the template's generation prompt.
+
+    A row's `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
+    """
+    if not is_conversational({"prompt": row["prompt"]}):
+        return tokenizer(text=row["prompt"])["input_ids"]
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
+    return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True, **options)[
+        "input_ids"
+    ]
 
 
 def joined_ids(objective: str, row: int, pieces: list[str], column: str, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -48,6 +69,8 @@ def joined_ids(objective: str, row: int, pieces: list[str], column: str, tokeniz
     Raises:
         ValueError: there are fewer than two pieces, or a piece has no text.
     """
+    if not isinstance(pieces, list):
+        raise ValueError(f"objective {objective!r}: row {row} has {column}={pieces!r}; give a list of strings.")
     if len(pieces) < 2:
         raise ValueError(f"objective {objective!r}: row {row} has {len(pieces)} {column}; give at least two.")
     ids: list[int] = []
@@ -74,59 +97,3 @@ def _quietly(prepare: Any, *args: Any) -> Dataset:
     finally:
         if enabled:
             enable_progress_bar()
-
-
-# ---- checks ----
-
-
-def require_columns(objective: str, dataset: Dataset, *formats: Sequence[str]) -> Sequence[str]:
-    """The first of several formats (tuples of column names) that a dataset has.
-
-    Raises:
-        ValueError: the dataset has none of them, or a row of these columns holds None.
-    """
-    columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
-    if columns is None:
-        expected = " or ".join("+".join(f) for f in formats)
-        raise ValueError(
-            f"objective {objective!r} needs the columns {expected}, but the dataset has {dataset.column_names}; rename "
-            "them with dataset.rename_column."
-        )
-    for column in columns:
-        for row, value in enumerate(dataset[column]):
-            if value is None:
-                raise ValueError(f"objective {objective!r}: row {row} has no {column!r} (None); drop or fill that row.")
-    return columns
-
-
-def require_text(objective: str, dataset: Dataset, *columns: str) -> None:
-    """Check that every text or conversation of some columns has words.
-
-    Raises:
-        ValueError: a text is empty, or a message of a conversation is.
-    """
-    for column in columns:
-        for row, value in enumerate(dataset[column]):
-            parts = [m.get("content") for m in value] if isinstance(value, list) else [value]
-            if not all(isinstance(p, str) and p.strip() for p in parts) or not parts:
-                raise ValueError(f"objective {objective!r}: row {row} has an empty {column!r} ({value!r}); drop it.")
-
-
-def binary_labels(objective: str, values: list[object], column: str, both: bool = True) -> list[float]:
-    """Labels as 0.0 or 1.0, from bools or numbers.
-
-    Raises:
-        ValueError: a label is neither 0 nor 1; or, with `both`, all labels are the same.
-    """
-    for row, value in enumerate(values):
-        if value not in (0, 1):  # True and 1.0 are equal to 1
-            raise ValueError(
-                f"objective {objective!r}: row {row} has {column}={value!r}; give true or false, 1 or 0 (compare a "
-                "score with a threshold first)."
-            )
-    if both and len(set(values)) == 1:
-        raise ValueError(
-            f"objective {objective!r}: {column} is {values[0]!r} in all {len(values)} rows, so there is nothing to "
-            "tell apart; add rows of the other class."
-        )
-    return [float(bool(value)) for value in values]

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..core.dialling import alphas
+from ..core.generation import own_distribution
 from ..core.walking import state_of
 from ..routing.routes import route
 from .batches import Batch, Outputs
@@ -182,7 +183,7 @@ class Forward:
         key: tuple[int | str, ...] | None = None,
         **options: Any,
     ) -> Tensor:
-        """Completions under the alphas of one objective.
+        """Completions under the alphas of one objective; generation settings of the model itself do not act.
 
         Args:
             name: of the objective.
@@ -196,7 +197,7 @@ class Forward:
         """
         rows: Batch = {"input_ids": ids} if topics is None else {"input_ids": ids, "topics": topics}
         table, sampling = self.row_alphas({name: rows}), nullcontext() if key is None else seeded(self.device, *key)
-        with self.eval_mode(), alphas(self.model, table), self.autocast(), sampling:
+        with self.eval_mode(), alphas(self.model, table), self.autocast(), sampling, own_distribution(self.model):
             # use_cache is given because the trainer switches it off in the config.
             return self.model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)  # type: ignore
 

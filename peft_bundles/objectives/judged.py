@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from trl.trainer.utils import pad
 
 from .base import Objective
-from .batches import ROW, Batch, Outputs
-from .data import binary_labels, require_columns, require_text, text_rows
+from .batches import ROW, Batch, Outputs, numbered
+from .checks import binary_labels, require_columns, require_text
+from .data import text_rows
 from .heads import SubspaceHead, subspace
 from .tokens import row_mean, token_logprobs
 
@@ -54,8 +55,11 @@ class Judged(Objective):
 
         Rows longer than max_length are left out.
         """
-        pairs = {"prompt": dataset["prompt"][:], "completion": dataset[column][:], ROW: list(range(len(dataset)))}
-        rows = text_rows(Dataset.from_dict(pairs), self.tokenizer, None)
+        template = [c for c in ("tools", "chat_template_kwargs") if c in dataset.column_names]
+        pairs = numbered(dataset.select_columns(["prompt", column, *template]))
+        if column != "completion":
+            pairs = pairs.rename_column(column, "completion")
+        rows = text_rows(self.name, pairs, self.tokenizer, None)
         limit = self.max_length or max(len(ids) for ids in rows["input_ids"])
         return [
             ({"ids": row["input_ids"], "mask": row["completion_mask"], ROW: row[ROW]}, extra[row[ROW]])

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import ROW, Batch, Outputs
-from .data import binary_labels, require_columns, require_text
+from .checks import binary_labels, require_columns, require_text
 from .judged import Judged, sequences
 from .tokens import accuracy, at, row_mean, token_logprobs
 

@@ -15,7 +15,8 @@ from trl.data_utils import is_conversational
 
 from .base import Objective
 from .batches import ROW, TAU, Batch, Outputs, Share
-from .data import prompt_ids, require_columns
+from .checks import require_columns, require_words, whole_number
+from .data import prompt_ids
 from .forward import Forward
 from .heads import SubspaceHead, subspace
 from .ppo_losses import (
@@ -32,9 +33,9 @@ from .ppo_losses import (
 )
 from .rewards import name_of, score
 from .rollout_heads import Curiosity, advantage_error
-from .rollouts import NEXT_STATES, TOPICS, generate, select
+from .rollouts import NEXT_STATES, TOPICS, end_tokens, generate, generation_options, select
 from .seeding import draw, seed_of
-from .tokens import masked_mean, masked_sum, token_entropy, token_logprobs, wide
+from .tokens import Sampling, masked_mean, masked_sum, token_entropy, token_logprobs, wide
 
 
 ADVANTAGES = ("gae", "grpo", "rloo")
@@ -65,8 +66,10 @@ class PPO(Objective):
         num_generations: completions per prompt; at least 2 for "grpo" and "rloo".
         max_prompt_length: tokens kept of a prompt, its last ones.
         max_completion_length: maximum number of tokens in a completion.
-        temperature: temperature of sampling; log-probabilities use it too.
-        generation: further arguments of `model.generate`.
+        temperature, top_k, top_p, min_p: the distribution that completions are drawn from and scored in, see `Sampling`
+            of `tokens.py`. Other generation settings of the model do not act on rollouts, except its end tokens.
+        generation: arguments of `model.generate` that do not change what is sampled: `eos_token_id` (one id or a list,
+            instead of those of the tokenizer and the model) and settings of the cache and the compiler.
         gamma: discount of a token, for "gae".
         lam: lambda of "gae".
         whiten: bring the advantages of "gae" to mean 0 and deviation 1.
@@ -113,6 +116,9 @@ class PPO(Objective):
         max_prompt_length: int = 512,
         max_completion_length: int = 64,
         temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
         generation: Mapping[str, Any] | None = None,
         gamma: float = 1.0,
         lam: float = 0.95,
@@ -169,8 +175,7 @@ class PPO(Objective):
             ("minibatches", minibatches),
             ("max_prompt_length", max_prompt_length),
         ):
-            if number < 1:
-                raise ValueError(f"{prefix}: {field}={number!r} must be at least 1.")
+            whole_number(prefix, field, number)
         for field, factor in (
             ("advantage_coef", advantage_coef),
             ("curiosity_coef", curiosity_coef),
@@ -183,8 +188,8 @@ class PPO(Objective):
                 f"{prefix}: curiosity_reward={curiosity_reward!r} rewards the error of a head that is not trained; set "
                 "curiosity_coef, e.g. 1.0."
             )
-        if not temperature > 0:
-            raise ValueError(f"{prefix}: temperature={temperature!r} must be positive.")
+        self.sampling = Sampling(temperature, top_k, top_p, min_p).checked(prefix)
+        self.generation = generation_options(prefix, generation or {})
         signals = ["policy"]
         signals += ["value"] if advantages == "gae" else []
         signals += ["entropy"] if entropy_coef else []
@@ -193,9 +198,9 @@ class PPO(Objective):
         signals += ["curiosity"] if curiosity_coef else []
         super().__init__(name, signals, dataset, eval_dataset)
         self.penalties = tuple(s for s in ("entropy", "kl") if s in signals)
-        self.advantages, self.num_generations, self.generation = advantages, num_generations, dict(generation or {})
+        self.advantages, self.num_generations = advantages, num_generations
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
-        self.temperature, self.gamma, self.lam, self.whiten = temperature, gamma, lam, whiten
+        self.gamma, self.lam, self.whiten = gamma, lam, whiten
         self.clip, self.value_clip, self.value_coef, self.entropy_coef = clip, value_clip, value_coef, entropy_coef
         self.kl = KLController(kl_coef, kl_target, kl_horizon)
         self.kl_in, self.kl_estimator = kl_in, kl_estimator
@@ -212,9 +217,11 @@ class PPO(Objective):
 
     def setup(self, tokenizer: Any, model: nn.Module) -> None:
         prefix = f"objective {self.name!r}"
-        if tokenizer.eos_token_id is None:
+        self.ends = end_tokens(self.generation, tokenizer, model)
+        if not self.ends:
             raise ValueError(
-                f"{prefix}: the tokenizer has no end token, so no completion would end; set tokenizer.eos_token."
+                f"{prefix}: neither the tokenizer nor the model's generation_config has an end token, so no completion "
+                "would end; set tokenizer.eos_token."
             )
         super().setup(tokenizer, model)
         config: Any = model.config
@@ -238,9 +245,10 @@ class PPO(Objective):
 
     def prepare(self, dataset: Dataset, split: str) -> list[dict[str, Any]]:
         require_columns(self.name, dataset, ("prompt",))
+        require_words(self.name, dataset, self.tokenizer, ["prompt"])
         rows = []
         for number, row in enumerate(dataset):
-            ids = prompt_ids(row["prompt"], self.tokenizer)[-self.max_prompt_length :]
+            ids = prompt_ids(row, self.tokenizer)[-self.max_prompt_length :]
             if not ids:
                 raise ValueError(f"objective {self.name!r}: the prompt of row {number} has no token; drop that row.")
             rows.append({**row, "prompt_ids": ids, ROW: number})
@@ -309,16 +317,14 @@ class PPO(Objective):
         rows = [row for row in rows for _ in range(self.num_generations)]
         options = {
             "max_new_tokens": self.max_completion_length,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": 0,  # the default of 50 would sample from another policy than that of the losses
-            "top_p": 1.0,
-            **self.generation,
+            **self.sampling.options(),
+            **{option: value for option, value in self.generation.items() if option != "eos_token_id"},
         }
-        rollout, completion_ids = generate(forward, self.name, rows, self.tokenizer, options, key)
+        pad_id = self.tokenizer.pad_token_id
+        rollout, completion_ids = generate(forward, self.name, rows, pad_id, self.ends, options, key)
         by_row = list(rollout)
         table = self._score(rows, completion_ids)
-        ended = torch.tensor([ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids])
+        ended = torch.tensor([ids[-1] in self.ends for ids in completion_ids])
         if not ended.any():
             warnings.warn(
                 f"objective {self.name!r}: none of the {len(ended)} completions of a rollout has an end token within "
@@ -336,10 +342,10 @@ class PPO(Objective):
         for start in range(0, len(rows), chunk):
             part = {k: rollout[k][start : start + chunk] for k in by_row}
             current = forward.current(self.name, part)
-            parts["old_logprobs"].append(token_logprobs(current.logits, part["input_ids"], self.temperature))
+            parts["old_logprobs"].append(token_logprobs(current.logits, part["input_ids"], self.sampling))
             parts["old_values"].append(self._values(current))
             reference = forward.reference(part)
-            parts["ref_logprobs"].append(token_logprobs(reference.logits, part["input_ids"], self.temperature))
+            parts["ref_logprobs"].append(token_logprobs(reference.logits, part["input_ids"], self.sampling))
             if self.curiosity is not None:
                 parts[NEXT_STATES].append(self.curiosity.target(reference.hidden))
                 parts["intrinsic"].append(self.curiosity(current.hidden, part["input_ids"], parts[NEXT_STATES][-1]))
@@ -412,7 +418,7 @@ class PPO(Objective):
 
     def losses(self, outputs: Outputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         mask, ids = batch["completion_mask"][:, 1:].float(), batch["input_ids"]
-        logprobs, old = token_logprobs(outputs.logits, ids, self.temperature), batch["old_logprobs"]
+        logprobs, old = token_logprobs(outputs.logits, ids, self.sampling), batch["old_logprobs"]
         metrics = {name.removeprefix("metric."): value for name, value in batch.items() if name.startswith("metric.")}
         losses = {"policy": policy_loss(logprobs, old, batch["advantages"], mask, self.clip)}
         if "value" in self.signals:
@@ -421,7 +427,7 @@ class PPO(Objective):
                 values, batch["old_values"], batch["returns"], mask, self.value_clip
             )
         with torch.set_grad_enabled("entropy" in self.signals and torch.is_grad_enabled()):
-            entropy = masked_mean(token_entropy(outputs.logits, self.temperature), mask)
+            entropy = masked_mean(token_entropy(outputs.logits, self.sampling), mask)
         if "entropy" in self.signals:
             losses["entropy"] = -self.entropy_coef * entropy
         if "kl" in self.signals:

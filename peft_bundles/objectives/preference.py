@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
 from .base import Objective
-from .batches import ROW, Batch, Outputs, numbered
-from .data import preference_rows, require_columns, text_rows
+from .batches import ROW, Batch, Outputs, Share, numbered
+from .checks import binary_labels, require_columns
+from .data import preference_rows, text_rows
 from .forward import Forward
 from .preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
 from .tokens import masked_sum, token_logprobs
 
 
+OTHER = "_other"  # completion of another row
 LOSSES = ("sigmoid", "ipo", "orpo", "kto")
 PAIRED, UNPAIRED = ("chosen", "rejected"), ("prompt", "completion", "label")
 
@@ -87,11 +89,12 @@ class Preference(Objective):
     def prepare(self, dataset: Dataset, split: str) -> Dataset:
         formats = (PAIRED, UNPAIRED) if self.loss == "kto" else (PAIRED,)
         if require_columns(self.name, dataset, *formats) == PAIRED:
-            rows = preference_rows(numbered(dataset), self.tokenizer, self.max_length)
+            rows = preference_rows(self.name, numbered(dataset), self.tokenizer, self.max_length)
             return rows.filter(lambda row: bool(row["chosen_ids"]) and bool(row["rejected_ids"]))
-        labels = [bool(label) for label in dataset["label"]]
-        rows = numbered(dataset.select_columns(["prompt", "completion"]))
-        rows = text_rows(rows, self.tokenizer, self.max_length)
+        labels = [bool(label) for label in binary_labels(self.name, dataset["label"], "label", both=False)]
+        template = [c for c in ("tools", "chat_template_kwargs") if c in dataset.column_names]
+        rows = numbered(dataset.select_columns(["prompt", "completion", *template]))
+        rows = text_rows(self.name, rows, self.tokenizer, self.max_length)
 
         def separated(row: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -102,6 +105,23 @@ class Preference(Objective):
 
         rows = rows.map(separated, remove_columns=[c for c in rows.column_names if c != ROW])
         return rows.filter(lambda row: bool(row["completion_ids"]))
+
+    def steps(self, share: Share) -> int:
+        if self.loss == "kto" and share.rows < 2:
+            raise ValueError(
+                f"objective {self.name!r}: loss='kto' with {share.rows} row per micro-batch; its reference point "
+                f"compares the rows of a micro-batch, so give at least two: rows={{{self.name!r}: 2}} in "
+                "BundleTrainingConfig (and fewer gradient_accumulation_steps)."
+            )
+        return super().steps(share)
+
+    def held_out(self, share: Share, size: int) -> Iterator[tuple[int, list[Any], float]]:
+        """With "kto" a row that is alone in its batch takes the completion of another held-out row as the mismatch."""
+        for start, rows, weight in super().held_out(share, size):
+            if self.loss == "kto" and len(rows) == 1:
+                other = next((row for row in self.eval_rows if row[ROW] != rows[0][ROW]), rows[0])
+                rows = [{**rows[0], OTHER: other.get("chosen_ids") or other.get("completion_ids")}]
+            yield start, rows, weight
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Batch:
         if "chosen_ids" in rows[0]:
@@ -114,7 +134,8 @@ class Preference(Objective):
             return dict(batch)
         # z0 is measured on prompts with the completion of another prompt: that of the next row.
         pairs = [(row["prompt_ids"], row.get("chosen_ids") or row.get("completion_ids")) for row in rows]
-        mismatched = [(prompt, pairs[(i + 1) % len(pairs)][1]) for i, (prompt, _) in enumerate(pairs)]
+        others = [row.get(OTHER) or pairs[(i + 1) % len(pairs)][1] for i, row in enumerate(rows)]
+        mismatched = [(prompt, other) for (prompt, _), other in zip(pairs, others)]
         return {**batch, "desirable": desirable, "mismatched": self._sequences(mismatched)}
 
     def _sequences(self, pairs: list[tuple[Any, Any]]) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,18 +37,28 @@ def score(
     for f, function in enumerate(functions):
         which = f"objective {objective!r}: reward function {name_of(function)!r}"
         try:
-            rewards = list(function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
+            returned: Any = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         except Exception as error:
             raise RuntimeError(
                 f"{which} raised {type(error).__name__}: {error}. It was called with {len(prompts)} completions, the "
                 f"first {completions[0]!r}; it must take **kwargs and cope with any text."
             ) from error
+        scalar = not isinstance(returned, Iterable) or getattr(returned, "ndim", 1) == 0
+        if scalar or isinstance(returned, (str, Mapping)):
+            raise ValueError(
+                f"{which} returned {returned!r}, a {type(returned).__name__}; return a list, one number per completion."
+            )
+        rewards = list(returned)
         if len(rewards) != len(prompts):
             raise ValueError(
                 f"{which} returned {len(rewards)} rewards for {len(prompts)} completions; return one per completion."
             )
         for row, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
+            try:
+                finite = reward is None or math.isfinite(reward)
+            except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several numbers
+                finite = False
+            if not finite:
                 raise ValueError(
                     f"{which} gave row {row} the reward {reward!r} (prompt {prompts[row]!r}, completion "
                     f"{completions[row]!r}); return a finite number, or None where it does not apply."

@@ -14,7 +14,8 @@ from trl.trainer.utils import pad
 
 from .base import Objective
 from .batches import ROW, Batch, Outputs
-from .data import joined_ids, require_columns
+from .checks import require_columns
+from .data import joined_ids
 from .heads import SubspaceHead, largest_owner_rank, subspace
 from .seeding import seeded
 from .tokens import pooled
@@ -120,6 +121,8 @@ class Temporal(Objective):
             if "segments" in row:
                 ids, segment_of = joined_ids(self.name, number, row["segments"], "segments", self.tokenizer)
             else:
+                if not isinstance(row["text"], str):
+                    raise ValueError(f"objective {self.name!r}: row {number} has text={row['text']!r}; give a string.")
                 ids, segment_of = self._windows(number, row["text"])
             if self.max_length is not None and len(ids) > self.max_length:
                 whole = sum(segment != segment_of[self.max_length] for segment in segment_of[: self.max_length])

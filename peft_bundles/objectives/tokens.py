@@ -2,29 +2,91 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+class Sampling(NamedTuple):
+    """The distribution that tokens are drawn from and scored in: softmax(logits / temperature), cut off three ways.
+
+    Args:
+        temperature: divides the logits.
+        top_k: keep the k most likely tokens. 0 keeps all.
+        top_p: keep the most likely tokens that together have this probability. 1 keeps all.
+        min_p: keep tokens at least this many times as likely as the most likely one. 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def checked(self, prefix: str) -> Sampling:
+        """Itself; a ValueError that starts with `prefix` if a field is out of range."""
+        whole = isinstance(self.top_k, int) and self.top_k >= 0
+        for field, fits, wanted in (
+            ("temperature", 0 < self.temperature < math.inf, "a number > 0"),
+            ("top_k", whole, "a whole number >= 0 (0 keeps all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1 (0 keeps all tokens)"),
+        ):
+            if not fits:
+                raise ValueError(f"{prefix}: {field}={getattr(self, field)!r} must be {wanted}.")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `model.generate` that sample from this distribution."""
+        return {"do_sample": True, **self._asdict(), "min_p": self.min_p or None}
+
+    def scores(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits of the distribution, -inf where a token is cut off.
+
+        Args:
+            logits: (B, T, V).
+            ids: (B, T), tokens that are never cut off: one that was drawn may have left the set in a later step.
+        """
+        scores = wide(logits) / self.temperature
+        warpers: list[Any] = [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        warpers += [MinPLogitsWarper(self.min_p)] if self.min_p else []
+        if not warpers:
+            return scores
+        kept = scores.detach().flatten(0, 1)
+        for warper in warpers:
+            kept = warper(None, kept)
+        cut = (kept == -torch.inf).view_as(scores)
+        if ids is not None:
+            cut = cut.scatter(-1, ids.unsqueeze(-1), False)
+        return scores.masked_fill(cut, -torch.inf)
+
+
+PLAIN = Sampling()
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, sampling: Sampling = PLAIN) -> Tensor:
     """log p(ids[:, t] | ids[:, :t]) for t >= 1.
 
     Args:
         logits: (B, T, V); position t predicts token t + 1. Computed in float32 at least.
         ids: (B, T).
-        temperature: divides the logits, as in sampling.
+        sampling: the distribution; by default the model's own.
 
     Returns:
         (B, T - 1), in nats.
     """
-    logits = wide(logits[:, :-1]) / temperature
-    return logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    scores = sampling.scores(logits[:, :-1], ids[:, 1:])
+    return scores.gather(-1, ids[:, 1:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def token_entropy(logits: Tensor, sampling: Sampling = PLAIN) -> Tensor:
     """Entropy of the distribution of each token t >= 1, (B, T - 1), in nats; logits (B, T, V)."""
-    logprobs = (wide(logits[:, :-1]) / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    scores = sampling.scores(logits[:, :-1])
+    logprobs = scores.log_softmax(-1)
+    return -(logprobs.exp() * logprobs.masked_fill(scores == -torch.inf, 0.0)).sum(-1)
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:

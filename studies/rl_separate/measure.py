@@ -42,7 +42,7 @@ def logprobs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def prompt_batch(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """Prompts padded on the left, and the answers."""
-    ids = [prompt_ids(row["prompt"], tokenizer) for row in rows]
+    ids = [prompt_ids(row, tokenizer) for row in rows]
     prompts = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
     return {**prompts, "answer": [row["answer"] for row in rows]}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_bundles.objectives import ppo_losses as ppo
 from peft_bundles.objectives.preference_losses import dpo_loss, ipo_loss, kto_loss, kto_reference_point, orpo_loss
 from peft_bundles.objectives.tokens import (
+    Sampling,
     kl_divergence,
     masked_mean,
     masked_sum,
@@ -34,7 +35,7 @@ def mask_of(lengths: list[int] | None = None, tokens: int = TOKENS) -> Tensor:
 
 def test_token_logprobs_are_those_of_the_softmax():
     logits, ids = draw(ROWS, TOKENS, VOCABULARY), torch.randint(VOCABULARY, (ROWS, TOKENS))
-    found = token_logprobs(logits, ids, temperature=0.7)
+    found = token_logprobs(logits, ids, Sampling(temperature=0.7))
     table = (logits / 0.7).softmax(-1)
     for row in range(ROWS):
         for t in range(1, TOKENS):

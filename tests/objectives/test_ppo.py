@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import EOS, TINY, perturb
 from peft import get_peft_model
-from training import arguments, bundles_of, chat, config, losses_of, model, pairs, texts, tokenizer, trainer
+from training import arguments, bundles_of, chat, config, greedy, losses_of, model, pairs, texts, tokenizer, trainer
 
 from peft_bundles.objectives import LM, PPO, Forward, Preference
 from peft_bundles.objectives.tokens import token_logprobs
@@ -66,7 +66,7 @@ def test_what_a_rollout_holds(tmp_path):
 def test_completions_are_those_of_generate_and_end_at_the_end_token(tmp_path):
     """Greedy, prompts of different length: what a row gets does not depend on the rows beside it."""
     rows = [{"prompt": "a" * n} for n in (1, 9, 4)]
-    objective = PPO(rows, length, generation={"do_sample": False}, **SMALL)
+    objective = greedy(PPO(rows, length, **SMALL))
     run = trainer(tmp_path, objective, per_device_train_batch_size=3)
     batch = rollout_of(run, objective)
     for row, attention, mask in zip(
@@ -245,14 +245,14 @@ def test_evaluation_rolls_out_on_held_out_prompts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_count_of_one_token_rises_to_its_maximum(tmp_path, seed):
-    """16 tokens, 6 a completion: the share of "a" starts at chance."""
+    """16 tokens, 6 a completion (the end token is none of them): the share of "a" starts at chance."""
     base = TINY["llama"](vocab_size=16, initializer_range=0.2)  # logits wide enough to be sure of a token
     share = lambda completions, **_: [c.count("a") / 6 for c in completions]  # noqa: E731
     args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=64, learning_rate=0.02, seed=seed,
                      lr_multipliers={"ppo": 0.1}, logging_steps=4)  # fmt: skip
     run = BundlePPOTrainer(
         get_peft_model(base, config()), share, args, [{"prompt": p} for p in "bcdefgh"], tokenizer("abcdefghijkl"),
-        max_completion_length=6, kl_in="reward", kl_coef=0.001, value_coef=0.5, generation={"min_new_tokens": 6},
+        max_completion_length=6, kl_in="reward", kl_coef=0.001, value_coef=0.5, generation={"eos_token_id": 16},
     )  # fmt: skip
     run.train()
     rewards = [entry["ppo/reward"] for entry in run.state.log_history if "ppo/reward" in entry]

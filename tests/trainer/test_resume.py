@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from models import snapshot, unchanged, weights
 from safetensors.torch import load_file, save_file
-from training import arguments, config, losses_of, model, pairs, texts, tokenizer, trainer, two_processes
+from training import arguments, config, greedy, losses_of, model, pairs, texts, tokenizer, trainer, two_processes
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_bundles import BundleConfig
@@ -185,7 +185,8 @@ def test_a_checkpoint_of_another_trainer_or_of_more_processes_is_refused(tmp_pat
 
 def _run(folder: str, world: int, **fields) -> BundleTrainer:
     """Greedy rollouts: what is sampled would differ with the rows a process has."""
-    kept = objectives(generation={"do_sample": False}, minibatches=1)
+    kept = objectives(minibatches=1)
+    kept[2] = greedy(kept[2])
     trunk = {"trunk": "full", "trunk_ranks": {"lm": 4}, "trunk_refresh": 2}
     rate = {"per_device_train_batch_size": 4 // world, "optim": "sgd", "learning_rate": 0.05}
     args = arguments(Path(folder), **rate, **trunk, **fields)

@@ -9,7 +9,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from models import TINY, batch, layers, logits, quietly_loaded, unchanged
 from torch import nn
 from torch.distributed.tensor import DTensor
-from training import arguments, bundles_of, losses_of, model, pairs, texts, tokenizer, two_processes
+from training import arguments, bundles_of, greedy, losses_of, model, pairs, texts, tokenizer, two_processes
 
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
@@ -29,7 +29,7 @@ def run_of(folder: Path, world: int, **fields) -> BundleTrainer:
     objectives = [
         LM([*texts(), {"text": "z" * 50}], eval_dataset=texts(5)),
         Preference(pairs(), eval_dataset=pairs(1)),  # fewer rows than processes
-        PPO(prompts, length, entropy_coef=0.01, max_completion_length=4, epochs=2, generation={"do_sample": False}),
+        greedy(PPO(prompts, length, entropy_coef=0.01, max_completion_length=4, epochs=2)),
     ]
     args = arguments(
         folder, max_steps=6, per_device_train_batch_size=4 // world, optim="sgd", optim_args="momentum=0.9",
