@@ -112,3 +112,22 @@ def warn_of_weak_penalty(model: Any, config: BundleConfig) -> None:
         "BundleConfig(quiet=0) to train without it.",
         stacklevel=3,
     )
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer, or that of a processor, with a padding token: the end token where it has none.
+
+    Raises:
+        ValueError: it is something else, or has neither of the two tokens.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not hasattr(tokenizer, "eos_token"):
+        raise ValueError(f"processing_class is {processing_class!r}; give the model's tokenizer, or its processor.")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "the tokenizer has neither a padding token nor an end token; set tokenizer.pad_token, e.g. "
+            "tokenizer.pad_token = tokenizer.unk_token."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

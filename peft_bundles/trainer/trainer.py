@@ -124,16 +124,7 @@ class BundleTrainer(_BaseTrainer):
         checks.check_names(args, self.bundle_config, signals)
         self.plan = MixingPlan(list(signals), args.mixing, args.mixing_weights, args.seed)
         self.clamp = KLClamp.from_config(args.kl_clamp, model, signals) if args.kl_clamp else None
-        processing_class = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
-        if not hasattr(processing_class, "eos_token"):
-            raise ValueError(f"processing_class is {processing_class!r}; give the model's tokenizer, or its processor.")
-        if processing_class.pad_token is None and processing_class.eos_token is None:
-            raise ValueError(
-                "the tokenizer has neither a padding token nor an end token; set tokenizer.pad_token, e.g. "
-                "tokenizer.pad_token = tokenizer.unk_token."
-            )
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        processing_class = checks.tokenizer_of(processing_class)
         self.topics = topics_of(args.topics, self.bundle_config)
         self.topic_rates = TopicRates(self.topics, signals)
         for objective in self.objectives.values():
