@@ -18,7 +18,7 @@ from peft.utils import register_peft_method
 from . import registration  # noqa: F401 - before the config, which names PeftType.BUNDLE
 from .calibration import calibrate, own_samples
 from .config import BundleConfig, BundleSpec, SubBasis
-from .core.dialling import alphas, set_alphas, set_norm_budget
+from .core.dialling import alphas, bake_alphas, set_alphas, set_norm_budget
 from .core.layer import BundleLayer
 from .evaluation import alpha_sweep
 from .evaluation.distillation import distill_to_lora
@@ -48,6 +48,7 @@ __all__ = [
     "SubBasis",
     "alpha_sweep",
     "alphas",
+    "bake_alphas",
     "calibrate",
     "clip_bundle_grads",
     "compose",

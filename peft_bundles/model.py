@@ -17,12 +17,11 @@ from .core.attaching import basis_brought, borrow_basis, check_loaded, check_sav
 from .core.base import CHILD, Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
 from .core.checkpoints import weights_digest
-from .core.dialling import alphas, set_alphas
+from .core.dialling import alphas, bake_alphas, set_alphas
 from .core.layer import MERGE_ERROR, BundleLayer
 from .core.packing import Packing
-from .core.penalty import once, share_of_step
+from .core.penalty import loss_of_step, share_of_step
 from .core.planning import prepared
-from .core.quiet import loudness
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
 from .core.walking import bundle_layers, bundle_parameters
@@ -198,13 +197,7 @@ class BundleModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's version reads every buffer, so U would be drawn just before a checkpoint replaces it.
         for layer in self._layers if autocast_adapter_dtype else ():
-            if adapter_name not in layer.bundle_basis:
-                continue
-            for what in layer.adapter_layer_names:
-                table = getattr(layer, what)[adapter_name]
-                for name, p in table.items():
-                    if torch.finfo(p.dtype).bits < 32:
-                        table[name] = nn.Parameter(p.data.float(), requires_grad=p.requires_grad)
+            layer.weights_to_float32(adapter_name)
 
     def disable_adapter_layers(self) -> None:
         """Turn the bundles off, as in PEFT; warns about an adapter without bundles, which cannot be turned off."""
@@ -409,15 +402,7 @@ class BundleModel(BaseTuner):
         Returns:
             A scalar; 0 without calibration.
         """
-        layers, learning = bundle_layers(self.model), dict[str, list[str]]()
-        for adapter, bundle in sorted(self._state.seen):
-            learning.setdefault(adapter, []).append(bundle)
-        total = torch.zeros((), device=next(self.model.parameters()).device)
-        for adapter, names in learning.items():
-            weight = self._state.configs[adapter].quiet
-            if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
-                total = total + weight * loudness(kept, adapter, names).to(total.device)
-        return once(total, self._state.penalty, layers, learning)
+        return loss_of_step(self._state, bundle_layers(self.model), next(self.model.parameters()).device)
 
     def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with its result. The bundles are folded once for the whole call.
@@ -435,6 +420,15 @@ class BundleModel(BaseTuner):
                 return self.model.generate(*args, **kwargs)
         finally:
             call.prompts = before
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""
+        if kwargs.pop("alphas", None) is not None or self._state.call.alphas:
+            raise ValueError(
+                "generate_batch runs in a thread of its own, where alphas= and `with model.alphas(...)` do not act; "
+                "call model.set_alphas(...) before it, or use generate."
+            )
+        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -456,9 +450,13 @@ class BundleModel(BaseTuner):
         """`with model.alphas(b_rl_policy=0.0):`; see `peft_bundles.alphas`."""
         return alphas(self.model, values, per=per, **by_name)
 
-    def set_alphas(self, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
+    def set_alphas(self, values: Any = None, *, per: str = "row", **by_name: Any) -> None:
         """Set alphas for all later forwards; see `peft_bundles.set_alphas`."""
-        set_alphas(self.model, values, per=per)
+        set_alphas(self.model, values, per=per, **by_name)
+
+    def bake_alphas(self, adapter: str | None = None) -> None:
+        """Make the alphas of `set_alphas` those of the config; see `peft_bundles.bake_alphas`."""
+        bake_alphas(self.model, adapter or self.active_adapters[0])
 
     def route(self, signals: Any, *, weights: Any = None, block_diagonal: bool = False) -> AbstractContextManager[None]:
         """Route the gradients of the block's forwards; see `peft_bundles.route`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .gates import parse_alphas
 from .state import CallAlphas
-from .walking import checked_layers, state_of
+from .walking import checked_layers, resolve_adapter, state_of
 
 
 @contextmanager
@@ -64,13 +64,23 @@ def alphas(
         call.own = before
 
 
-def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[Any], *, per: str = "row") -> None:
-    """Set alphas for all later forwards of this model, in every thread. They are not saved; `BundleSpec.alpha` is.
+def set_alphas(
+    model: nn.Module,
+    values: Mapping[str, Any] | Tensor | Sequence[Any] | None = None,
+    *,
+    per: str = "row",
+    **by_name: Any,
+) -> None:
+    """Set alphas for all later forwards of this model, in every thread.
+
+    They are not saved: `bake_alphas` makes them those of the config, which are. `set_alphas(model)` without values goes
+    back to the config's alphas.
 
     Args:
         model: a model with bundles.
-        values: as in `alphas`; bundles not named keep their alphas.
+        values: as in `alphas`; bundles not named keep their alphas. None, and no keyword: all as in the config.
         per: as in `alphas`.
+        by_name: more bundles, as keywords: `set_alphas(model, b_rl_policy=0.0)`.
 
     Raises:
         ValueError: a model without bundles, an unknown bundle, a wrong shape, or a number that is not finite.
@@ -95,8 +105,54 @@ def set_alphas(model: nn.Module, values: Mapping[str, Any] | Tensor | Sequence[A
         True
     """
     state = state_of(model)
-    state.set_alphas = {**state.set_alphas, **parse_alphas(values, state, per)}
+    if values is None and not by_name:
+        state.set_alphas = {}
+    else:
+        parsed = parse_alphas(values, state, per) if values is not None else {}
+        state.set_alphas = {**state.set_alphas, **parsed, **parse_alphas(by_name, state, per)}
     state.version += 1  # plans and tensors that threads have cached are now stale
+
+
+def bake_alphas(model: nn.Module, adapter: str | None = None) -> None:
+    """Make the alphas of `set_alphas` those of the adapter's config, so that `save_pretrained` keeps them.
+
+    Args:
+        model: a model with bundles.
+        adapter: name of the adapter. None: the only one.
+
+    Raises:
+        ValueError: no such adapter, or an alpha that differs between rows, tokens or layers.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> import peft_bundles
+        >>> base = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, intermediate_size=64, vocab_size=50))
+        >>> bundles = {"b_style": {"rank": 8, "sub_bases": ["main"], "signals": {"lm": 1.0}}}
+        >>> model = get_peft_model(base, peft_bundles.BundleConfig(sub_bases={"main": 8}, bundles=bundles))
+        >>> peft_bundles.set_alphas(model, b_style=0.5)
+        >>> peft_bundles.bake_alphas(model)
+        >>> model.peft_config["default"].bundles["b_style"].alpha
+        0.5
+    """
+    state = state_of(model)
+    adapter = resolve_adapter(model, adapter)
+    specs = state.configs[adapter].bundles or {}
+    current = {name: value for name, value in state.set_alphas.items() if name in specs}
+    if wrong := [name for name, value in current.items() if not isinstance(value, float) and not _is_scalar(value)]:
+        raise ValueError(
+            f"the alphas of {wrong} differ between rows, tokens or layers, and a config keeps one number a bundle; set "
+            "a number first."
+        )
+    for name, value in current.items():
+        specs[name].alpha = float(value)  # type: ignore[arg-type]
+    state.set_alphas = {name: value for name, value in state.set_alphas.items() if name not in specs}
+    state.version += 1
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def set_norm_budget(model: nn.Module, tau: float | None) -> None:

@@ -181,6 +181,21 @@ def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> T
     return values if batch == rows else values.repeat_interleave(batch // rows, 0)
 
 
+def check_new_tokens(tokens: int, prompt: int) -> None:
+    """Inside `generate`, where alphas per token belong to the prompt, a forward has the prompt or one new token.
+
+    Raises:
+        ValueError: it has another number of tokens; which of the prompt's they are is not known here.
+    """
+    if tokens > 1:
+        raise ValueError(
+            f"alphas were given for the {prompt} tokens of the prompt, but a forward of generate has {tokens} tokens. "
+            "Chunks, candidates of an assistant and the rest of a cached prompt cannot have alphas per token; give one "
+            "value for each row, or leave out prefill_chunk_size, assistant_model, prompt_lookup_num_tokens and "
+            "past_key_values."
+        )
+
+
 def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Tensor:
     """One bundle's alpha as (B|1, T|1)."""
     if not isinstance(value, Tensor):
@@ -193,7 +208,8 @@ def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Te
     if value.dim() == 1:
         return value.view(-1, 1)
     if prompts is not None and tokens != value.shape[1]:
-        return value[:, -1:]  # new tokens keep the alpha of the prompt's last one
+        check_new_tokens(tokens, value.shape[1])
+        return value[:, -1:]  # a new token keeps the alpha of the prompt's last one
     if value.shape[1] != tokens:
         raise ValueError(
             f"alphas[{name!r}] has {value.shape[1]} tokens a row, but the batch has {tokens}; give one value for each "

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .functional import compute_dtype, stacked, within_budget
+from .gates import check_new_tokens
 from .kernels import FewTokens, fits
 
 
@@ -134,7 +135,10 @@ def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], genera
     (rows, length), (batch, tokens) = alpha_BTH.shape[:2], hidden_BTd.shape[:2]
     if generating:
         alpha_BTH = alpha_BTH if rows in (1, batch) else alpha_BTH.repeat_interleave(batch // rows, 0)
-        return alpha_BTH if length in (1, tokens) else alpha_BTH[:, -1:]
+        if length in (1, tokens):
+            return alpha_BTH
+        check_new_tokens(tokens, length)
+        return alpha_BTH[:, -1:]
     by_row, by_token = by
     if (rows != batch and (by_row or rows != 1)) or (length != tokens and (by_token or length != 1)):
         raise ValueError(

@@ -152,6 +152,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.state.configs.pop(adapter_name, None)
         self.state.packings.pop((adapter_name, self.hidden_size), None)
 
+    def weights_to_float32(self, adapter: str) -> None:
+        """Train an adapter's weights in float32, whatever the base's dtype, as PEFT does."""
+        if adapter not in self.bundle_basis:
+            return
+        for what in self.adapter_layer_names:
+            table = getattr(self, what)[adapter]
+            for name, p in table.items():
+                if torch.finfo(p.dtype).bits < 32:
+                    table[name] = nn.Parameter(p.data.float(), requires_grad=p.requires_grad)
+
     def copy_basis(self, adapter: str, donor: str) -> None:
         """Give an adapter the U, mu and sigma of another one, and the states kept for the quiet penalty."""
         for what in self.other_param_names:

@@ -83,7 +83,7 @@ class _Fold(torch.autograd.Function):
         ctx.save_for_backward(basis_dR, scale_d)
         ctx.scaling, ctx.shape = scaling, maps_2HR.shape
         folded = (maps_2HR.flatten(0, 1) @ basis_dR.to(maps_2HR.dtype).T).view(*maps_2HR.shape[:2], len(basis_dR))
-        reads_Hd, writes_Hd = folded.unbind(0)
+        reads_Hd, writes_Hd = folded[0], folded[1]  # not unbind: its results must not be written in place
         if scale_d is not None:
             reads_Hd.div_(scale_d)
         if scaling != 1.0:

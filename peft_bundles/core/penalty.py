@@ -204,6 +204,25 @@ def arrive(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient if with_penalty is None else with_penalty
 
 
+def loss_of_step(state: Any, layers: Sequence[Layer], device: torch.device) -> Tensor:
+    """`BundleModel.quiet_loss`: the penalty of all bundles that some forward of the step lets learn, a scalar.
+
+    Args:
+        state: what the layers of the model share.
+        layers: all layers with bundles.
+        device: where the scalar is.
+    """
+    learning: dict[str, list[str]] = {}
+    for adapter, bundle in sorted(state.seen):
+        learning.setdefault(adapter, []).append(bundle)
+    total = torch.zeros((), device=device)
+    for adapter, names in learning.items():
+        weight = state.configs[adapter].quiet
+        if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
+            total = total + weight * loudness(kept, adapter, names).to(device)
+    return once(total, state.penalty, layers, learning)
+
+
 def once(value: Tensor, penalty: Penalty, layers: Iterable[Layer], learning: Mapping[str, Sequence[str]]) -> Tensor:
     """A penalty that its caller adds to a loss: its backward replaces what would be added by itself in that step.
 

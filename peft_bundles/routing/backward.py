@@ -54,6 +54,8 @@ def routed_backward(model: nn.Module, losses: Mapping[str, Tensor], *, retain_gr
         True
     """
     state = state_of(model)
+    if not isinstance(losses, Mapping) or not all(isinstance(loss, Tensor) for loss in losses.values()):
+        raise ValueError(f"losses is {losses!r}; give a dict of signal -> loss, such as {{'lm': loss}}.")
     check_signals(state.configs, list(losses))
     for signal, loss in losses.items():
         if loss.numel() != 1 or loss.grad_fn is None:

@@ -28,6 +28,13 @@ Signals: TypeAlias = str | tuple[str, ...]  # one signal, or several losses that
 Segments: TypeAlias = list[tuple[Signals, int]]  # a packed row: (signals, number of tokens), in order
 
 
+def _is_entry(entry: object) -> bool:
+    """Whether it is a signal, a tuple of signals, or the segments of a packed row, pairs (signals, tokens)."""
+    if isinstance(entry, list):
+        return all(isinstance(e, tuple) and len(e) == 2 and isinstance(e[1], int) and _is_entry(e[0]) for e in entry)
+    return isinstance(entry, str) or (isinstance(entry, tuple) and all(isinstance(s, str) for s in entry))
+
+
 class Route:
     """The signals of the rows of one forward, as gates on the bundles.
 
@@ -55,6 +62,11 @@ class Route:
         weights: Mapping[str, Tensor | Sequence[float]] | None = None,
     ) -> None:
         self._configs = dict(configs)
+        if not isinstance(signals, (str, tuple, list)) or not all(map(_is_entry, signals)):
+            raise ValueError(
+                f"signals is {signals!r}; give a signal such as 'lm', a tuple of signals for losses on the same rows, or "
+                "a list with one of the two for each row."
+            )
         self._weights = _row_weights(configs, weights or {})
         if self._weights and isinstance(signals, (str, tuple)):
             signals = [signals] * len(next(iter(self._weights.values())))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import TINY, attached, batch, generated, logits, perturb, quietly_loaded
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from transformers import GenerationConfig
 
 import peft_bundles
 import peft_bundles.model
@@ -116,3 +117,61 @@ def test_wrong_alphas_are_told_as_what_they_are(task_type):
     model = perturb(get_peft_model(TINY["llama"](), BundleConfig(preset="single_adapter", task_type=task_type)))
     with pytest.raises(ValueError, match="unknown bundle"):
         model(batch(), alphas={"b_other": 1.0})
+
+
+# ---- alphas per token of a prompt, and threads that a call does not reach ----
+
+PROMPT = batch(1, 9)
+PER_TOKEN = {"b_mlp": torch.tensor([[9.0, -6, 0, 15, 3, -12, 6, 0, 4.5]])}
+
+
+def in_parts(how: str, model: PeftModel, alphas=None) -> dict:
+    """Arguments of `generate` with which its forwards have a part of the prompt, or more than one new token."""
+    if how == "chunks":
+        return {"prefill_chunk_size": 4}
+    if how == "assistant":
+        return {"assistant_model": TINY["llama"]()}
+    with model.alphas(alphas or {}):
+        return {"past_key_values": model(PROMPT[:, :4], use_cache=True).past_key_values}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["chunks", "assistant", "cached prompt"])
+def test_a_prompt_in_parts_has_no_alphas_per_token(how, compiled):
+    model, options = attached(), {"output_logits": True, "return_dict_in_generate": True}
+    model.base_model._state.compiled = compiled  # plans are made before the forward, as for a compiled model
+    with pytest.raises(ValueError, match=r"for the 9 tokens of the prompt, but .* has \d+ tokens\. .* each row"):
+        generated(model, PROMPT, alphas=PER_TOKEN, **in_parts(how, model))
+    for alphas in (HALF, {"b_mlp": torch.tensor([2.0])}):  # a number, or one for each row
+        parts = generated(model, PROMPT, alphas=alphas, **options, **in_parts(how, model, alphas))
+        whole = generated(model, PROMPT, alphas=alphas, **options)
+        torch.testing.assert_close(parts.logits[0], whole.logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_prompt_cached_but_for_its_last_token_has_them():
+    model = attached()
+    with torch.no_grad(), model.alphas({"b_mlp": PER_TOKEN["b_mlp"][:, :8]}):
+        cache = model(PROMPT[:, :8], use_cache=True).past_key_values
+    out = generated(model, PROMPT, alphas=PER_TOKEN, past_key_values=cache, output_logits=True,
+                    return_dict_in_generate=True)  # fmt: skip
+    whole = generated(model, PROMPT, alphas=PER_TOKEN, output_logits=True, return_dict_in_generate=True)
+    torch.testing.assert_close(out.logits[0], whole.logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_continuous_batching_sees_set_alphas_only():
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 99, "pad_token_id": 0}
+    settings = GenerationConfig(**settings, num_blocks=8, block_size=8)
+    model, off = attached(), dict.fromkeys(HALF, 0.0)
+
+    def tokens(**kwargs):
+        (out,) = model.generate_batch(inputs=[[5, 6, 7]], generation_config=settings, **kwargs).values()
+        return out.generated_tokens
+
+    wanted = generated(model, torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=0, alphas=off)[0, 3:].tolist()
+    assert tokens() != wanted
+    with pytest.raises(ValueError, match=r"generate_batch runs in a thread of its own.*model\.set_alphas"):
+        tokens(alphas=off)
+    with model.alphas(off), pytest.raises(ValueError, match="generate_batch runs in a thread of its own"):
+        tokens()
+    model.set_alphas(off)
+    assert tokens() == wanted

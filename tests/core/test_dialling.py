@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import TINY, attached, batch, bundle_config, logits, perturb
+from models import TINY, attached, batch, bundle_config, logits, perturb, quietly_loaded
 from peft import get_peft_model
 
 import peft_bundles
@@ -99,6 +99,33 @@ def test_precedence_call_block_set_default():
     assert torch.equal(logits(model, ids), with_numbers(model, 0.2, 0.5, 1.0, ids))
     model.set_alphas({"b_one": 1.0})
     assert torch.equal(logits(model, ids), default)
+
+
+def test_both_ways_to_set_alphas_take_the_same_forms():
+    model, ids = attached(), batch()
+    for values, by_name in (({"b_mlp": 0.5}, {}), (None, {"b_mlp": 0.5}), ({"b_diag": 2.0}, {"b_mlp": 0.5})):
+        with model.alphas(values, **by_name):
+            wanted = logits(model, ids)
+        model.set_alphas(values, **by_name)
+        assert torch.equal(logits(model, ids), wanted)
+        model.set_alphas()
+    assert torch.equal(logits(model, ids), logits(attached(), ids))  # back to the config
+
+
+def test_baked_alphas_are_saved(tmp_path):
+    model, ids = attached(), batch()
+    model.set_alphas(b_mlp=0.25, b_diag=torch.tensor(-1.0))
+    wanted = logits(model, ids)
+    model.bake_alphas()
+    assert torch.equal(logits(model, ids), wanted)
+    model.set_alphas()
+    assert torch.equal(logits(model, ids), wanted)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(quietly_loaded(TINY["llama"](), tmp_path).eval(), ids), wanted)
+    assert model.peft_config["default"].bundles["b_linear"].alpha == 1.0
+    model.set_alphas(b_mlp=[0.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match=r"alphas of \['b_mlp'\] differ between rows, tokens or layers"):
+        model.bake_alphas()
 
 
 def test_a_block_that_raises_leaves_no_alphas_behind():

@@ -356,3 +356,13 @@ def test_autocast(name):
     for n, p in weights(model).items():
         assert autocast[n].dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(autocast[n].flatten(), p.grad.flatten(), 0) > 0.9, n
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_program_computes_the_same(grad):
+    """`torch.export` in grad mode and without: LoRA and the base can be exported in both."""
+    model, ids = attached("llama").eval(), batch(2, 5)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+        out = program.module()(input_ids=ids, use_cache=False)
+    torch.testing.assert_close(out.logits.detach(), logits(model, ids))

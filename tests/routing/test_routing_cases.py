@@ -448,3 +448,15 @@ def test_a_gate_knows_its_route_and_the_units_that_no_row_lets_learn():
         )
     route.choose(None)
     assert gate.weights.isnan().any()
+
+
+@pytest.mark.parametrize("signals", [None, 3, {"lm": 1.0}, [None], [3, "lm"], ["lm", [("lm", "two")]], ("lm", 3)])
+def test_what_is_no_signal_is_refused(signals):
+    with pytest.raises(ValueError, match="give a signal such as 'lm'"), route(attached(), signals):
+        pass
+
+
+@pytest.mark.parametrize("losses", [torch.tensor(1.0), [torch.tensor(1.0)], {"lm": 1.0}, None])
+def test_what_is_no_table_of_losses_is_refused(losses):
+    with pytest.raises(ValueError, match="give a dict of signal -> loss"):
+        peft_bundles.routed_backward(attached(), losses)
