@@ -64,8 +64,8 @@ class Route:
         self._configs = dict(configs)
         if not isinstance(signals, (str, tuple, list)) or not all(map(_is_entry, signals)):
             raise ValueError(
-                f"signals is {signals!r}; give a signal such as 'lm', a tuple of signals for losses on the same rows, or "
-                "a list with one of the two for each row."
+                f"signals is {signals!r}; give a signal such as 'lm', a tuple of signals for losses on the same rows, "
+                "or a list with one of the two for each row."
             )
         self._weights = _row_weights(configs, weights or {})
         if self._weights and isinstance(signals, (str, tuple)):

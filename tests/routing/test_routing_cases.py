@@ -452,7 +452,7 @@ def test_a_gate_knows_its_route_and_the_units_that_no_row_lets_learn():
 
 @pytest.mark.parametrize("signals", [None, 3, {"lm": 1.0}, [None], [3, "lm"], ["lm", [("lm", "two")]], ("lm", 3)])
 def test_what_is_no_signal_is_refused(signals):
-    with pytest.raises(ValueError, match="give a signal such as 'lm'"), route(attached(), signals):
+    with pytest.raises(ValueError, match="give a signal such as 'lm'"), peft_bundles.route(attached(), signals):
         pass
 
 
