@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
@@ -78,9 +80,12 @@ def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> 
 def _check_name(kind: str, name: Any) -> None:
     # Names become attributes of `nn.ParameterDict` and components of state-dict keys.
     if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ParameterDict, name):
+        fitting = re.sub(r"\W", "_", str(name))
+        fitting = fitting if fitting.isidentifier() and not hasattr(nn.ParameterDict, fitting) else f"b_{fitting}"
         raise ValueError(
-            f"{kind} name {name!r} cannot be used: give a name of letters, digits and '_' that does not start with a "
-            "digit and is not a method of torch.nn.ParameterDict (such as 'keys')."
+            f"{kind} name {name!r} cannot be used, because it becomes a part of parameter names and an argument of "
+            f"alphas(...): only letters, digits and '_', no digit first, no method of torch.nn.ParameterDict. Write "
+            f"{fitting!r}."
         )
 
 
@@ -343,6 +348,13 @@ class BundleConfig(PeftConfig):
             )
         for name, spec in self.bundles.items():
             self._check_bundle(name, spec)
+        idle = [name for name, spec in self.bundles.items() if not any(spec.signals.values())]
+        if idle and len(idle) < len(self.bundles) and not self.inference_mode:
+            warnings.warn(
+                f"no signal updates bundle(s) {idle}: BundleTrainer and route() leave them as they are. Name their owners, "
+                "e.g. signals={'lm': 1.0}.",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _named(items: Any, cls: type, kind: str) -> dict[str, Any]:

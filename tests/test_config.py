@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -245,3 +246,22 @@ def test_a_failed_save_leaves_the_earlier_config(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
     with pytest.raises(ValueError, match="is a file"):
         broken.save_pretrained(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "name, fitting",
+    [("my-style", "my_style"), ("2nd", "b_2nd"), ("a.b", "a_b"), ("keys", "b_keys"), ("", "b_"), (3, "b_3")],
+)
+def test_a_name_that_cannot_be_used_comes_with_one_that_can(name, fitting):
+    with pytest.raises(ValueError, match=rf"becomes a part of parameter names.* Write '{fitting}'\."):
+        BundleConfig(sub_bases={"a": 8}, bundles={name: {"rank": 8, "sub_bases": ["a"]}})
+    assert BundleConfig(sub_bases={"a": 8}, bundles={fitting: {"rank": 8, "sub_bases": ["a"]}}).bundles
+
+
+def test_a_bundle_that_no_signal_updates_is_told_of():
+    bundles = {"b_one": {"rank": 8, "sub_bases": ["a"], "signals": {"lm": 1.0}}}
+    with pytest.warns(UserWarning, match=r"no signal updates bundle\(s\) \['b_two'\]"):
+        BundleConfig(sub_bases={"a": 8}, bundles={**bundles, "b_two": {"rank": 8, "sub_bases": ["a"], "signals": {}}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BundleConfig(sub_bases={"a": 8}, bundles=bundles)
