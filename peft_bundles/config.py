@@ -351,7 +351,7 @@ class BundleConfig(PeftConfig):
         idle = [name for name, spec in self.bundles.items() if not any(spec.signals.values())]
         if idle and len(idle) < len(self.bundles) and not self.inference_mode:
             warnings.warn(
-                f"no signal updates bundle(s) {idle}: BundleTrainer and route() leave them as they are. Name their owners, "
+                f"no signal updates bundle(s) {idle}: BundleTrainer and route() leave them alone. Name their owners, "
                 "e.g. signals={'lm': 1.0}.",
                 stacklevel=2,
             )
