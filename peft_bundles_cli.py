@@ -36,9 +36,10 @@ class OneLineErrors(TyperGroup):
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
         except _UsageError as error:
-            code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See peft-bundles --help.", 2)
-        except typer.Abort:
-            code = _fail("interrupted", 130)
+            command = error.ctx.command_path if error.ctx else "peft-bundles"
+            code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See {command} --help.", 2)
+        except (typer.Abort, KeyboardInterrupt):
+            code = _fail("stopped by Ctrl-C", 130)
         except (ImportError, ValueError, RuntimeError, OSError) as error:
             code = _fail(str(error), 1)
         except Exception as error:  # a bug, but still no traceback
@@ -66,13 +67,16 @@ app = typer.Typer(
 )
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Named low-rank bundles: describe, compose, share, generate and sweep."""
+    """Named low-rank bundles: describe, compose, share, generate, sweep and distill."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 # ---- options ----
@@ -103,7 +107,10 @@ RESULTS = 'JSON file for the card: [{"task", "metric", "value" (or "values" per 
 Sources = Annotated[
     list[str], typer.Argument(help="Adapters, as folder, folder:bundle, repo, repo:bundle or repo@revision:bundle.")
 ]
-Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model. Default: as the adapter says.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model, as folder, Hub id or id@revision. Default: as the adapter says."),
+]
 Alphas = Annotated[
     list[str] | None,
     typer.Option(
@@ -144,15 +151,6 @@ def _number(what: str, value: str) -> float:
     return number
 
 
-def _check_bundles(model: Any, names: Any) -> None:
-    """Refuse names of bundles that the model does not have."""
-    from peft_bundles.core.walking import state_of
-
-    bundles = state_of(model).bundle_names()
-    if unknown := [name for name in names if name not in bundles]:
-        raise ValueError(f"there is no bundle {unknown[0]!r}; name one of {', '.join(bundles)}.")
-
-
 def _results(path: Path | None) -> Any:
     if path is None:
         return None
@@ -160,45 +158,6 @@ def _results(path: Path | None) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"--results {path} is not valid JSON ({error}); give a JSON file.") from error
-
-
-# ---- models ----
-
-
-def _load(sources: list[str], base: str | None, token: str | None = None, rename: bool = False) -> tuple[Any, str]:
-    """The base model with the bundles of all sources, in eval mode, and the base model's name."""
-    import torch
-    import transformers
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    import peft_bundles
-    from peft_bundles.sharing.hub import read_source
-
-    if base is None:
-        base = read_source(sources[0], token)[0].config.base_model_name_or_path
-        if not base:
-            raise ValueError(f"{sources[0]} does not say its base model; give it with --base.")
-    base = str(Path(base).expanduser())
-    fix = "give --base the folder or Hub id of the model that the bundles were trained on."
-    if (Path(base) / CONFIG).is_file():
-        raise ValueError(f"the base model {base!r} is an adapter itself; {fix}")
-    try:
-        if not Path(base).is_dir() and not isinstance(try_to_load_from_cache(base, "config.json"), str):
-            HfApi(token=token).model_info(base, timeout=20)  # ask once: the loaders would retry for minutes
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", token=token)
-    except Exception as error:  # without a network, the type of the error is that of the HTTP client
-        raise ValueError(f"the base model {base!r} cannot be loaded ({error}); {fix}") from error
-    model = peft_bundles.compose(loaded, sources, rename=rename, token=token)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
-
-
-def _tokenizer(base: str, token: str | None) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(base, token=token)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the base model {base!r} has no tokenizer ({error}); give one with --base.") from error
 
 
 def _show(as_json: bool, values: dict[str, Any], text: str) -> None:
@@ -218,7 +177,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Show ranks, overlaps and signals of bundles."""
-    model, name = _load(sources, base, token, rename)
+    from peft_bundles.sharing import commands
+
+    model, name = commands.load(sources, base, token, rename)
     from peft_bundles import report as describe
     from peft_bundles.core.walking import state_of
 
@@ -247,7 +208,9 @@ def compose(
     """Make one adapter of several bundles. Bundles of several bases get a subfolder per basis."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; give a new one.")
-    model, name = _load(sources, base, token, rename)
+    from peft_bundles.sharing import commands
+
+    model, name = commands.load(sources, base, token, rename)
     from peft_bundles.core.checkpoints import write
     from peft_bundles.sharing.composing import composition
     from peft_bundles.sharing.parts import from_model, with_base
@@ -280,7 +243,9 @@ def push(
     The card of the folder is used if the folder holds only this bundle and none of --results, --figure and --data is
     given. Otherwise a new card is written."""
     rows = _results(results)
-    model, _ = _load([source], base, token)
+    from peft_bundles.sharing import commands
+
+    model, _ = commands.load([source], base, token)
     import peft_bundles
     from peft_bundles.core.walking import state_of
 
@@ -324,6 +289,7 @@ def generate(
     sources: Sources,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     alpha: Alphas = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template; prints the answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -334,12 +300,25 @@ def generate(
 ) -> None:
     """Generate text at given alphas. For example: generate FOLDER --prompt TEXT --alpha b_logic=0.5"""
     alphas = _numbers(alpha)
-    model, name = _load(sources, base, token, rename)
-    _check_bundles(model, alphas)
-    tokenizer = _tokenizer(name, token)
+    if not prompt.strip():
+        raise typer.BadParameter(f"--prompt {prompt!r} is empty; give some text.")
+    from peft_bundles.sharing import commands
+
+    commands.check_bundles(sources, alphas, rename, token)
+    model, name = commands.load(sources, base, token, rename)
+    tokenizer = commands.tokenizer_of(name, token)
     import torch
 
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(f"--chat: the tokenizer of {name} has no chat template; leave --chat out.")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        inputs = inputs.to(model.device)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].shape[1]:
         raise ValueError(f"--prompt {prompt!r} has no token; give some text.")
     torch.manual_seed(seed)
@@ -350,7 +329,7 @@ def generate(
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     values = {"prompt": prompt, "alphas": alphas, "text": text, "tokens": len(new)}
-    _show(as_json, values, tokenizer.decode(ids[0], skip_special_tokens=True))
+    _show(as_json, values, text if chat else tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 @app.command()
@@ -393,21 +372,17 @@ def sweep(
         raise typer.BadParameter(f"--plot {plot} has no suffix of a picture format; give a .png, .svg or .pdf.")
     if plot is not None and not plot.parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}; give one that exists.")
-    model, name = _load(sources, base, token, rename)
-    _check_bundles(model, [bundle, *alphas])
-    tokenizer = _tokenizer(name, token)
-    import torch
+    from peft_bundles.sharing import commands
 
+    commands.check_bundles(sources, [bundle, *alphas], rename, token)
+    model, name = commands.load(sources, base, token, rename)
+    tokenizer = commands.tokenizer_of(name, token)
     from peft_bundles.evaluation import alpha_sweep, negative_loss
 
-    tasks = {}
-    for task, path in files.items():
-        ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-        if not (count := min(rows, len(ids) // tokens)):
-            raise ValueError(
-                f"--text {task}={path} has {len(ids)} tokens, fewer than a row of {tokens}; lower --tokens."
-            )
-        tasks[task] = {"input_ids": torch.tensor(ids[: count * tokens]).view(count, tokens)}
+    tasks = {
+        task: {"input_ids": commands.rows_of(f"--text {task}={path}", path, tokenizer, rows, tokens)}
+        for task, path in files.items()
+    }
     with model.alphas(alphas):
         result = alpha_sweep(model, bundle, points, negative_loss, tasks, max_rows=max_rows)
     if plot is not None:
@@ -421,6 +396,47 @@ def sweep(
     if own is not None:
         lines.append(f"selectivity for {own}: {shown['selectivity']}")
     _show(as_json, shown, "\n".join(lines))
+
+
+@app.command()
+def distill(
+    sources: Sources,
+    text: Annotated[Path, typer.Option(help="Text file to imitate the bundles on; its last tenth is held out.")],
+    output: Annotated[Path, typer.Option(help="Folder to save the LoRA to.")],
+    alpha: Alphas = None,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    rows: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train an ordinary LoRA that does what the bundles do."""
+    alphas = _numbers(alpha)
+    if not text.is_file():
+        raise ValueError(f"--text {text}: there is no such file; give a text file.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; give a new one.")
+    from peft_bundles.sharing import commands
+
+    commands.check_bundles(sources, alphas, rename, token)
+    model, name = commands.load(sources, base, token, rename)
+    import peft_bundles
+
+    ids = commands.rows_of(f"--text {text}", text, commands.tokenizer_of(name, token), sys.maxsize, tokens).to(
+        model.device
+    )
+    held_out = max(len(ids) // 10, 1)
+    if len(ids) <= held_out:
+        raise ValueError(f"--text {text} has one row of {tokens} tokens; give more text, or lower --tokens.")
+    batches = [{"input_ids": part} for part in ids[:-held_out].split(rows)]
+    lora, result = peft_bundles.distill_to_lora(
+        model, alphas, batches, held_out=[{"input_ids": part} for part in ids[-held_out:].split(rows)], steps=steps,
+        progress=not as_json,
+    )  # fmt: skip
+    lora.save_pretrained(str(output))
+    _show(as_json, {"folder": str(output), "alphas": alphas, **result.to_dict()}, f"{output}\n{result}")
 
 
 @app.command()

@@ -25,14 +25,15 @@ ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
+PEFT_TITLE = "# Model Card for Model ID"  # of the empty form that PEFT writes
 REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 supported
 FORMAT_VERSION = 1  # of checkpoints; this version writes it, and reads it and all earlier ones
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
-## Loading
+# A BUNDLE adapter
 
-This is a BUNDLE adapter: `pip install peft-bundles`, and `import peft_bundles` before PEFT loads it.
+`pip install peft-bundles`, and import it before PEFT loads the adapter:
 
 ```python
 import peft_bundles
@@ -433,8 +434,12 @@ class BundleConfig(PeftConfig):
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # the card that PEFT has just written does not say which package loads the adapter
             with open(card, "r+") as file:
-                if USAGE not in file.read():
-                    file.write(USAGE)
+                text = file.read()
+                if USAGE not in text:
+                    header, _, body = text.partition(PEFT_TITLE)
+                    file.seek(0)
+                    file.write(f"{header.rstrip()}\n{USAGE}" if body else text + USAGE)
+                    file.truncate()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HUB
-from folders import huge_header, lora, pickled
+from folders import content, huge_header, lora, pickled
 from huggingface_hub import ModelCard
 from models import TINY, bundle_config, generated, logits, perturb
 from peft import PeftModel, get_peft_model
@@ -199,7 +201,6 @@ def test_push_and_pull(folders, tmp_path):
     ("args", "code", "message"),
     [
         (["nosuch"], 2, "No such command 'nosuch'"),
-        ([], 2, "Missing command"),
         (["generate", "{one}"], 2, "Missing option '--prompt'"),
         (
             ["generate", "{one}", "--prompt", "a", "--alpha", "b_mlp=high"],
@@ -218,7 +219,7 @@ def test_push_and_pull(folders, tmp_path):
             1,
             "there is no bundle 'b_x'; name one of b_mlp, b_linear, b_diag",
         ),
-        (["generate", "{one}", "--prompt", ""], 1, "--prompt '' has no token; give some text"),
+        (["generate", "{one}", "--prompt", " "], 2, "--prompt ' ' is empty; give some text. See root generate --help."),
         (["generate", "{one}", "--prompt", "a", "--max-new-tokens", "0"], 2, "'--max-new-tokens'"),
         (["report", "{root}/nowhere"], 1, "nowhere' is neither an existing folder nor the name of a repository"),
         (["report", "{root}"], 1, "has no adapter_config.json"),
@@ -299,6 +300,57 @@ def test_what_a_stranger_may_give(folders, tmp_path):
     assert ModelCard.load(good / "README.md").data.library_name == "peft"
 
 
+def test_without_a_command_it_shows_the_help():
+    assert "generate" in run().stdout and "distill" in run().stdout
+
+
+def test_alphas_and_prompts_are_checked_before_the_base_is_loaded(folders, monkeypatch):
+    def loading(*_args, **_kwargs):
+        raise AssertionError("the base model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    a = ["--text", f"a={folders}/a.txt"]
+    for args in (["generate", "--prompt", ""], ["generate", "--prompt", "a", "--alpha", "b_x=1"],
+                 ["sweep", "--bundle", "b_x", *a], ["sweep", "--bundle", "b_mlp", *a, "--alpha", "b_y=1"]):  # fmt: skip
+        assert "was loaded" not in refused(args[0], folders / "one", *args[1:], code=2 if "" in args else 1)
+
+
+def test_chat_asks_in_the_template(folders):
+    values = said("generate", folders / "one", "--prompt", PROMPT, "--chat", "--max-new-tokens", 5)
+    messages = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = inputs["input_ids"]
+    wanted = generated(loaded(folders), ids, min_new_tokens=0)[0, ids.shape[1] :]
+    assert values["text"] == tokenizer().decode(wanted, skip_special_tokens=True)
+
+
+def test_distill_writes_a_plain_lora(folders, tmp_path):
+    values = said("distill", folders / "one", "--text", folders / "a.txt", "--output", tmp_path / "lora", "--steps", 30,
+                  "--tokens", 16, "--alpha", "b_diag=0")  # fmt: skip
+    assert values["kl"]["lora"] < values["kl"]["base"] and values["alphas"]["b_diag"] == 0
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    refused("distill", folders / "one", "--text", folders / "a.txt", "--output", tmp_path / "lora", code=1)
+
+
+def test_the_base_at_the_revision_that_the_bundles_were_trained_on(folders, hub, tmp_path):
+    """The base moves on after the bundle was trained: its own revision is taken, and another can be given."""
+    at_first = hub.add("org/base", content(folders / "base"))
+    base = AutoModelForCausalLM.from_pretrained("org/base", revision=at_first)
+    model = perturb(get_peft_model(base, bundle_config()), scale=0.8)
+    peft_bundles.push_bundle(model, "b_mlp", "me/ml")
+    assert model.get_base_model().config._commit_hash == at_first
+    TINY["llama"](seed=7).save_pretrained(tmp_path / "moved")
+    hub.add("org/base", content(tmp_path / "moved"))
+    assert said("report", "me/ml")["base"] == f"org/base@{at_first}"
+    assert said("report", "me/ml", "--base", f"org/base@{at_first}")["adapters"]
+    message = refused("report", "me/ml", "--base", "org/base", code=1)
+    assert "another revision" in message and at_first in message
+    values = said("generate", "me/ml", "--prompt", PROMPT, "--max-new-tokens", 3)
+    assert values["tokens"] >= 1
+
+
 # ---- as a program ----
 
 
@@ -337,6 +389,26 @@ def test_a_process_fails_on_one_line(folders):
         "give --base the folder or Hub id of the model that the bundles were trained on."
     )
     assert time.perf_counter() - start < 120
+
+
+def test_ctrl_c_says_that_it_stopped(folders):
+    """While the base model is asked for at an address where nobody answers."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [
+            sys.executable,
+            str(Path(peft_bundles_cli.__file__)),
+            "report",
+            str(folders / "one"),
+            "--base",
+            "a/b",
+        ]
+        made = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_ENDPOINT": endpoint})
+        silent.accept()
+        made.send_signal(signal.SIGINT)
+        assert made.communicate(timeout=60)[1] == "error: stopped by Ctrl-C\n" and made.returncode == 130
 
 
 def test_without_typer_it_says_how_to_install_it():

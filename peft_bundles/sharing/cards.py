@@ -146,6 +146,44 @@ def write_card(
     return folder / CARD
 
 
+def with_sections(card: str, earlier: str) -> str:
+    """A new card with what somebody has added to the earlier one: its further sections and metadata.
+
+    An earlier card that does not name the type BUNDLE was written by somebody else, and is returned as it is.
+
+    Raises:
+        ValueError: the metadata of the earlier card cannot be read.
+    """
+    if "BUNDLE" not in earlier:
+        return earlier
+    try:
+        new, old = ModelCard(card), ModelCard(earlier, ignore_metadata_errors=True)
+        for field, value in old.data.to_dict().items():
+            if field not in new.data.to_dict():
+                setattr(new.data, field, value)
+    except Exception as error:  # of the YAML parser, and of huggingface_hub's checks
+        raise ValueError(
+            f"the metadata of the repository's {CARD} cannot be read ({error}); mend it, or give card=."
+        ) from error
+    titles = {title for title, _ in _sections(new.text)}
+    added = [text for title, text in _sections(old.text) if title not in titles]
+    return "\n\n".join([str(new).rstrip(), *(text.strip() for text in added)]) + "\n"
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """(title, text with its title) of the sections that start with ##, outside of code."""
+    sections: list[tuple[str, str]] = []
+    code = False
+    for line in text.splitlines(keepends=True):
+        code ^= line.startswith("```")
+        if line.startswith("## ") and not code:
+            sections.append((line.strip(), line))
+        elif sections:
+            title, before = sections[-1]
+            sections[-1] = title, before + line
+    return sections
+
+
 def hub_id(name: str | None) -> str | None:
     """The name of a base model if it is a Hub id and no local folder."""
     return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None

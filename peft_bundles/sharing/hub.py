@@ -24,10 +24,11 @@ from torch import nn
 
 from ..core.checkpoints import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Checkpoint, read, read_config, write
 from ..core.walking import resolve_adapter
-from .cards import CARD, PICTURES, write_card
+from .cards import CARD, PICTURES, with_sections, write_card
 from .parts import from_model, select, with_base
 
 
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _REPO = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<bundle>[A-Za-z_]\w*))?")
 
 
@@ -234,6 +235,9 @@ def push_bundle(
 ) -> str:
     """Push one bundle with its model card to a Hub repository, in one commit.
 
+    If the repository has a card already, its sections that the new card does not have are kept, and so is its metadata.
+    A card that was not written by this package stays as it is.
+
     Args:
         model: a model with the bundle in an active adapter.
         bundle: name of the bundle.
@@ -273,7 +277,8 @@ def push_bundle(
             write_card(staging, results=results, figure=figure, data=data, repo_id=repo_id)
         else:
             _copy_card(card, staging)
-        return upload(staging, repo_id, holds=bundle, private=private, token=token, revision=revision)
+        keeps = card is None
+        return upload(staging, repo_id, holds=bundle, private=private, token=token, revision=revision, keeps=keeps)
 
 
 def upload(
@@ -284,14 +289,17 @@ def upload(
     private: bool,
     token: str | None,
     revision: str | None,
+    keeps: bool = False,
 ) -> str:
     """Commit a folder to a repository and return its URL. The repository is created if it does not exist.
 
     Args:
-        holds: the bundle in the folder. A repository with other bundles is refused. None: the folder holds no bundle.
+        holds: the bundle in the folder. A repository with other bundles or a model is refused. None: the folder holds
+            no bundle.
+        keeps: keep what somebody has written into the repository's card (`cards.with_sections`).
 
     Raises:
-        ValueError: the repository holds other bundles.
+        ValueError: the repository holds other bundles, or a model.
         RuntimeError: somebody else pushed at the same time.
     """
     api = api_for(token)
@@ -299,7 +307,16 @@ def upload(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = api.repo_info(repo_id, revision=revision).sha
-    if holds is not None and api.file_exists(repo_id, CONFIG_NAME, revision=head):
+    files = api.list_repo_files(repo_id, revision=head)
+    if holds is not None and CONFIG_NAME not in files and (models := [f for f in files if f in MODEL_FILES]):
+        raise ValueError(
+            f"{repo_id} holds a model ({models[0]}); push {holds!r} to a repository of its own, or to another revision."
+        )
+    if keeps and CARD in files:
+        earlier = Path(api.hf_hub_download(repo_id, CARD, revision=head)).read_text(encoding="utf-8")
+        path = Path(folder) / CARD
+        path.write_text(with_sections(path.read_text(encoding="utf-8"), earlier), encoding="utf-8")
+    if holds is not None and CONFIG_NAME in files:
         config = read_config(api.snapshot_download(repo_id, revision=head, allow_patterns=[CONFIG_NAME]), repo_id)
         if (names := list(config.bundles or ())) != [holds]:
             raise ValueError(f"{repo_id} holds {names}; push {holds!r} to another repository or another revision.")

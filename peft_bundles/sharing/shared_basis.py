@@ -219,14 +219,15 @@ def _read(source: str | Path, token: str | None) -> tuple[dict[str, Any], dict[i
     tensors, metadata = read_tensors(path, str(source))
     try:
         about = json.loads(metadata["peft_bundles"])
-        assert all(field in about for field in _FIELDS)
+        if lacking := [field for field in _FIELDS if field not in about]:
+            raise KeyError(lacking[0])
         layers: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             number, what = key.split(".")
             layers.setdefault(int(number), {})[what] = tensor
         standardised = about["input_norm"] == "standard" and about.get("calibration") is not None
         whole = basis_digest(layers, about["sub_bases"], standardised) == about["digest"]
-    except (KeyError, ValueError, TypeError, AssertionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} is not a basis file; give one that save_basis wrote.") from error
     if not whole:
         raise ValueError(

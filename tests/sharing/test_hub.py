@@ -249,3 +249,43 @@ def test_files_outside_of_the_folder_are_never_written(hub, tmp_path):
         assert "evil" in str(error) or ".." in str(error)
     assert set(tmp_path.parent.rglob("*evil*")) == before
     assert not list(tmp_path.rglob("*.py"))
+
+
+def test_a_second_push_keeps_what_was_written_by_hand(hub):
+    model = attached()
+    peft_bundles.push_bundle(model, "b_mlp", "me/ml", data="old data")
+    card = hub.files("me/ml")["README.md"].decode()
+    card = card.replace("library_name: peft\n", "library_name: peft\nlicense: mit\n")
+    hub.add("me/ml", {"README.md": f"{card}\n## Ethics\n\nBy hand.\n\n```\n## no title\n```\n".encode()})
+    perturb(model, seed=3)
+    peft_bundles.push_bundle(model, "b_mlp", "me/ml", data="new data")
+    pushed = hub.files("me/ml")["README.md"].decode()
+    assert pushed.count("## Ethics\n\nBy hand.\n\n```\n## no title\n```") == 1 and "license: mit" in pushed
+    assert "new data" in pushed and "old data" not in pushed and pushed.count("## How to load") == 1
+    peft_bundles.push_bundle(model, "b_mlp", "me/ml", data="new data")
+    assert hub.files("me/ml")["README.md"].decode() == pushed
+
+
+def test_a_card_of_somebody_else_stays(hub):
+    hub.add("me/ml", {"README.md": b"# Mine\n\nnothing of yours\n"})
+    peft_bundles.push_bundle(attached(), "b_mlp", "me/ml")
+    assert hub.files("me/ml")["README.md"] == b"# Mine\n\nnothing of yours\n" and CONFIG in hub.files("me/ml")
+
+
+@pytest.mark.parametrize("card", [b"---\na: [\n---\nBUNDLE\n", b"\xff\xfe BUNDLE"])
+def test_a_damaged_card_is_said(hub, card):
+    hub.add("me/ml", {"README.md": card})
+    with pytest.raises(ValueError, match="README.md cannot be read"):
+        peft_bundles.push_bundle(attached(), "b_mlp", "me/ml")
+    assert hub.files("me/ml")["README.md"] == card
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_repository_with_a_model_is_left_alone(hub, file):
+    hub.add("me/model", {file: b"{}", "README.md": b"# A model"})
+    before = hub.files("me/model")
+    with pytest.raises(
+        ValueError, match=rf"me/model holds a model \({file}\); push 'b_mlp' to a repository of its own"
+    ):
+        peft_bundles.push_bundle(attached(), "b_mlp", "me/model")
+    assert hub.files("me/model") == before

@@ -5,6 +5,7 @@ import importlib
 import logging
 import re
 import sqlite3
+import sys
 import warnings
 from pathlib import Path
 
@@ -39,9 +40,11 @@ def test_tensorboard_has_every_loss_and_what_bundles_did(tmp_path, monkeypatch):
 def test_trackio_keeps_them_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import trackio
+    importlib.import_module("trackio")
 
-    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    for name, module in list(sys.modules.items()):  # each took the folder when it was imported
+        if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     run = run_of(tmp_path, report_to="trackio", project="bundles", trackio_static_space_id=False)
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as database:
