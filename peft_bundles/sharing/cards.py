@@ -146,27 +146,29 @@ def write_card(
     return folder / CARD
 
 
-def with_sections(card: str, earlier: str) -> str:
+EARLIER = "## Earlier card"
+
+
+def with_sections(card: str, earlier: bytes) -> str:
     """A new card with what somebody has added to the earlier one: its further sections and metadata.
 
-    An earlier card that does not name the type BUNDLE was written by somebody else, and is returned as it is.
+    An earlier card that does not name the type BUNDLE was written by somebody else, and becomes one section.
 
     Raises:
-        ValueError: the metadata of the earlier card cannot be read.
+        ValueError: the earlier card is no text, or its metadata cannot be read.
     """
-    if "BUNDLE" not in earlier:
-        return earlier
     try:
-        new, old = ModelCard(card), ModelCard(earlier, ignore_metadata_errors=True)
+        new, old = ModelCard(card), ModelCard(earlier.decode(), ignore_metadata_errors=True)
         for field, value in old.data.to_dict().items():
             if field not in new.data.to_dict():
                 setattr(new.data, field, value)
     except Exception as error:  # of the YAML parser, and of huggingface_hub's checks
-        raise ValueError(
-            f"the metadata of the repository's {CARD} cannot be read ({error}); mend it, or give card=."
-        ) from error
+        raise ValueError(f"the repository's {CARD} cannot be read ({error}); mend it, or give card=.") from error
     titles = {title for title, _ in _sections(new.text)}
-    added = [text for title, text in _sections(old.text) if title not in titles]
+    if "BUNDLE" in old.text:
+        added = [text for title, text in _sections(old.text) if title not in titles]
+    else:
+        added = [f"{EARLIER}\n\n{old.text.strip()}"]
     return "\n\n".join([str(new).rstrip(), *(text.strip() for text in added)]) + "\n"
 
 

@@ -235,8 +235,8 @@ def push_bundle(
 ) -> str:
     """Push one bundle with its model card to a Hub repository, in one commit.
 
-    If the repository has a card already, its sections that the new card does not have are kept, and so is its metadata.
-    A card that was not written by this package stays as it is.
+    If the repository has a card already, its sections and metadata that the new card does not have are kept. A card
+    that was not written by this package follows the new one as its section "Earlier card".
 
     Args:
         model: a model with the bundle in an active adapter.
@@ -313,8 +313,7 @@ def upload(
             f"{repo_id} holds a model ({models[0]}); push {holds!r} to a repository of its own, or to another revision."
         )
     if keeps and CARD in files:
-        earlier = Path(api.hf_hub_download(repo_id, CARD, revision=head)).read_text(encoding="utf-8")
-        path = Path(folder) / CARD
+        path, earlier = Path(folder) / CARD, Path(api.hf_hub_download(repo_id, CARD, revision=head)).read_bytes()
         path.write_text(with_sections(path.read_text(encoding="utf-8"), earlier), encoding="utf-8")
     if holds is not None and CONFIG_NAME in files:
         config = read_config(api.snapshot_download(repo_id, revision=head, allow_patterns=[CONFIG_NAME]), repo_id)

@@ -58,7 +58,7 @@ def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
         **(checkpoint.config.provenance or {}),
         "basis": basis_of(checkpoint),
         "base": base_fingerprint(base),
-        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_revision": checkpoint.config.revision or getattr(base.config, "_commit_hash", None),
     }
     return replace(checkpoint, config=changed(checkpoint.config, provenance=provenance))
 

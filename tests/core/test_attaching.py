@@ -213,6 +213,7 @@ def test_modules_that_are_saved_are_not_taken_for_the_base(saved, tmp_path):
         parameter.data += "modules_to_save" in name
     model.add_adapter("second", bundle_config(modules_to_save=[saved]))
     model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_fingerprint"]
     expected = logits(model.eval(), batch())
     assert torch.equal(logits(quietly_loaded(TINY["llama"](), tmp_path).eval(), batch()), expected)
     model.load_adapter(tmp_path, "third")

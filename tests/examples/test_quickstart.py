@@ -79,7 +79,7 @@ def test_bundle_learns_in_mixed_batches_what_it_learns_alone(modules, tiny):
     rows = {kind: torch.randint(2, 400, (12, 16), generator=generator) for kind in quickstart.KINDS}
     probe, outputs = torch.randint(2, 400, (2, 16), generator=generator), []
     for kinds in (["plays", "plays", "docs", "docs"], ["plays", "plays"]):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # both start with the same bundles
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), quickstart.bundle_config(0))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
         unread = {kind: iter(ids) for kind, ids in rows.items()}

@@ -266,16 +266,19 @@ def test_a_second_push_keeps_what_was_written_by_hand(hub):
     assert hub.files("me/ml")["README.md"].decode() == pushed
 
 
-def test_a_card_of_somebody_else_stays(hub):
-    hub.add("me/ml", {"README.md": b"# Mine\n\nnothing of yours\n"})
-    peft_bundles.push_bundle(attached(), "b_mlp", "me/ml")
-    assert hub.files("me/ml")["README.md"] == b"# Mine\n\nnothing of yours\n" and CONFIG in hub.files("me/ml")
+def test_a_card_of_somebody_else_follows_the_new_one(hub):
+    hub.add("me/ml", {"README.md": b"---\nlicense: mit\n---\n# Mine\n\nnothing of yours\n"})
+    for _ in range(2):
+        peft_bundles.push_bundle(attached(), "b_mlp", "me/ml")
+        card = hub.files("me/ml")["README.md"].decode()
+        assert card.count("## How to load") == 1 and "license: mit" in card
+        assert card.endswith("## Earlier card\n\n# Mine\n\nnothing of yours\n")
 
 
 @pytest.mark.parametrize("card", [b"---\na: [\n---\nBUNDLE\n", b"\xff\xfe BUNDLE"])
 def test_a_damaged_card_is_said(hub, card):
     hub.add("me/ml", {"README.md": card})
-    with pytest.raises(ValueError, match="README.md cannot be read"):
+    with pytest.raises(ValueError, match=r"README.md cannot be read"):
         peft_bundles.push_bundle(attached(), "b_mlp", "me/ml")
     assert hub.files("me/ml")["README.md"] == card
 
@@ -284,8 +287,6 @@ def test_a_damaged_card_is_said(hub, card):
 def test_a_repository_with_a_model_is_left_alone(hub, file):
     hub.add("me/model", {file: b"{}", "README.md": b"# A model"})
     before = hub.files("me/model")
-    with pytest.raises(
-        ValueError, match=rf"me/model holds a model \({file}\); push 'b_mlp' to a repository of its own"
-    ):
+    with pytest.raises(ValueError, match=rf"me/model holds a model \({file}\); push 'b_mlp' to a repository"):
         peft_bundles.push_bundle(attached(), "b_mlp", "me/model")
     assert hub.files("me/model") == before

@@ -52,7 +52,7 @@ def test_the_clamp_holds_the_bundle_near_the_base_model_and_tau_lets_it_go(run):
         before = result["before"]
         assert before == free["before"]  # every run starts as the base model
         assert all(abs(value) < 1e-6 for name, value in before.items() if name.endswith("_kl"))
-    assert free["after"]["plays_loss"] < free["before"]["plays_loss"] - 0.005
+    assert free["after"]["plays_loss"] < free["before"]["plays_loss"] - 0.004  # 0.0075 to 0.0205 over six starts
     assert 0 < held["after"]["clamped_kl"] < 0.5 * free["after"]["clamped_kl"]
     assert held["after"]["manual_kl"] < free["after"]["manual_kl"]
     assert loose["after"] == free["after"]  # KL that is below tau costs nothing, to the bit
