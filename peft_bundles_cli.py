@@ -39,11 +39,13 @@ class OneLineErrors(TyperGroup):
             command = error.ctx.command_path if error.ctx else "peft-bundles"
             code = _fail(f"{error.format_message().removeprefix('Invalid value: ')} See {command} --help.", 2)
         except (typer.Abort, KeyboardInterrupt):
-            code = _fail("stopped by Ctrl-C", 130)
+            code = 130
         except (ImportError, ValueError, RuntimeError, OSError) as error:
             code = _fail(str(error), 1)
         except Exception as error:  # a bug, but still no traceback
             code = _fail(f"{type(error).__name__}: {error}", 1)
+        if code == 130:  # typer returns it for a KeyboardInterrupt
+            _fail("stopped by Ctrl-C", 130)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
