@@ -6,8 +6,8 @@
 
 Both texts are generated token by token in one batch, with the same random numbers, so every difference comes from the
 bundles. The colour of a token shows how much more (orange) or less (blue) likely the bundles make it, given the text
-before it: log p(with bundles) - log p(base), in nats. Below the sliders is a sweep: the loss on held-out text over one
-bundle's alpha, with the other bundles at their sliders.
+before it: log p(with bundles) - log p(base), in nats; a table below each text has the numbers. At the end of the page
+is a sweep: the loss on held-out text over one bundle's alpha, with the other bundles at their sliders.
 """
 
 from __future__ import annotations
@@ -31,16 +31,26 @@ from studies.data.corpora import encode, load_texts
 from studies.data.smollm import model_folder
 
 
-SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)
+LOWEST, HIGHEST = -1.0, 2.0  # alphas of the sliders
+SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+GREY = "#808080"  # readable on a light and on a dark page
 ROWS, LENGTH = 2, 48  # rows of each kind in the sweep, and tokens of a row: a sweep takes seconds on a CPU
 FULL = 3.0  # nats at which a token has full colour
 LIKELIER, LESS_LIKELY = "240, 130, 20", "50, 120, 230"
+STALE = "The texts below belong to earlier settings. Press **Generate** for the present ones."
 PROMPTS = ["The first", "The king said", "Returns a tensor", "My lord, I"]
 CSS = """
 .text { white-space: pre-wrap; line-height: 1.7; min-height: 12em; overflow-wrap: anywhere; }
 .text .prompt { opacity: 0.55; }
 .legend span { padding: 0 0.4em; border-radius: 3px; }
+.numbers td { padding: 0 0.6em; text-align: right; }
 """
+
+
+# Gradio submits a line with Enter only.
+CONTROL_ENTER = """() => document.addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#go").click();
+})"""
 
 
 class Token(NamedTuple):
@@ -108,15 +118,18 @@ def pieces(tokenizer: Any, tokens: list[Token]) -> Iterator[tuple[str, float, fl
 
 
 def coloured(tokenizer: Any, prompt: str, tokens: list[Token]) -> str:
-    """A text as HTML: the prompt, and every token in the colour of its difference."""
-    parts = [f'<span class="prompt">{html.escape(prompt)}</span>']
+    """A text as HTML: the prompt, every token in the colour of its difference, and a table of the numbers."""
+    parts, rows = [f'<span class="prompt">{html.escape(prompt)}</span>'], []
     for text, base, dialled in pieces(tokenizer, tokens):
         difference = dialled - base
         colour = LIKELIER if difference > 0 else LESS_LIKELY
         strength = 0.75 * min(abs(difference) / FULL, 1.0)
         style = f' style="background: rgba({colour}, {strength:.2f})"' if strength >= 0.02 else ""
         parts.append(f'<span title="log p: base {base:.2f}, dialled {dialled:.2f}"{style}>{html.escape(text)}</span>')
-    return f'<div class="text">{"".join(parts)}</div>'
+        rows.append(f"<tr><td>{html.escape(text)}</td><td>{base:.2f}</td><td>{dialled:.2f}</td></tr>")
+    table = "<tr><td>token</td><td>log p, base</td><td>log p, bundles</td></tr>" + "".join(rows)
+    numbers = f'<details class="numbers"><summary>Numbers</summary><table>{table}</table></details>' if rows else ""
+    return f'<div class="text">{"".join(parts)}</div>{numbers}'
 
 
 def presets(names: list[str]) -> dict[str, list[float]]:
@@ -138,14 +151,14 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
     def numbers(values: tuple[Any, ...]) -> dict[str, float]:
         for name, value in zip(names, values):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise gr.Error(f"the alpha of {name} is {value!r}; give a number such as 0.5.")
+                raise gr.Error(f"the alpha of {name} is {value!r}; give a number such as 0.5.", print_exception=False)
         return dict(zip(names, map(float, values)))
 
     def write(
         prompt: str, tokens: int, temperature: float, seed: int | None, *values: Any
     ) -> Iterator[tuple[str, str]]:
         if not prompt.strip():
-            raise gr.Error("The prompt is empty; give some text to continue.")
+            raise gr.Error("The prompt is empty; give some text to continue.", print_exception=False)
         options = {"tokens": int(tokens), "temperature": float(temperature), "seed": int(seed or 0)}
         for texts in stream(model, tokenizer, prompt, numbers(values), **options):
             yield tuple(coloured(tokenizer, prompt, text) for text in texts)  # type: ignore[misc]
@@ -162,6 +175,17 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
         axes = figure.subplots()
         swept(bundle, others).draw(axes, now=alphas[bundle])
         axes.set_ylabel("minus held-out loss, change in nats")
+        figure.patch.set_alpha(0)  # the page shows through, light or dark
+        axes.set_facecolor("none")
+        axes.tick_params(colors=GREY)
+        for artist in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            artist.set_color(GREY)
+        for spine in axes.spines.values():
+            spine.set_color(GREY)
+        if (legend := axes.get_legend()) is not None:
+            legend.get_frame().set_facecolor("none")
+            for text in legend.get_texts():
+                text.set_color(GREY)
         return figure
 
     with gr.Blocks(title="Alpha sliders", analytics_enabled=False) as page:
@@ -170,21 +194,22 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
             with gr.Column(scale=2, min_width=320):
                 preset = gr.Radio(list(settings), value="all on", label="Preset")
                 sliders = [
-                    gr.Slider(0, 2, 1, step=0.05, label=name, info=f"learnt from: {learnt[name]}", elem_id=name)
+                    gr.Slider(
+                        LOWEST, HIGHEST, 1, step=0.05, label=name, info=f"learnt from: {learnt[name]}", elem_id=name
+                    )
                     for name in names
                 ]
-                bundle = gr.Radio(names, value=names[0], label="Sweep of")
-                plot = gr.Plot(show_label=False, elem_id="plot")
-            with gr.Column(scale=5, min_width=480):
+            with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(PROMPTS[0], label="Prompt", max_lines=1)  # one line, so that Enter submits
-                gr.Examples(PROMPTS, prompt)
-                with gr.Row():
+                with gr.Accordion("Examples and settings", open=False):
+                    gr.Examples(PROMPTS, prompt)
                     tokens = gr.Slider(4, 128, 48, step=4, label="Tokens")
                     temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature", info="0: the most likely token")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Stop", elem_id="stop")
+                stale = gr.Markdown("", elem_id="stale")
                 with gr.Row(equal_height=True):
                     with gr.Column(variant="panel", min_width=220):
                         gr.Markdown("**Base model** (all alphas 0)")
@@ -195,10 +220,21 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                 gr.HTML(
                     f'<div class="legend">The bundles make a token <span style="background: rgba({LIKELIER}, 0.75)">'
                     f'more likely</span> or <span style="background: rgba({LESS_LIKELY}, 0.75)">less likely</span>; '
-                    f"full colour at {FULL:g} nats. Hover over a token for the numbers.</div>"
+                    f"full colour at {FULL:g} nats.</div>"
                 )
+                bundle = gr.Radio(names, value=names[0], label="Sweep of")
+                plot = gr.Plot(show_label=False, elem_id="plot")
+        written = gr.State(False)
         inputs, latest = [prompt, tokens, temperature, seed, *sliders], {"trigger_mode": "always_last"}
         writing = gr.on([go.click, prompt.submit], write, inputs, [left, right], api_name="generate", **latest)
+        gr.on(
+            [go.click, prompt.submit], lambda: (True, ""), None, [written, stale],
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        gr.on(
+            [each.change for each in inputs], lambda some: STALE if some else "", written, stale,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         stop.click(None, cancels=[writing])
         preset.input(lambda name: settings[name], preset, sliders, api_name="preset")
         for slider in sliders:  # a slider moved by hand leaves the preset
@@ -211,7 +247,7 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Start the server, for this machine only and without downloaded fonts."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    return page.launch(theme=theme, css=CSS, footer_links=[], **options)
+    return page.launch(theme=theme, css=CSS, js=CONTROL_ENTER, footer_links=[], **options)
 
 
 def main(argv: list[str] | None = None) -> None:

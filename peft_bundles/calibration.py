@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.generation.streamers import BaseStreamer
 
 from .config import BundleConfig
 from .core.attaching import own_config
@@ -25,6 +26,7 @@ from .core.layer import BundleLayer
 from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
 
 
+SAMPLED = 64  # rows of own samples made together: on a CPU a token costs a look at all weights, for 8 rows as for 64
 STATES = 4096  # states kept per layer for `BundleModel.quiet_loss`
 OUTLIER = 3.0  # a token whose state is this many times longer than the median is an attention sink, and is left out
 
@@ -162,7 +164,7 @@ def calibrate(
     }
     share = round(own * tokens)
     sources = [
-        (share, _own_samples(model, tokenizer, share, max_length, batch_size, seed, device)),
+        (share, _own_samples(model, tokenizer, share, max_length, batch_size, seed, device, progress)),
         (tokens - share, _tokenised(texts or (), tokenizer, max_length, batch_size, device)),
     ]
     options: dict[str, Any] = {"use_cache": False}
@@ -306,7 +308,7 @@ def own_samples(
         tokenizer: used only for the start token, if the model's config has none.
         tokens: total number of tokens, rounded up to whole batches.
         max_length: tokens per row.
-        batch_size: rows generated together.
+        batch_size: the number of rows is a multiple of it.
         seed: seed of the sampling.
 
     Returns:
@@ -333,12 +335,26 @@ def own_samples(
     return [{"input_ids": row} for batch in batches for row in batch["input_ids"].tolist()]
 
 
+class _Steps(BaseStreamer):
+    """A progress bar over the tokens that `generate` makes for all rows at once."""
+
+    def __init__(self, total: int, progress: bool) -> None:
+        self.bar = tqdm(total=total, unit="step", desc="sample from the base model", disable=not progress)
+
+    def put(self, value: Tensor) -> None:
+        self.bar.update(1)
+
+    def end(self) -> None:
+        self.bar.close()
+
+
 @torch.no_grad()
-def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
+def plain_samples(model: Any, prompts: Tensor, length: int, progress: bool = False) -> Tensor:
     """Token ids (N, length): the prompts (N, P), continued with samples from the model's own distribution.
 
     The model's generation settings are overridden: those of instruct models would make all samples alike.
     """
+    steps = length - prompts.shape[1]
     ends = model.generation_config.eos_token_id  # suppressed by min_new_tokens
     with own_distribution(model):
         return model.generate(
@@ -349,14 +365,22 @@ def plain_samples(model: Any, prompts: Tensor, length: int) -> Tensor:
             top_k=0,
             top_p=1.0,
             eos_token_id=ends,
-            min_new_tokens=length - prompts.shape[1],
-            max_new_tokens=length - prompts.shape[1],
+            min_new_tokens=steps,
+            max_new_tokens=steps,
+            streamer=_Steps(steps + 1, progress),  # it gets the prompt too
             pad_token_id=int(prompts[0, 0]),  # never used: all rows have full length
         )
 
 
 def _own_samples(
-    model: Any, tokenizer: Any, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    progress: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of text that the base model generates from its start token."""
     config = model.config.get_text_config(decoder=True)
@@ -364,8 +388,12 @@ def _own_samples(
     start = next((t for t in starts if t is not None), 0)
     start = start[0] if isinstance(start, list) else start
     cuda = [device] if device.type == "cuda" else []
-    for number in range(math.ceil(tokens / (batch_size * max_length))):
+    rows = math.ceil(tokens / (batch_size * max_length)) * batch_size
+    together = max(SAMPLED // batch_size, 1) * batch_size
+    for first in range(0, rows, together):
+        prompts = torch.full((min(together, rows - first), 1), start, device=device)
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed + number)
-            ids = plain_samples(model, torch.full((batch_size, 1), start, device=device), max_length)
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            torch.manual_seed(seed + first)
+            samples = plain_samples(model, prompts, max_length, progress)
+        for ids in samples.split(batch_size):
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

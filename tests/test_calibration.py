@@ -186,3 +186,15 @@ def test_refusals():
     plain = get_peft_model(TINY["llama"](), BundleConfig(preset="baseline"))
     with pytest.raises(ValueError, match="no bundles"):
         calibrate(plain)
+
+
+def test_own_samples_are_made_many_rows_at_a_time_with_a_bar_that_says_so(capfd, monkeypatch):
+    """Most of the time of a token is one look at the weights, whatever the number of rows."""
+    model, rows = get_peft_model(TINY["llama"](), bundle_config()), []
+    real = type(model.get_base_model()).generate
+    monkeypatch.setattr(
+        type(model.get_base_model()), "generate", lambda self, **k: rows.append(len(k["input_ids"])) or real(self, **k)
+    )
+    calibrate(model, tokens=80 * 16, max_length=16, batch_size=8)
+    assert rows == [64, 16]
+    assert "sample from the base model: 100%" in capfd.readouterr().err

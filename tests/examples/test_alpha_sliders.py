@@ -206,8 +206,10 @@ def test_a_missing_adapter_names_the_fix(app, tmp_path, capsys):
 # ---- in a browser ----
 
 
-def browser_path() -> str | None:
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
+def browser_path() -> str:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert path is not None, "no browser: apt-get install chromium-headless-shell"
+    return path
 
 
 @pytest.fixture
@@ -235,13 +237,6 @@ WATCH = """() => {
 }"""
 
 
-needs_browser = pytest.mark.skipif(
-    browser_path() is None,
-    reason=f"none of {', '.join(BROWSERS)} is installed (apt-get install chromium-headless-shell)",
-)
-
-
-@needs_browser
 def test_in_a_browser(tab, tmp_path):
     number = lambda name: tab.locator(f"#{name} input[type=number]")  # noqa: E731
     text = lambda side: tab.locator(f"#{side} .text")  # noqa: E731
@@ -295,7 +290,96 @@ def test_in_a_browser(tab, tmp_path):
     expect(tab.get_by_text("The prompt is empty; give some text to continue.")).to_be_visible(timeout=30_000)
 
 
-@needs_browser
+@pytest.fixture(params=[1280, 390], ids=["desk", "phone"])
+def sized(tab, request):
+    """The page on a desk and on a phone."""
+    tab.set_viewport_size({"width": request.param, "height": 844})
+    return tab
+
+
+def filled(page) -> None:
+    """Wait for both texts."""
+    page.wait_for_function("document.querySelectorAll('#dialled .text span[title]').length >= 20", timeout=60_000)
+    page.wait_for_function("document.querySelectorAll('#base .text span[title]').length >= 20", timeout=60_000)
+
+
+@pytest.mark.parametrize("key", ["Enter", "Control+Enter"])
+def test_the_keyboard_generates(sized, key):
+    sized.get_by_label("Prompt").fill("the king")
+    sized.get_by_label("Prompt").press(key)
+    filled(sized)
+
+
+def test_texts_of_earlier_settings_are_marked(sized):
+    stale = sized.locator("#stale")
+    moved = sized.locator("#b_mlp input[type=range]")
+    moved.focus()
+    moved.press("ArrowLeft")
+    sized.wait_for_timeout(500)
+    expect(stale).to_have_text("")  # there is no text yet
+    sized.locator("#go").click()
+    filled(sized)
+    expect(stale).to_have_text("")
+    moved.focus()
+    moved.press("ArrowLeft")
+    expect(stale).to_contain_text("earlier settings", timeout=10_000)
+    sized.locator("#go").click()
+    expect(stale).to_have_text("", timeout=10_000)
+
+
+def test_numbers_without_a_mouse(sized):
+    sized.locator("#go").click()
+    filled(sized)
+    sized.wait_for_timeout(1000)
+    table = sized.locator("#dialled .numbers table")
+    expect(table).not_to_be_visible()
+    sized.locator("#dialled .numbers summary").press("Enter")
+    expect(table).to_be_visible()
+    assert re.search(r"-\d+\.\d\d", table.inner_text())
+
+
+def test_an_alpha_below_zero(sized):
+    sized.locator("#b_mlp input[type=number]").fill("-0.5")
+    sized.locator("#b_mlp input[type=number]").press("Tab")
+    sized.locator("#go").click()
+    filled(sized)
+    expect(sized.get_by_text("is less than minimum")).to_have_count(0)
+
+
+def test_sliders_and_texts_are_on_one_screen(sized):
+    """The last slider and the start of the text with bundles."""
+    slider, text = (sized.locator(where).bounding_box() for where in (f"#{NAMES[-1]}", "#base"))
+    assert abs(text["y"] - slider["y"]) < 844
+
+
+def test_the_plot_fits_a_dark_page(tab, url):
+    """Nothing in the picture is white, and its corner is transparent."""
+    tab.goto(f"{url}?__theme=dark")
+    picture = tab.locator("#plot img")
+    expect(picture).to_be_visible(timeout=30_000)
+    alpha, white = picture.evaluate(
+        """async img => {
+            await img.decode();
+            const canvas = document.createElement('canvas');
+            [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
+            const pen = canvas.getContext('2d');
+            pen.drawImage(img, 0, 0);
+            const data = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+            let white = 0;
+            for (let i = 0; i < data.length; i += 4)
+                white += data[i] > 240 && data[i + 1] > 240 && data[i + 2] > 240 && data[i + 3] > 200;
+            return [data[3], white / (canvas.width * canvas.height)];
+        }"""
+    )
+    assert alpha == 0 and white < 0.01
+
+
+def test_an_empty_prompt_prints_no_traceback(url, capfd):
+    with pytest.raises(Exception, match="The prompt is empty"):
+        Client(url, verbose=False).predict(" ", 12, 0.0, 0, 1.0, 1.0, 1.0, api_name="/generate")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_on_a_phone(tab, tmp_path):
     tab.set_viewport_size({"width": 390, "height": 844})
     tab.locator("#go").click()
