@@ -92,7 +92,9 @@ def _check_name(kind: str, name: Any) -> None:
 
 def _from_mapping(cls: type, owner: str, values: Mapping[str, Any]) -> Any:
     names = [f.name for f in fields(cls)]
-    if unknown := sorted(set(values) - set(names)):
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{owner} is {values!r}; give a {cls.__name__} or a dict of its fields.")
+    if unknown := sorted(map(str, set(values) - set(names))):
         raise ValueError(f"{owner}: unknown field(s) {unknown}; a {cls.__name__} has {names}.")
     if "rank" not in values:
         raise ValueError(f"{owner}: rank is missing; give an int or a fraction of the hidden size.")
@@ -175,8 +177,8 @@ class BundleSpec:
             _check_choice(owner, "adapter", self.adapter, ADAPTERS)
         if self.bottleneck is not None:
             _check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
-        if not isinstance(self.sub_bases, (list, tuple)):
-            raise ValueError(f"{owner}: sub_bases={self.sub_bases!r} must be a list, e.g. ['mem'].")
+        if not isinstance(self.sub_bases, (list, tuple)) or not all(isinstance(s, str) for s in self.sub_bases):
+            raise ValueError(f"{owner}: sub_bases={self.sub_bases!r} must be a list of names, e.g. ['mem'].")
         if not isinstance(self.signals, Mapping):
             raise ValueError(f"{owner}: signals={self.signals!r} must be a dict, e.g. {{'lm': 1.0}}.")
         self.sub_bases, self.signals = list(self.sub_bases), dict(self.signals)
@@ -342,7 +344,8 @@ class BundleConfig(PeftConfig):
             )
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
-        if not all(isinstance(i, int) for i in self.layers_to_transform or []):
+        layers = [] if self.layers_to_transform is None else self.layers_to_transform
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
             raise ValueError(
                 f"{owner}: layers_to_transform={self.layers_to_transform!r} must be a list of layer numbers, such as "
                 "[0, 1]."
@@ -369,6 +372,8 @@ class BundleConfig(PeftConfig):
             names = [item.name for item in items]
             if twice := sorted({str(n) for n in names if names.count(n) > 1}):
                 raise ValueError(f"BundleConfig: {kind} name(s) {twice} appear twice; give every {kind} its own name.")
+            for name in names:
+                _check_name(kind, name)
             items = {item.name: item for item in items}
         named = {}
         for name, item in items.items():

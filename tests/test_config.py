@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -265,3 +266,30 @@ def test_a_bundle_that_no_signal_updates_is_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BundleConfig(sub_bases={"a": 8}, bundles=bundles)
+
+
+# ---- anything as a config ----
+
+WORDS = st.sampled_from(["", "a", "b_one", "keys", "x-y", "common", "mlp", "null", "é", "1"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**12) | st.floats(allow_nan=True) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [f.name for f in fields(BundleConfig) if f.name not in {f.name for f in fields(PeftConfig)}]
+SPEC = st.dictionaries(st.sampled_from([*(f.name for f in fields(BundleSpec)), "ranks"]), ANYTHING, max_size=2)
+GOOD = {"rank": 4, "sub_bases": ["a"], "signals": {"lm": 1.0}}
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=2), SPEC, st.booleans(), st.sampled_from([8, 64]))
+def test_a_malformed_config_gets_a_sentence(values, spec, listed, hidden_size):
+    """It is taken, with shapes that fit, or refused with what is wrong; no other error."""
+    bundles = [{"name": "b_one", **GOOD, **spec}] if listed else {"b_one": {**GOOD, **spec}}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = BundleConfig(**{"sub_bases": {"a": 4}, "bundles": bundles, **values})
+            bundle_shapes(config, hidden_size)
+    except ValueError as error:
+        assert len(str(error)) > 20

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_bundles import BundleConfig
+from peft_bundles import BundleConfig, calibrate, compose
 
 
 def tampered(folder, change):
@@ -245,3 +249,93 @@ def test_a_scale_of_zero_is_refused(tmp_path):
     save_file({**tensors, key: torch.zeros_like(tensors[key])}, file)
     with pytest.raises(ValueError, match=r"standard deviations .* not positive"):
         PeftModel.from_pretrained(TINY["llama"](), tmp_path)
+
+
+# ---- 200 kinds of damage ----
+
+WRONG = [None, True, -1, 0, 0.5, 10**30, "", "x", [], [None], [[]], {}, {"a": None}, [{"name": "b_mlp"}], [1, 2]]
+
+
+def _field(draw, config):
+    """Another value in some field of the config, or of a bundle, a sub-basis or the notes in it."""
+    places = [config, *config["bundles"], *config["sub_bases"]]
+    places += [config[name] for name in ("provenance", "calibration", "base_fingerprint") if config.get(name)]
+    place = draw.choice(places)
+    field = draw.choice(sorted(place))
+    if draw.random() < 0.3:
+        del place[field]
+    else:
+        place[field] = draw.choice(WRONG)
+    return field
+
+
+def _tensors(draw, tensors):
+    """Another tensor under some name, or none, or another name."""
+    key = draw.choice(sorted(tensors))
+    kind = draw.choice(["shape", "dtype", "scalar", "empty", "gone", "name", "nan", "extra"])
+    tensor = tensors.pop(key)
+    if kind == "gone":
+        return f"{key}: gone"
+    changed = {
+        "shape": lambda: tensor[..., :-1].contiguous(),
+        "dtype": lambda: tensor.to(draw.choice([torch.int64, torch.bool, torch.float64])),
+        "scalar": lambda: torch.tensor(1.0),
+        "empty": lambda: tensor.new_zeros(0),
+        "nan": lambda: torch.full_like(tensor, torch.nan),
+    }.get(kind, lambda: tensor)()
+    name = draw.choice(["", "a", key + ".x", key.replace("layers.0", "layers.7"), key.rpartition(".")[0] or "b"])
+    tensors[name if kind in ("name", "extra") else key] = changed
+    if kind == "extra":
+        tensors[key] = tensor.clone()
+    return f"{key}: {kind}"
+
+
+def _bytes(draw, path):
+    """Some bytes of a file changed, cut off or added."""
+    content = bytearray(path.read_bytes())
+    kind = draw.choice(["flip", "cut", "add", "head"])
+    if kind == "cut":
+        content = content[: draw.randrange(len(content))]
+    elif kind == "add":
+        content += b"\0" * draw.randrange(1, 99)
+    else:
+        for _ in range(4):
+            content[draw.randrange(64 if kind == "head" else len(content))] = draw.randrange(256)
+    path.write_bytes(content)
+    return f"{path.name}: {kind}"
+
+
+@pytest.mark.parametrize("how", ["peft", "compose"])
+def test_damage_of_any_kind_gets_a_sentence(how, tmp_path):
+    """100 times for PEFT and for `compose`: it loads as before, or is refused with a sentence."""
+    model = get_peft_model(TINY["llama"](), bundle_config())
+    calibrate(model, tokens=256, max_length=32, progress=False)
+    perturb(model).save_pretrained(tmp_path / "whole")
+    draw, refused, base = random.Random(0), 0, TINY["llama"]()
+    for number in range(100):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        what = number % 4
+        if what == 0:
+            config = json.loads(files[0].read_text())
+            said = _field(draw, config)
+            files[0].write_text(json.dumps(config))
+        elif what == 1:
+            tensors = load_file(files[1])
+            said = _tensors(draw, tensors)
+            save_file(tensors, files[1], metadata={"format": "pt"})
+        else:
+            said = _bytes(draw, files[what - 2])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fresh = copy.deepcopy(base)
+                PeftModel.from_pretrained(fresh, folder) if how == "peft" else compose(fresh, [folder])
+        except (ValueError, OSError, SafetensorError) as error:
+            refused += 1
+            assert len(str(error)) > 20, said
+        except Exception as error:
+            raise AssertionError(f"{said}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(folder)
+    assert refused > 50
