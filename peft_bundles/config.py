@@ -25,6 +25,13 @@ ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
+# Fields that the package fills in and reads again from files: dicts by name, with values of these types.
+NOTES: dict[str, Any] = {
+    "base_fingerprint": str,
+    "basis_fingerprint": (int, float),
+    "calibration": object,
+    "provenance": object,
+}
 PEFT_TITLE = "# Model Card for Model ID"  # of the empty form that PEFT writes
 REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 supported
 FORMAT_VERSION = 1  # of checkpoints; this version writes it, and reads it and all earlier ones
@@ -344,6 +351,18 @@ class BundleConfig(PeftConfig):
             )
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
+        for field_name, value_type in NOTES.items():
+            notes = getattr(self, field_name)
+            if notes is not None and not (
+                isinstance(notes, Mapping)
+                and all(isinstance(k, str) and isinstance(v, value_type) for k, v in notes.items())
+            ):
+                raise ValueError(f"{owner}: {field_name} is damaged ({str(notes)[:60]}); get the file again.")
+        for field_name in ("target_modules", "modules_to_save"):
+            modules = getattr(self, field_name)
+            if modules is not None and not isinstance(modules, str):
+                if not isinstance(modules, (list, tuple, set)) or not all(isinstance(name, str) for name in modules):
+                    raise ValueError(f"{owner}: {field_name}={modules!r} must be a list of module names.")
         layers = [] if self.layers_to_transform is None else self.layers_to_transform
         if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
             raise ValueError(

@@ -413,13 +413,14 @@ class BundleModel(BaseTuner):
         """
         call = self._state.call
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        before = call.prompts
+        before = call.prompts, call.uncached
+        call.uncached = kwargs.get("use_cache") is False
         call.prompts = next((t.shape[0] for t in inputs if isinstance(t, Tensor)), 1)
         try:
             with torch.no_grad(), self.folded(), self._call(self._not_set_yet(alphas), adapter_names):
                 return self.model.generate(*args, **kwargs)
         finally:
-            call.prompts = before
+            call.prompts, call.uncached = before
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""

@@ -49,13 +49,13 @@ def sub_basis_columns(config: BundleConfig, hidden_size: int) -> dict[str, Tenso
         ValueError: the sub-bases need more columns than `basis_rank` or than the hidden size.
     """
     assert config.sub_bases is not None
+    ranks = {name: resolve_rank(sub_basis.rank, hidden_size) for name, sub_basis in config.sub_bases.items()}
+    if (needed := sum(ranks.values())) > hidden_size:
+        raise ValueError(f"sub_bases need {needed} columns but the hidden size is {hidden_size}; lower their ranks.")
     columns, start = {}, 0
-    for name, sub_basis in config.sub_bases.items():
-        rank = resolve_rank(sub_basis.rank, hidden_size)
+    for name, rank in ranks.items():
         columns[name] = torch.arange(start, start + rank)
         start += rank
-    if start > hidden_size:
-        raise ValueError(f"sub_bases need {start} columns but the hidden size is {hidden_size}; lower their ranks.")
     if config.basis_rank is not None and start > basis_rank(config, hidden_size):
         raise ValueError(
             f"sub_bases need {start} columns but basis_rank={config.basis_rank!r} gives "

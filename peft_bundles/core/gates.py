@@ -140,7 +140,10 @@ def layer_alphas(
         return tuple(cast(list[float], values)), None
 
     def table() -> Tensor:
-        columns = [_broadcast(value, name, hidden, call.prompts) for name, value in zip(config.bundles or (), values)]
+        columns = [
+            _broadcast(value, name, hidden, call.prompts, call.uncached)
+            for name, value in zip(config.bundles or (), values)
+        ]
         stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
         return stacked if units is None else stacked[..., units[0]]
 
@@ -181,12 +184,23 @@ def expand_rows(values: Tensor, prompts: int | None, batch: int, what: str) -> T
     return values if batch == rows else values.repeat_interleave(batch // rows, 0)
 
 
-def check_new_tokens(tokens: int, prompt: int) -> None:
-    """Inside `generate`, where alphas per token belong to the prompt, a forward has the prompt or one new token.
+def for_new_tokens(values: Tensor, tokens: int, uncached: bool) -> Tensor:
+    """Values for the tokens of the prompt, (B, P, ...), for a forward of `generate` with another number of tokens.
+
+    New tokens keep the value of the prompt's last one.
+
+    Args:
+        values: one for each token of the prompt.
+        tokens: of the forward.
+        uncached: without a cache a forward has the prompt and all new tokens.
 
     Raises:
-        ValueError: it has another number of tokens; which of the prompt's they are is not known here.
+        ValueError: which of the prompt's tokens the forward has is not known here.
     """
+    prompt = values.shape[1]
+    if uncached and tokens > prompt:
+        last = values[:, -1:]
+        return torch.cat([values, last.expand(-1, tokens - prompt, *last.shape[2:])], 1)
     if tokens > 1:
         raise ValueError(
             f"alphas were given for the {prompt} tokens of the prompt, but a forward of generate has {tokens} tokens. "
@@ -194,9 +208,10 @@ def check_new_tokens(tokens: int, prompt: int) -> None:
             "value for each row, or leave out prefill_chunk_size, assistant_model, prompt_lookup_num_tokens and "
             "past_key_values."
         )
+    return values[:, -1:]
 
 
-def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Tensor:
+def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None, uncached: bool) -> Tensor:
     """One bundle's alpha as (B|1, T|1)."""
     if not isinstance(value, Tensor):
         return torch.full((1, 1), value, device=hidden.device)
@@ -208,8 +223,7 @@ def _broadcast(value: Any, name: str, hidden: Tensor, prompts: int | None) -> Te
     if value.dim() == 1:
         return value.view(-1, 1)
     if prompts is not None and tokens != value.shape[1]:
-        check_new_tokens(tokens, value.shape[1])
-        return value[:, -1:]  # a new token keeps the alpha of the prompt's last one
+        return for_new_tokens(value, tokens, uncached)
     if value.shape[1] != tokens:
         raise ValueError(
             f"alphas[{name!r}] has {value.shape[1]} tokens a row, but the batch has {tokens}; give one value for each "

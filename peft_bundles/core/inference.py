@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .functional import compute_dtype, stacked, within_budget
-from .gates import check_new_tokens
+from .gates import for_new_tokens
 from .kernels import FewTokens, fits
 
 
@@ -58,11 +58,13 @@ class Plan(NamedTuple):
         parts: one for every adapter that is on.
         budget: tau of the norm budget; None: no limit.
         generating: inside `generate`: a prompt may have several beams, and tokens may come one at a time.
+        uncached: inside a `generate` without a cache.
     """
 
     parts: tuple[Part, ...]
     budget: float | Tensor | None
     generating: bool
+    uncached: bool = False
 
 
 class Slot(threading.local):
@@ -92,7 +94,7 @@ def run_plan(plan: Plan, hidden_BTd: Tensor) -> Tensor:
             continue
         alpha = part.alpha_BTH
         if alpha is not None and part.by is not None:
-            alpha = _fitted(alpha, hidden_BTd, part.by, plan.generating)
+            alpha = _fitted(alpha, hidden_BTd, part.by, plan.generating, plan.uncached)
         factors = () if alpha is None else (alpha,)
         out_BTd, _, _ = stacked(hidden_BTd, out_BTd, part.D_dH, part.E_Hd, part.mean_d, part.nonlinear, factors, dtype)
     return out_BTd if plan.budget is None else within_budget(hidden_BTd, out_BTd, plan.budget)
@@ -124,7 +126,7 @@ def for_compiler(part: Part, by: tuple[bool, bool]) -> Part:
     return part._replace(D_dH=D, E_Hd=E, nonlinear=mask, alpha_BTH=alpha, by=by)
 
 
-def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], generating: bool) -> Tensor:
+def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], generating: bool, uncached: bool) -> Tensor:
     """Alphas of a plan made before the batch was known, for this batch.
 
     Inside `generate` a prompt's alpha is repeated for its beams, and new tokens keep that of the prompt's last one.
@@ -135,10 +137,7 @@ def _fitted(alpha_BTH: Tensor, hidden_BTd: Tensor, by: tuple[bool, bool], genera
     (rows, length), (batch, tokens) = alpha_BTH.shape[:2], hidden_BTd.shape[:2]
     if generating:
         alpha_BTH = alpha_BTH if rows in (1, batch) else alpha_BTH.repeat_interleave(batch // rows, 0)
-        if length in (1, tokens):
-            return alpha_BTH
-        check_new_tokens(tokens, length)
-        return alpha_BTH[:, -1:]
+        return alpha_BTH if length in (1, tokens) else for_new_tokens(alpha_BTH, tokens, uncached)
     by_row, by_token = by
     if (rows != batch and (by_row or rows != 1)) or (length != tokens and (by_token or length != 1)):
         raise ValueError(

@@ -69,4 +69,4 @@ def plan_ahead(layer: BundleLayer, active: Sequence[str], dtype: torch.dtype) ->
         if part is not None:
             parts.append(for_compiler(part, (rows is not None, tokens is not None)))
     budget = None if state.budget is None or not parts else torch.tensor(state.budget, device=parts[0].E_Hd.device)
-    return Plan(tuple(parts), budget, state.call.prompts is not None)
+    return Plan(tuple(parts), budget, state.call.prompts is not None, state.call.uncached)

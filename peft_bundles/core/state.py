@@ -58,6 +58,7 @@ class Call(threading.local):
         adapter_names: one adapter name for each row of a mixed batch; None otherwise.
         active: the adapters of this call, fixed from its start to its end; None outside a call.
         prompts: inside `generate`, the number of its prompts; each may have several beams.
+        uncached: inside a `generate` without a cache, whose forwards have the prompt and all new tokens.
         folds: inside `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
         offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
@@ -69,6 +70,7 @@ class Call(threading.local):
         self.adapter_names: list[str] | None = None
         self.active: tuple[str, ...] | None = None
         self.prompts: int | None = None
+        self.uncached = False
         self.folds: dict[Any, Any] | None = None
         self.offered: Any = None
 
@@ -171,7 +173,7 @@ class BundleState:
     def settings(self, active: tuple[str, ...]) -> tuple[Any, ...]:
         """What determines, besides the weights, how bundles act in this thread's call: equal settings, equal plans."""
         call = self.call
-        return active, call.adapter_names, call.own, call.prompts, self.version, self.budget
+        return active, call.adapter_names, call.own, call.prompts, call.uncached, self.version, self.budget
 
     def draws_dropout(self) -> bool:
         """Whether some adapter has dropout, which training mode draws again in every forward."""

@@ -158,6 +158,16 @@ def test_a_prompt_cached_but_for_its_last_token_has_them():
     torch.testing.assert_close(out.logits[0], whole.logits[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_cache_new_tokens_keep_the_last_alpha(compiled):
+    model = attached()
+    model.base_model._state.compiled = compiled
+    options = {"alphas": PER_TOKEN, "output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (generated(model, PROMPT, **options, use_cache=use) for use in (True, False))
+    for one, other in zip(cached.logits, whole.logits):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_continuous_batching_sees_set_alphas_only():
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 99, "pad_token_id": 0}
     settings = GenerationConfig(**settings, num_blocks=8, block_size=8)
