@@ -360,9 +360,9 @@ class BundleConfig(PeftConfig):
                 raise ValueError(f"{owner}: {field_name} is damaged ({str(notes)[:60]}); get the file again.")
         for field_name in ("target_modules", "modules_to_save"):
             modules = getattr(self, field_name)
-            if modules is not None and not isinstance(modules, str):
-                if not isinstance(modules, (list, tuple, set)) or not all(isinstance(name, str) for name in modules):
-                    raise ValueError(f"{owner}: {field_name}={modules!r} must be a list of module names.")
+            several = isinstance(modules, (list, tuple, set)) and all(isinstance(name, str) for name in modules)
+            if not several and not isinstance(modules, (str, type(None))):
+                raise ValueError(f"{owner}: {field_name}={modules!r} must be a list of module names.")
         layers = [] if self.layers_to_transform is None else self.layers_to_transform
         if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
             raise ValueError(
