@@ -38,6 +38,7 @@ ROWS, LENGTH = 2, 48  # rows of each kind in the sweep, and tokens of a row: a s
 FULL = 3.0  # nats at which a token has full colour
 LIKELIER, LESS_LIKELY = "240, 130, 20", "50, 120, 230"
 STALE = "The texts below belong to earlier settings. Press **Generate** for the present ones."
+MARK = f"() => document.querySelector('#dialled .text span[title]') ? '{STALE}' : ''"
 PROMPTS = ["The first", "The king said", "Returns a tensor", "My lord, I"]
 CSS = """
 .text { white-space: pre-wrap; line-height: 1.7; min-height: 12em; overflow-wrap: anywhere; }
@@ -190,7 +191,16 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
 
     with gr.Blocks(title="Alpha sliders", analytics_enabled=False) as page:
         gr.Markdown("## Alpha sliders\nSet the alpha of each bundle, and compare with the base model.")
+        prompt = gr.Textbox(PROMPTS[0], label="Prompt", max_lines=1)  # one line, so that Enter submits
+        with gr.Accordion("Examples and settings", open=False):
+            gr.Examples(PROMPTS, prompt)
+            tokens = gr.Slider(4, 128, 48, step=4, label="Tokens")
+            temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature", info="0: the most likely token")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
         with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id="go")
+            stop = gr.Button("Stop", elem_id="stop")
+        with gr.Row():  # on a phone the texts stand directly below the sliders
             with gr.Column(scale=2, min_width=320):
                 preset = gr.Radio(list(settings), value="all on", label="Preset")
                 sliders = [
@@ -200,15 +210,6 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                     for name in names
                 ]
             with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(PROMPTS[0], label="Prompt", max_lines=1)  # one line, so that Enter submits
-                with gr.Accordion("Examples and settings", open=False):
-                    gr.Examples(PROMPTS, prompt)
-                    tokens = gr.Slider(4, 128, 48, step=4, label="Tokens")
-                    temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature", info="0: the most likely token")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="go")
-                    stop = gr.Button("Stop", elem_id="stop")
                 stale = gr.Markdown("", elem_id="stale")
                 with gr.Row(equal_height=True):
                     with gr.Column(variant="panel", min_width=220):
@@ -224,17 +225,12 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                 )
                 bundle = gr.Radio(names, value=names[0], label="Sweep of")
                 plot = gr.Plot(show_label=False, elem_id="plot")
-        written = gr.State(False)
         inputs, latest = [prompt, tokens, temperature, seed, *sliders], {"trigger_mode": "always_last"}
         writing = gr.on([go.click, prompt.submit], write, inputs, [left, right], api_name="generate", **latest)
-        gr.on(
-            [go.click, prompt.submit], lambda: (True, ""), None, [written, stale],
-            show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
-        gr.on(
-            [each.change for each in inputs], lambda some: STALE if some else "", written, stale,
-            show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+        # In the browser, so that no late answer of the server overwrites a newer mark; a refused prompt marks again.
+        gr.on([go.click, prompt.submit], None, None, stale, js="() => ''")
+        gr.on([each.change for each in inputs], None, None, stale, js=MARK)
+        writing.failure(None, None, stale, js=MARK)
         stop.click(None, cancels=[writing])
         preset.input(lambda name: settings[name], preset, sliders, api_name="preset")
         for slider in sliders:  # a slider moved by hand leaves the preset

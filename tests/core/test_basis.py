@@ -31,6 +31,7 @@ def test_a_drawn_basis_is_orthonormal_and_its_own_for_every_seed_and_layer(d, ra
         assert abs(fingerprint(u) - fingerprint(other)) > FINGERPRINT_TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_basis_does_not_depend_on_threads_global_seed_or_default_dtype():
     code = (
         "import sys, torch; from peft_bundles.core.basis import draw_basis, fingerprint;"

@@ -93,6 +93,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
 def test_order_of_imports(imports):
     program = f"""
@@ -168,6 +169,7 @@ def test_without_a_cache_new_tokens_keep_the_last_alpha(compiled):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_continuous_batching_sees_set_alphas_only():
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 99, "pad_token_id": 0}
     settings = GenerationConfig(**settings, num_blocks=8, block_size=8)

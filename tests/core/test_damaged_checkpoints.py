@@ -165,6 +165,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1_000, 12_000])
 def test_failed_save_leaves_the_earlier_checkpoint(limit, tmp_path):
     """The disk is full somewhere on the way: at the model card, or in the middle of the tensors."""

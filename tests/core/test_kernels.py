@@ -90,6 +90,7 @@ for gate, own in itertools.product(gates, (True, False)):
 """
 
 
+@pytest.mark.slow
 def test_they_give_what_the_plain_operation_gives():
     """Where there is no Triton, plain PyTorch must be what is used."""
     if kernels.triton is None:

@@ -327,6 +327,17 @@ def test_texts_of_earlier_settings_are_marked(sized):
     expect(stale).to_have_text("", timeout=10_000)
 
 
+@pytest.mark.parametrize(("field", "value"), [("Prompt", ""), ("Seed", "-1")])
+def test_a_refused_generation_leaves_the_old_texts_marked(sized, field, value):
+    sized.get_by_role("button", name="Examples and settings").click()
+    sized.locator("#go").click()
+    filled(sized)
+    sized.get_by_label(field).fill(value)
+    sized.locator("#go").click()
+    expect(sized.get_by_test_id("toast-body").first).to_be_visible(timeout=10_000)
+    expect(sized.locator("#stale")).to_contain_text("earlier settings", timeout=10_000)
+
+
 def test_numbers_without_a_mouse(sized):
     sized.locator("#go").click()
     filled(sized)
@@ -347,9 +358,11 @@ def test_an_alpha_below_zero(sized):
 
 
 def test_sliders_and_texts_are_on_one_screen(sized):
-    """The last slider and the start of the text with bundles."""
-    slider, text = (sized.locator(where).bounding_box() for where in (f"#{NAMES[-1]}", "#base"))
-    assert abs(text["y"] - slider["y"]) < 844
+    """From the first slider to the first line of the text with bundles, once both texts are there."""
+    sized.locator("#go").click()
+    filled(sized)
+    slider, text = (sized.locator(where).bounding_box() for where in (f"#{NAMES[0]}", "#dialled"))
+    assert abs(text["y"] - slider["y"]) < 844 - 40  # a line is 27 px high
 
 
 def test_the_plot_fits_a_dark_page(tab, url):
