@@ -1,14 +1,15 @@
 """Calibration: measure the states of the base model once, before training.
 
-It sets mu and sigma of every layer, and U where the config asks for directions of high or low variance. Like EVA for
-LoRA (PEFT's `initialize_lora_eva_weights`), it needs only forward passes.
+Behind blocks it sets mu and sigma, and U where the config asks for directions of high or low variance. At linear layers
+it keeps a sample of their inputs. Like EVA for LoRA (PEFT's `initialize_lora_eva_weights`), it needs only forward
+passes.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +24,13 @@ from .core.attaching import own_config
 from .core.basis import choose_basis, fingerprint
 from .core.generation import own_distribution
 from .core.layer import BundleLayer
-from .core.walking import adapter_layers, bundle_layers, resolve_adapter, state_of
+from .core.linears import LinearBundles
+from .core.walking import adapter_layers, basis_layers, bundle_layers, resolve_adapter, state_of
 
 
 SAMPLED = 64  # rows of own samples made together: on a CPU a token costs a look at all weights, for 8 rows as for 64
-STATES = 4096  # states kept per layer for `BundleModel.quiet_loss`
+STATES = 4096  # states kept behind a block for `BundleModel.quiet_loss`
+INPUTS = 2048  # inputs kept at a linear layer for the same
 OUTLIER = 3.0  # a token whose state is this many times longer than the median is an attention sink, and is left out
 
 
@@ -56,13 +59,11 @@ class _Moments:
         self.sum += kept.sum(0)
         self.square += kept.T @ kept if self.outer else kept.square().sum(0)
         # Take the same share of every batch, so that the sample covers all kinds of text.
-        share = torch.linspace(0, len(kept) - 1, min(len(kept), math.ceil(STATES * len(states) / self.tokens)))
-        self.sample.append(kept[share.long().to(kept.device)].float())
+        self.sample.append(_spread(kept, math.ceil(STATES * len(states) / self.tokens)).float())
 
     def states(self) -> Tensor:
         """A sample of about STATES states, (N, d)."""
-        states = torch.cat(self.sample)
-        return states[torch.linspace(0, len(states) - 1, min(STATES, len(states))).long().to(states.device)]
+        return _spread(torch.cat(self.sample), STATES)
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """mu (d,), sigma (d,), and with `outer` the correlation matrix (d, d)."""
@@ -72,6 +73,38 @@ class _Moments:
         scale = variance.clamp_min(0).sqrt()
         scale = scale.clamp_min(1e-3 * scale.median().clamp_min(1e-12))  # a dead channel must not divide by zero
         return mean, scale, centred / torch.outer(scale, scale) if self.outer else None
+
+
+class _Inputs:
+    """A sample of the inputs of one linear layer, and how long its outputs are.
+
+    Attributes:
+        seen, kept: as in `_Moments`. energy: sum of |W v|^2 over the inputs kept, in float64.
+    """
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.tokens, self.sample = tokens, list[Tensor]()
+        self.kept = self.seen = 0
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """inputs: v, (N, I). outputs: W v, (N, O)."""
+        norms = inputs.double().norm(dim=-1)
+        inside = norms <= OUTLIER * norms.median()
+        kept = inputs[inside]
+        self.seen += len(inputs)
+        self.kept += len(kept)
+        self.energy += outputs[inside].double().square().sum()
+        self.sample.append(_spread(kept, math.ceil(INPUTS * len(inputs) / self.tokens)).to(torch.bfloat16))
+
+    def inputs(self) -> Tensor:
+        """A sample of about INPUTS inputs, (N, I), bfloat16."""
+        return _spread(torch.cat(self.sample), INPUTS)
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly spread."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), count)).long().to(rows.device)]
 
 
 def calibrate(
@@ -88,10 +121,11 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure the states of the base model, and set mu, sigma and (for "pca" and "null") U of every layer.
+    """Measure the states of the base model, and set mu, sigma and (for "pca" and "null") U behind every block.
 
-    It also keeps a sample of the states for `BundleModel.quiet_loss`, which penalises what bundles add to them. Run it
-    once, after `get_peft_model` and before training. Bundles are off while it runs.
+    It also keeps a sample of the states, and of the inputs of linear layers with bundles, for `BundleModel.quiet_loss`,
+    which penalises what bundles add there. Run it once, after `get_peft_model` and before training. Bundles are off
+    while it runs.
 
     Args:
         model: a model with a fresh bundle adapter.
@@ -129,10 +163,12 @@ def calibrate(
         (256, "the base model's own samples")
     """
     adapter = resolve_adapter(model, adapter)
-    config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
+    config, every = state_of(model).configs[adapter], adapter_layers(model, adapter)
+    layers = basis_layers(model, adapter)
+    linears = [layer for layer in every if isinstance(layer, LinearBundles)]
     if not config.bundles:
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate; leave calibrate out.")
-    if not states_only and any(is_trained(layer, adapter) for layer in layers):
+    if not states_only and any(is_trained(layer, adapter) for layer in every):
         raise RuntimeError(
             f"adapter {adapter!r} has been trained, and its weights fit only its current basis. Calibrate a fresh "
             "adapter, or pass states_only=True to train this one further."
@@ -148,7 +184,7 @@ def calibrate(
     for field, number in (("tokens", tokens), ("max_length", max_length), ("batch_size", batch_size)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{field}={number!r} must be a whole number of at least 1.")
-    outer = config.basis_init != "random" and not states_only
+    outer = config.basis_init != "random" and not states_only and bool(layers)
     if outer and tokens < layers[0].hidden_size:
         raise ValueError(
             f"tokens={tokens} is too few for a {layers[0].hidden_size}-dimensional covariance; give at least "
@@ -158,10 +194,12 @@ def calibrate(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length  # type: ignore[union-attr,operator]
     max_length = min(max_length, positions)
     device = next(model.parameters()).device
-    device = layers[0].bundle_mean[adapter].device if device.type == "meta" else device  # accelerate offloads the base
+    device = every[0].device_of(adapter) if device.type == "meta" else device  # accelerate offloads the base
     moments = {
-        layer.index: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device, tokens) for layer in layers
+        layer.site: _Moments(layer.hidden_size, outer, layer.bundle_mean[adapter].device, tokens) for layer in layers
     }
+    inputs = {layer.site: _Inputs(layer.device_of(adapter), tokens) for layer in linears}
+    measures: list[_Moments | _Inputs] = [*moments.values(), *inputs.values()]
     share = round(own * tokens)
     sources = [
         (share, _own_samples(model, tokenizer, share, max_length, batch_size, seed, device, progress)),
@@ -173,7 +211,7 @@ def calibrate(
         options["logits_to_keep"] = 1  # logits are not needed, and the head is a third of a small model
     seen = 0
     with (
-        _measuring(model, layers, moments) as mask,
+        _measuring(model, {layer.get_base_layer(): m for layer, m in zip([*layers, *linears], measures)}) as mask,
         tqdm(total=tokens, unit="token", desc="calibrate", disable=not progress) as bar,
     ):
         for wanted, batches in sources:
@@ -187,7 +225,12 @@ def calibrate(
                 bar.update(min(step, tokens - bar.n))
                 if seen - before >= wanted:
                     break
-    if min(m.kept for m in moments.values()) < 2:
+    if silent := [str(site) for site, kept in inputs.items() if not kept.seen]:
+        raise ValueError(
+            f"the linear layers {silent} were never called: this model uses their weights without calling them, so "
+            "bundles cannot act there. Give their bundles another place."
+        )
+    if min(m.kept for m in measures) < 2:
         raise ValueError("calibration saw no usable token: the texts are empty; give texts with words in them.")
     if outer and (few := min(m.kept for m in moments.values())) < layers[0].hidden_size:
         raise ValueError(
@@ -197,8 +240,14 @@ def calibrate(
 
     for layer in layers:
         if not states_only:
-            _set_statistics(layer, adapter, config, moments[layer.index])
-        layer.keep_states(adapter, moments[layer.index].states())
+            _set_statistics(layer, adapter, config, moments[layer.site])
+        layer.keep_states(adapter, moments[layer.site].states())
+    for earlier, linear in zip([None, *linears], linears):
+        kept = inputs[linear.site]
+        sample = kept.inputs()
+        if earlier is not None and torch.equal(sample, earlier.bundle_states[adapter]):
+            sample = earlier.bundle_states[adapter]  # query, key and value, or gate and up, read the same
+        linear.keep_inputs(adapter, sample, kept.energy / kept.kept)
     if states_only:
         return dict(config.calibration or {})
     config = own_config(model, adapter)
@@ -207,9 +256,10 @@ def calibrate(
         "source": " and ".join(
             source for source, used in (("given texts", own < 1.0), ("the base model's own samples", own > 0.0)) if used
         ),
-        "outliers": 1 - sum(m.kept for m in moments.values()) / sum(m.seen for m in moments.values()),
+        "outliers": 1 - sum(m.kept for m in measures) / sum(m.seen for m in measures),
     }
-    config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
+    prints = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in layers}
+    config.basis_fingerprint = prints or None
     config.provenance = None  # it described an earlier basis
     return dict(config.calibration)
 
@@ -230,24 +280,30 @@ def is_trained(layer: BundleLayer, adapter: str) -> bool:
 
 
 @contextmanager
-def _measuring(model: nn.Module, layers: Sequence[BundleLayer], moments: dict[int, _Moments]) -> Iterator[list[Tensor]]:
-    """Run the `with` block in eval mode, without bundles or gradients, and measure each decoder block's output.
+def _measuring(model: nn.Module, measures: Mapping[nn.Module, _Moments | _Inputs]) -> Iterator[list[Tensor]]:
+    """Run the `with` block in eval mode, without bundles or gradients, and measure blocks and linear layers.
 
-    Yields a list. While it holds the mask (B, T) of a batch, the states of that batch are added to `moments`.
+    Yields a list. While it holds the mask (B, T) of a batch, what the modules compute is added to their `measures`.
     """
     mask: list[Tensor] = []
 
-    def measure(layer: BundleLayer) -> Any:
-        def hook(block: nn.Module, args: Any, output: Any) -> None:
-            if mask:
-                hidden = output[0] if isinstance(output, tuple) else output
-                moments[layer.index].add(hidden[mask[0].to(hidden.device)])
+    def measure(kept: _Moments | _Inputs) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not mask:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            chosen = mask[0].to(hidden.device)
+            chosen = chosen if hidden.dim() == 3 else chosen.flatten()
+            if isinstance(kept, _Moments):
+                kept.add(hidden[chosen])
+            elif len(hidden) == len(chosen):  # not of an expert, which sees some of the tokens only
+                kept.add(args[0][chosen], hidden[chosen])
 
         return hook
 
     every = bundle_layers(model)  # other adapters may sit on other layers
     off, training = [layer._disable_adapters for layer in every], {m: m.training for m in model.modules()}
-    handles = [layer.get_base_layer().register_forward_hook(measure(layer)) for layer in layers]
+    handles = [module.register_forward_hook(measure(kept)) for module, kept in measures.items()]
     for layer in every:
         layer._disable_adapters = True
     model.eval()
@@ -330,7 +386,7 @@ def own_samples(
     """
     state_of(model)  # raises ValueError if there are no bundles
     device = next(model.parameters()).device
-    with _measuring(model, (), {}):
+    with _measuring(model, {}):
         batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device))
     return [{"input_ids": row} for batch in batches for row in batch["input_ids"].tolist()]
 

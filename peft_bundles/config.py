@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.constants import CONFIG_NAME
-from torch import nn
 
+from .specs import (
+    BLOCK,
+    KINDS,
+    LINEAR_KINDS,
+    BundleSpec,
+    Rank,
+    SubBasis,
+    check_choice,
+    check_name,
+    check_number,
+    check_place,
+    check_rank,
+    from_mapping,
+    take_kind,
+)
 from .taxonomy import PRESETS
 
 
-ADAPTERS = ("mlp", "linear", "diag", "full")
-ROLES = ("general", "semantic", "signal")
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
@@ -33,8 +43,7 @@ NOTES: dict[str, Any] = {
     "provenance": object,
 }
 PEFT_TITLE = "# Model Card for Model ID"  # of the empty form that PEFT writes
-REMOVED = {"adapter": ("identity",), "projection": ("free",)}  # values that version 0.1 supported
-FORMAT_VERSION = 1  # of checkpoints; this version writes it, and reads it and all earlier ones
+FORMAT_VERSION = 2  # of checkpoints; this version writes it, and reads it and all earlier ones
 COMMON = "common"  # the sub-basis that `overlap` draws from
 
 USAGE = """
@@ -51,162 +60,14 @@ print(model.bundle_report())
 ```
 """
 
-Rank: TypeAlias = int | float
-
-
-def resolve_rank(rank: Rank, hidden_size: int) -> int:
-    """Number of columns: an int stays, a fraction is that share of `hidden_size`, rounded down, at least 1."""
-    # 1e-9: 0.29 * 100 is 28.999999999999996, and the user meant 29.
-    return rank if isinstance(rank, int) else max(1, math.floor(rank * hidden_size + 1e-9))
-
-
-def _check_rank(owner: str, name: str, rank: Any, fraction_up_to: float = 1.0) -> None:
-    is_int = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    is_fraction = isinstance(rank, float) and 0.0 < rank <= fraction_up_to
-    if not (is_int or is_fraction):
-        raise ValueError(
-            f"{owner}: {name}={rank!r} is not a rank; give an int >= 1 or a float in (0, {fraction_up_to:g}]."
-        )
-
-
-def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
-    """Refuse anything but a number in [low, high]; NaN is refused too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{owner}: {name}={value!r} must be a number in [{low:g}, {high:g}].")
-
-
-def _check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    if value in REMOVED.get(name, ()):
-        raise ValueError(
-            f"{owner}: {name}={value!r} is no longer supported as of version 0.2; use one of {', '.join(choices)}, or "
-            "use peft-bundles 0.1 for an adapter that was trained with it."
-        )
-    if value not in choices:
-        raise ValueError(f"{owner}: {name}={value!r} is unknown; choose one of {', '.join(choices)}.")
-
-
-def _check_name(kind: str, name: Any) -> None:
-    # Names become attributes of `nn.ParameterDict` and components of state-dict keys.
-    if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ParameterDict, name):
-        fitting = re.sub(r"\W", "_", str(name))
-        fitting = fitting if fitting.isidentifier() and not hasattr(nn.ParameterDict, fitting) else f"b_{fitting}"
-        raise ValueError(
-            f"{kind} name {name!r} cannot be used, because it becomes a part of parameter names and an argument of "
-            f"alphas(...): only letters, digits and '_', no digit first, no method of torch.nn.ParameterDict. Write "
-            f"{fitting!r}."
-        )
-
-
-def _from_mapping(cls: type, owner: str, values: Mapping[str, Any]) -> Any:
-    names = [f.name for f in fields(cls)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{owner} is {values!r}; give a {cls.__name__} or a dict of its fields.")
-    if unknown := sorted(map(str, set(values) - set(names))):
-        raise ValueError(f"{owner}: unknown field(s) {unknown}; a {cls.__name__} has {names}.")
-    if "rank" not in values:
-        raise ValueError(f"{owner}: rank is missing; give an int or a fraction of the hidden size.")
-    return cls(**values)
-
-
-@dataclass
-class SubBasis:
-    """A named part of the basis U of every layer: some of its columns.
-
-    Args:
-        rank: number of columns: an int, or a float as a fraction of the hidden size (rounded down, at least 1).
-        name: filled in from the key of `BundleConfig.sub_bases`.
-
-    Raises:
-        ValueError: `rank` is neither an int >= 1 nor a float in (0, 1].
-
-    Example:
-        >>> from peft_bundles import BundleConfig, SubBasis
-        >>> BundleConfig(sub_bases={"facts": SubBasis(64), "style": 0.1}, bundles={}).sub_bases["style"]
-        SubBasis(rank=0.1, name='style')
-    """
-
-    rank: Rank
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_rank("SubBasis" if self.name is None else f"sub-basis {self.name!r}", "rank", self.rank)
-
-
-@dataclass
-class BundleSpec:
-    """One bundle: its size, the columns of U that it reads and writes (its support), and the signals that update it.
-
-    Args:
-        rank: r_k, the size of the bundle: an int, or a float as a fraction of the hidden size. `bottleneck` is a
-            fraction of it, and with `projection="tied"` it is the width of the projector W_k.
-        sub_bases: names of the sub-bases whose columns are the support. Not used by `adapter="full"`.
-        overlap: share of the support that comes from the sub-basis named "common", in [0, 1).
-        signals: signal -> weight in [0, 1]. 1: the signal updates the bundle (it owns it). 0 or absent: it never does.
-            Between: its gradients are multiplied by the weight.
-        bottleneck: hidden width b_k: an int, or a float as a fraction of r_k (for "full": of the hidden size), at most
-            4.0. "diag" has none. None takes the config's.
-        adapter: what the bundle computes from the states x in its support: "mlp" up(gelu(down x)), "linear" up(down x),
-            "diag" one factor per column, "full" an "mlp" on the whole residual stream, without U. None takes the
-            config's.
-        alpha: factor of the bundle's output, unless `alphas` or `set_alphas` say otherwise.
-        role: "general", "semantic" or "signal"; a label for reports, and for `forward` of the trainer.
-        topic: what a semantic bundle is about; a label for routers.
-        protected: allow only weights of 0 and 1 in `signals`; also a label for trainers.
-        name: filled in from the key of `BundleConfig.bundles`.
-
-    Raises:
-        ValueError: a value outside these ranges. The message names the field, the value and what to write.
-
-    Example:
-        >>> from peft_bundles import BundleSpec
-        >>> spec = BundleSpec(rank=0.1, sub_bases=["style"], signals={"lm": 1.0, "preference": 0.3})
-        >>> spec.alpha
-        1.0
-    """
-
-    rank: Rank
-    sub_bases: list[str] = field(default_factory=list)
-    overlap: float = 0.0
-    signals: dict[str, float] = field(default_factory=dict)
-    bottleneck: Rank | None = None
-    adapter: str | None = None
-    alpha: float = 1.0
-    role: str = "general"
-    topic: str | None = None
-    protected: bool = False
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        owner = "BundleSpec" if self.name is None else f"bundle {self.name!r}"
-        _check_rank(owner, "rank", self.rank)
-        _check_choice(owner, "role", self.role, ROLES)
-        if self.adapter is not None:
-            _check_choice(owner, "adapter", self.adapter, ADAPTERS)
-        if self.bottleneck is not None:
-            _check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
-        if not isinstance(self.sub_bases, (list, tuple)) or not all(isinstance(s, str) for s in self.sub_bases):
-            raise ValueError(f"{owner}: sub_bases={self.sub_bases!r} must be a list of names, e.g. ['mem'].")
-        if not isinstance(self.signals, Mapping):
-            raise ValueError(f"{owner}: signals={self.signals!r} must be a dict, e.g. {{'lm': 1.0}}.")
-        self.sub_bases, self.signals = list(self.sub_bases), dict(self.signals)
-        if len(set(self.sub_bases)) != len(self.sub_bases):
-            raise ValueError(f"{owner}: sub_bases={self.sub_bases} names a sub-basis twice; name each once.")
-        _check_number(owner, "overlap", self.overlap, 0.0, 0.999)
-        _check_number(owner, "alpha", self.alpha, -1e6, 1e6)
-        for signal, weight in self.signals.items():
-            _check_number(owner, f"signals[{signal!r}]", weight, 0.0, 1.0)
-            if self.protected and 0.0 < weight < 1.0:
-                raise ValueError(
-                    f"{owner} is protected, so signals[{signal!r}]={weight!r} must be 0 or 1, or protected=False."
-                )
-
 
 @dataclass
 class BundleConfig(PeftConfig):
     """Configuration of a BUNDLE adapter: its bundles, the basis they live in, and how they train.
 
-    Every decoder layer has an orthonormal basis U. A bundle reads x = ((h - mu) / sigma) U on its support (its columns
-    of U) and adds c * alpha * u(x) there. `docs/concepts.md` has the equations.
+    Behind a decoder block there is an orthonormal basis U. A bundle reads x = ((h - mu) / sigma) U on its support (its
+    columns of U) and adds c * alpha * u(x) there. At a linear layer W a bundle adds alpha * s * up(down(v)) to W v, as
+    LoRA does. `docs/concepts.md` has the equations.
 
     Args:
         preset: a name of `peft_bundles.PRESETS`. Without it and without `bundles`: "single_adapter".
@@ -220,7 +81,8 @@ class BundleConfig(PeftConfig):
             generator, as in other PEFT methods: call `torch.manual_seed` before attaching.)
         basis_init: "random", or directions that `calibrate` chooses: "pca" (of high variance) or "null" (of low
             variance). Until `calibrate` has run, these are random, too.
-        adapter: "mlp", "linear", "diag" or "full" for bundles that name none; see `BundleSpec`.
+        kind: kind of the bundles that name none; see `BundleSpec`. None: "mlp" behind a block, "lora" at linear layers.
+        place: place of the bundles that name none; see `BundleSpec`. None: "block". With a preset it moves the preset.
         bottleneck: hidden width of bundles that name none; see `BundleSpec`.
         projection: "none": a bundle reads and writes the columns of its support. "tied": a trained projector W_k maps
             the support to r_k dimensions, and its transpose maps back (P = W U^T). More hidden units are usually a
@@ -232,8 +94,9 @@ class BundleConfig(PeftConfig):
             it to the loss while training; to a loss of your own add `model.quiet_loss()`. 0 turns it off.
         dropout: dropout of the hidden units while training, in [0, 1).
         layers_to_transform: numbers of the decoder layers that get bundles. None: all.
-        target_modules: names or a regex of the decoder blocks, for models where they are not found automatically.
-        exclude_modules: blocks to leave out, as in other PEFT methods.
+        target_modules: names or a regex of the decoder blocks, for models where they are not found automatically. Or of
+            linear layers inside them, as in LoRA, where bundles without a place then sit.
+        exclude_modules: blocks or linear layers to leave out, as in other PEFT methods.
         modules_to_save: further modules to train in full and to save, as in other PEFT methods. Alphas do not turn
             them off; `disable_adapter` does.
         save_basis: store U in the checkpoint. False draws it again from the seed (`basis_init="random"` only).
@@ -246,7 +109,7 @@ class BundleConfig(PeftConfig):
     a number that tells bases apart), `calibration` (what `calibrate` returned),
     `provenance` (of bundles that `save_bundle` wrote: their basis, their base model, a summary of their training),
     `weights_digest` (in files: SHA-256 of the tensors) and `format_version` (of the files; 1 where it is missing, as in
-    files of version 0.1).
+    files of version 0.1; 2 since bundles have places).
 
     Raises:
         ValueError: a value is not allowed. The message names the field, the value and what to write.
@@ -277,7 +140,8 @@ class BundleConfig(PeftConfig):
     basis_rank: Rank | None = None
     basis_seed: int = 0
     basis_init: str = "null"
-    adapter: str = "mlp"
+    kind: str | None = None
+    place: str | list[str] | None = None
     bottleneck: Rank = 0.25
     projection: str = "none"
     input_norm: str = "standard"
@@ -298,6 +162,7 @@ class BundleConfig(PeftConfig):
     provenance: dict[str, Any] | None = None
     weights_digest: str | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
+    adapter: str | None = None  # the name of `kind` in version 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,7 +184,7 @@ class BundleConfig(PeftConfig):
         if self.preset is None and self.bundles is None:
             self.preset = "single_adapter"
         if self.preset is not None:
-            _check_choice(owner, "preset", self.preset, sorted(PRESETS))
+            check_choice(owner, "preset", self.preset, sorted(PRESETS))
             if self.bundles is None:
                 self.bundles = PRESETS[self.preset]["bundles"]  # type: ignore[assignment]
             if self.sub_bases is None:
@@ -327,16 +192,17 @@ class BundleConfig(PeftConfig):
         self.sub_bases = self._named(self.sub_bases or {}, SubBasis, "sub-basis")
         self.bundles = self._named(self.bundles or {}, BundleSpec, "bundle")
 
-        _check_choice(owner, "adapter", self.adapter, ADAPTERS)
-        _check_choice(owner, "basis_init", self.basis_init, BASIS_INITS)
-        _check_choice(owner, "input_norm", self.input_norm, INPUT_NORMS)
-        _check_choice(owner, "projection", self.projection, PROJECTIONS)
-        _check_number(owner, "scaling", self.scaling, 1e-6, 1e6)
-        _check_number(owner, "quiet", self.quiet, 0.0, 1e6)
-        _check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
+        take_kind(self, owner, (*KINDS, *LINEAR_KINDS))
+        check_place(owner, self.place)
+        check_choice(owner, "basis_init", self.basis_init, BASIS_INITS)
+        check_choice(owner, "input_norm", self.input_norm, INPUT_NORMS)
+        check_choice(owner, "projection", self.projection, PROJECTIONS)
+        check_number(owner, "scaling", self.scaling, 1e-6, 1e6)
+        check_number(owner, "quiet", self.quiet, 0.0, 1e6)
+        check_rank(owner, "bottleneck", self.bottleneck, fraction_up_to=4.0)
         if self.basis_rank is not None:
-            _check_rank(owner, "basis_rank", self.basis_rank)
-        _check_number(owner, "dropout", self.dropout, 0.0, 0.999)
+            check_rank(owner, "basis_rank", self.basis_rank)
+        check_number(owner, "dropout", self.dropout, 0.0, 0.999)
         if not isinstance(self.basis_seed, int) or self.basis_seed < 0:
             raise ValueError(f"{owner}: basis_seed={self.basis_seed!r} must be an int >= 0.")
         if self.target_parameters:
@@ -358,7 +224,7 @@ class BundleConfig(PeftConfig):
                 and all(isinstance(k, str) and isinstance(v, value_type) for k, v in notes.items())
             ):
                 raise ValueError(f"{owner}: {field_name} is damaged ({str(notes)[:60]}); get the file again.")
-        for field_name in ("target_modules", "modules_to_save"):
+        for field_name in ("target_modules", "exclude_modules", "modules_to_save"):
             modules = getattr(self, field_name)
             several = isinstance(modules, (list, tuple, set)) and all(isinstance(name, str) for name in modules)
             if not several and not isinstance(modules, (str, type(None))):
@@ -387,16 +253,16 @@ class BundleConfig(PeftConfig):
                 f"BundleConfig: {kind}s={items!r} must be a dict by name, or a list of {cls.__name__}(name=...)."
             )
         if not isinstance(items, Mapping):
-            items = [item if isinstance(item, cls) else _from_mapping(cls, f"{kind} {item}", item) for item in items]
+            items = [item if isinstance(item, cls) else from_mapping(cls, f"{kind} {item}", item) for item in items]
             names = [item.name for item in items]
             if twice := sorted({str(n) for n in names if names.count(n) > 1}):
                 raise ValueError(f"BundleConfig: {kind} name(s) {twice} appear twice; give every {kind} its own name.")
             for name in names:
-                _check_name(kind, name)
+                check_name(kind, name)
             items = {item.name: item for item in items}
         named = {}
         for name, item in items.items():
-            _check_name(kind, name)
+            check_name(kind, name)
             if isinstance(item, (int, float)) and cls is SubBasis:
                 item = {"rank": item}
             if not isinstance(item, (Mapping, cls)):
@@ -408,14 +274,26 @@ class BundleConfig(PeftConfig):
                 raise ValueError(
                     f"BundleConfig: the {kind} under key {name!r} is named {values['name']!r}; rename one."
                 )
-            named[name] = _from_mapping(cls, f"{kind} {name!r}", {**values, "name": name})
+            named[name] = from_mapping(cls, f"{kind} {name!r}", {**values, "name": name})
         return named
 
     def _check_bundle(self, name: str, spec: BundleSpec) -> None:
         assert self.sub_bases is not None
-        kind = spec.adapter or self.adapter
-        if kind == "full":
+        places = self.places(name)
+        if any(place != BLOCK for place in places) and self.kind_of(name, BLOCK not in places) not in LINEAR_KINDS:
+            raise ValueError(
+                f"bundle {name!r}: kind={self.kind_of(name)!r} acts behind a block only, and place={places} is at "
+                f"linear layers; use kind={' or '.join(map(repr, LINEAR_KINDS))} there."
+            )
+        if BLOCK not in places:
             return
+        if (kind := self.kind_of(name)) not in KINDS:
+            raise ValueError(
+                f"bundle {name!r}: kind={kind!r} acts at linear layers only, and place={places} has {BLOCK!r}; use "
+                f"place='mlp', or one of the kinds {', '.join(KINDS)}."
+            )
+        if kind == "full" or (self.target_modules is not None and spec.place is None and self.place is None):
+            return  # `target_modules` may name linear layers, which are known when the adapter is attached
         if unknown := [s for s in spec.sub_bases if s not in self.sub_bases]:
             raise ValueError(f"bundle {name!r}: sub_bases {unknown} are unknown; choose from {sorted(self.sub_bases)}.")
         if not spec.sub_bases:
@@ -429,6 +307,17 @@ class BundleConfig(PeftConfig):
             raise ValueError(
                 f"bundle {name!r}: overlap={spec.overlap} already adds columns of {COMMON!r}; drop it from sub_bases."
             )
+
+    def places(self, bundle: str) -> tuple[str, ...]:
+        """The places of a bundle, as named: "block", "mlp", "attention", "all-linear" or names of linear layers."""
+        assert self.bundles is not None
+        place = self.bundles[bundle].place or self.place or BLOCK
+        return (place,) if isinstance(place, str) else tuple(place)
+
+    def kind_of(self, bundle: str, at_linears: bool = False) -> str:
+        """The kind of a bundle behind blocks, or at linear layers."""
+        assert self.bundles is not None
+        return self.bundles[bundle].kind or self.kind or ("lora" if at_linears else "mlp")
 
     @property
     def signals(self) -> list[str]:
@@ -445,6 +334,7 @@ class BundleConfig(PeftConfig):
         """The fields for the file, bundles and sub-bases as lists: their order matters, and PEFT sorts dicts by key."""
         values = asdict(self)
         values["weights_digest"] = self.digest_to_save or self.weights_digest
+        values["format_version"] = FORMAT_VERSION
         return {**values, "bundles": list(values["bundles"].values()), "sub_bases": list(values["sub_bases"].values())}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -475,4 +365,6 @@ class BundleConfig(PeftConfig):
             raise ValueError(f"{path_json_file} is not valid JSON ({error}); the checkpoint is damaged.") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{path_json_file} holds a {type(loaded).__name__}, not an object; it is damaged.")
-        return super().from_json_file(path_json_file, **kwargs)
+        values = super().from_json_file(path_json_file, **kwargs)
+        values.setdefault("format_version", 1)
+        return values

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from .config import BundleConfig
 from .core.attaching import basis_brought, borrow_basis, check_loaded, check_saved
-from .core.base import CHILD, Injection, base_fingerprint, base_shape, check_base
+from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
 from .core.checkpoints import weights_digest
 from .core.dialling import alphas, bake_alphas, set_alphas
 from .core.layer import MERGE_ERROR, BundleLayer
+from .core.linears import LinearBundles
 from .core.packing import Packing
 from .core.penalty import loss_of_step, share_of_step
+from .core.places import CHILD, Site, signals_of
 from .core.planning import prepared
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
@@ -80,7 +82,7 @@ class BundleModel(BaseTuner):
         check_base(config, self.model)
 
     def _prepare_adapter_config(self, peft_config: BundleConfig, model_config: dict[str, Any]) -> BundleConfig:
-        self._injection.choose_blocks(self.model, peft_config)
+        self._injection.choose_sites(self.model, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: BundleConfig, model: nn.Module) -> None:
@@ -91,19 +93,15 @@ class BundleModel(BaseTuner):
         state.num_layers = self._injection.depth
         state.configs[adapter] = peft_config
         state.version += 1  # an adapter of this name may have been there before
-        signals = [frozenset(s for s, w in spec.signals.items() if w) for spec in (peft_config.bundles or {}).values()]
-        state.packings[adapter, shape[0]] = Packing(
-            shapes,
-            basis_rank(peft_config, shape[0]),
-            peft_config.projection != "none",
-            [signals.index(each) for each in signals],
-        )
+        groups = list(signals_of(peft_config, list(shapes)).values())
+        rank = basis_rank(peft_config, shape[0])
+        state.packings[adapter, None] = Packing(shapes, rank, peft_config.projection != "none", groups)
         peft_config.base_shape = shape
         self._state = state
 
     def _check_target_module_exists(self, peft_config: BundleConfig, key: str) -> Any:  # type: ignore[override]
         if self._injection.config is not peft_config:  # PEFT's `inspect_matched_modules` asks about any adapter
-            self._injection.choose_blocks(self.model, peft_config)
+            self._injection.choose_sites(self.model, peft_config)
         return self._injection.matches.get(key, False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +120,7 @@ class BundleModel(BaseTuner):
         if in_memory and config.bundles:
             config.base_fingerprint = base_fingerprint(model) or None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._layers = [m for m in model.modules() if isinstance(m, BundleLayer)]
+        self._layers = bundle_layers(model)
         if in_memory and named:  # no file follows that brings its basis
             borrow_basis(self._layers, others, adapter_name, given)
         if config.bundles and config.basis_fingerprint is None:
@@ -131,8 +129,10 @@ class BundleModel(BaseTuner):
                 for layer in self._layers
                 if adapter_name in layer.bundle_basis
             }
+            if not config.basis_fingerprint:  # no bundle behind a block
+                config.basis_fingerprint = None
 
-    def adopt(self, adapter: str, config: BundleConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def adopt(self, adapter: str, config: BundleConfig, tensors: Mapping[Site, Mapping[str, Tensor]]) -> None:
         """Add an adapter on blocks that have bundles already; it is not active.
 
         As PEFT's `add_adapter`, without its walk over every module and parameter of the base model.
@@ -140,7 +140,7 @@ class BundleModel(BaseTuner):
         Args:
             adapter: name of the new adapter.
             config: its config.
-            tensors: number of the layer -> key -> tensor, as in `Checkpoint.layers`; used without a copy.
+            tensors: site -> key -> tensor, as in `Checkpoint.layers`; used without a copy.
         """
         self.peft_config[adapter] = config
         try:
@@ -152,15 +152,15 @@ class BundleModel(BaseTuner):
             self.delete_adapter(adapter)
             raise
 
-    def fill(self, adapter: str, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def fill(self, adapter: str, tensors: Mapping[Site, Mapping[str, Tensor]]) -> None:
         """Replace the tensors that an adapter was attached with; arguments as in `adopt`."""
         self._take(adapter, tensors)
         self._cast_adapter_dtype(adapter)
 
-    def _take(self, adapter: str, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
-        layers = {layer.index: layer for layer in self._layers}
-        for number, layer_tensors in tensors.items():
-            layers[number].take(adapter, layer_tensors)
+    def _take(self, adapter: str, tensors: Mapping[Site, Mapping[str, Tensor]]) -> None:
+        layers = {layer.site: layer for layer in self._layers}
+        for site, layer_tensors in tensors.items():
+            layers[site].take(adapter, layer_tensors)
 
     def _create_and_replace(
         self,
@@ -173,21 +173,37 @@ class BundleModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        layer, index = getattr(target, CHILD, None), self._injection.layers.get(current_key)
-        if index is None:
+        site = self._injection.sites.get(current_key)
+        if site not in self._injection.bundles:
             raise ValueError(
-                f"the state dict has bundles at {current_key!r}, which is none of the decoder blocks of "
-                f"{type(self.model).__name__}; it belongs to another base model."
+                f"the state dict has bundles at {current_key!r}, where the config of {adapter_name!r} puts none in "
+                f"{type(self.model).__name__}; it belongs to another base model or another config."
             )
+        d, options = base_shape(self.model)[0], (adapter_name, peft_config.init_weights, peft_config.inference_mode)
+        block = current_key.removesuffix(f".{site.path}") if site.path else current_key
+        layer = self._layer_of(self.model.get_submodule(block), Site(site.block), d, current_key)
+        if not site.path:
+            layer.update_layer(*options)
+            return
+        linear = layer.inner.get(site.path)
+        if not isinstance(linear, LinearBundles):
+            layer.inner[site.path] = linear = LinearBundles(target, site, d, self._state)
+            setattr(target, CHILD, linear)
+        linear.names[adapter_name] = tuple(self._injection.bundles[site])
+        linear.update_layer(*options)
+
+    def _layer_of(self, block: nn.Module, site: Site, hidden_size: int, key: str) -> BundleLayer:
+        """The bundle layer of a block, made if it has none."""
+        layer = getattr(block, CHILD, None)
         if not isinstance(layer, BundleLayer):
-            layer = BundleLayer(target, index, base_shape(self.model)[0], self._state)
-            setattr(target, CHILD, layer)
-        elif layer.index != index:
+            layer = BundleLayer(block, site, hidden_size, self._state)
+            setattr(block, CHILD, layer)
+        elif layer.site != site:
             raise ValueError(
-                f"block {current_key!r} is layer {layer.index} of the adapters it has and would be layer {index} of "
-                f"{adapter_name!r}; give target_modules that number the blocks the same way."
+                f"block {key!r} is layer {layer.index} of the adapters it has and would be layer {site.block} of "
+                f"{self._injection.adapter!r}; give target_modules that number the blocks the same way."
             )
-        layer.update_layer(adapter_name, peft_config.init_weights, peft_config.inference_mode)
+        return layer
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # A config without bundles is plain fine-tuning: the trunk stays trainable.
@@ -213,7 +229,7 @@ class BundleModel(BaseTuner):
         for module in list(self.model.modules()):
             layer = getattr(module, CHILD, None)
             if isinstance(layer, BundleLayer):
-                layer.detach_from_block()
+                layer.detach()
                 delattr(module, CHILD)
         return super().unload()
 

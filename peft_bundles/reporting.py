@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core.basis import BundleShape, principal_angles, support_overlap
+from .core.basis import basis_rank, bundle_shapes, principal_angles, sizes_of_bundles, support_overlap
 from .core.layer import BundleLayer
 from .core.walking import adapter_layers, resolve_adapter, state_of
 
@@ -18,11 +19,11 @@ class BundleReport:
     """What `report` returns; printing it gives a table.
 
     Attributes:
-        rows: a dict for each bundle: bundle, kind, rank, hidden (units), support (number of columns), parameters (in
-            all layers), alpha, signals.
+        rows: a dict for each bundle: bundle, place, kind, rank, hidden (units of a layer), support (columns of U),
+            parameters (in all layers), alpha, signals.
         overlap: (M, M), |S_j and S_k| / min(|S_j|, |S_k|): the share of common support of two bundles.
-        angles: (M, M), smallest principal angle between what two bundles read, in degrees, mean over layers; NaN for a
-            "full" bundle, which reads everything. None unless requested.
+        angles: (M, M), smallest principal angle between what two bundles read, in degrees, mean over the layers that
+            both read; NaN without such a layer, and for a "full" bundle, which reads everything. None unless requested.
         header: lines about the adapter as a whole.
     """
 
@@ -32,7 +33,7 @@ class BundleReport:
     header: list[str]
 
     def __str__(self) -> str:
-        columns = ["bundle", "kind", "rank", "hidden", "support", "parameters", "alpha", "signals"]
+        columns = ["bundle", "place", "kind", "rank", "hidden", "support", "parameters", "alpha", "signals"]
         cells = [[_text(row[c]) for c in columns] for row in self.rows]
         widths = [max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)]
         lines = [*self.header, "  ".join(c.ljust(w) for c, w in zip(columns, widths)).rstrip()]
@@ -86,54 +87,69 @@ def report(model: nn.Module, adapter: str | None = None, *, angles: bool = False
         adapter 'default': 1 bundles in 2 layers, 128 parameters
         basis: 8 of 32 directions, null
         calibrated: no: run peft_bundles.calibrate(model, texts, tokenizer)
-        bundle  kind  rank  hidden  support  parameters  alpha  signals
-        b_all   mlp   8     4       8        128         1.0    lm policy:0.3
+        bundle  place  kind  rank  hidden  support  parameters  alpha  signals
+        b_all   block  mlp   8     4       8        128         1.0    lm policy:0.3
     """
     adapter = resolve_adapter(model, adapter)
     config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)
-    packing = layers[0].packing(adapter)
     assert config.bundles is not None
+    d = layers[0].hidden_size
+    shapes = bundle_shapes(config, d)
     rows: list[dict[str, Any]] = [
         {
             "bundle": name,
-            "kind": shape.kind,
-            "rank": shape.rank,
-            "hidden": shape.hidden,
-            "support": len(shape.support),
+            **sizes,
             "parameters": sum(p.numel() for layer in layers for p in layer.bundle_parameters(adapter, name)),
             "alpha": config.bundles[name].alpha,
             "signals": dict(config.bundles[name].signals),
         }
-        for name, shape in packing.shapes.items()
+        for name, sizes in sizes_of_bundles(config, d).items()
     ]
     total = sum(row["parameters"] for row in rows)
     calibrated = "no: run peft_bundles.calibrate(model, texts, tokenizer)"
     if config.calibration is not None:
         calibrated = f"{config.calibration['tokens']:,} tokens of {config.calibration['source']}"
-    header = [
-        f"adapter {adapter!r}: {len(rows)} bundles in {len(layers)} layers, {total:,} parameters",
-        f"basis: {packing.basis_rank} of {layers[0].hidden_size} directions, {config.basis_init}",
-        f"calibrated: {calibrated}",
-    ]
-    return BundleReport(rows, support_overlap(packing.shapes), _angles(layers, adapter) if angles else None, header)
+    header = [f"adapter {adapter!r}: {len(rows)} bundles in {len(layers)} layers, {total:,} parameters"]
+    if any(row["support"] for row in rows):
+        header.append(f"basis: {basis_rank(config, d)} of {d} directions, {config.basis_init}")
+    header.append(f"calibrated: {calibrated}")
+    return BundleReport(
+        rows,
+        support_overlap({n: shapes.get(n) for n in config.bundles}),
+        _angles(layers, adapter) if angles else None,
+        header,
+    )
 
 
 def _angles(layers: list[BundleLayer], adapter: str) -> Tensor:
-    shapes = layers[0].packing(adapter).shapes
-    table = torch.full((len(shapes), len(shapes)), float("nan"), dtype=torch.float64)
-    for j, (a, left) in enumerate(shapes.items()):
-        for k, (b, right) in enumerate(shapes.items()):
-            if "full" in (left.kind, right.kind) or k < j:
-                continue  # "full" bundles read everything, and the table is symmetric
-            reads = [(_reads(layer, adapter, a, left), _reads(layer, adapter, b, right)) for layer in layers]
-            angles = [principal_angles(x, left.support, y, right.support).min() for x, y in reads]
+    names = list(layers[0].state.configs[adapter].bundles or ())
+    table = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
+    for j, k in itertools.combinations_with_replacement(range(len(names)), 2):  # the table is symmetric
+        angles = []
+        for layer in layers:
+            reads = [_reads(layer, adapter, names[n]) for n in (j, k)]
+            if reads[0] is not None and reads[1] is not None:
+                angles.append(principal_angles(*reads[0], *reads[1]).min())
+        if angles:
             table[j, k] = table[k, j] = torch.rad2deg(torch.stack(angles).mean())
     return table
 
 
-def _reads(layer: BundleLayer, adapter: str, name: str, shape: BundleShape) -> Tensor:
-    """Rows that span what a bundle reads of its support: those of W, those of `down`, or ("diag") all of it."""
+def _reads(layer: BundleLayer, adapter: str, name: str) -> tuple[Tensor, Tensor] | None:
+    """Rows that span what a bundle reads in a layer, and which coordinates they are: columns of U, or inputs.
+
+    The rows are those of W, of `down`, or ("diag") all of the support. None if it is not there, or reads everything.
+    """
+    packing = layer.packing(adapter)
+    if name not in packing.names:
+        return None
+    if layer.site.path:
+        down = layer.bundle_down[adapter][name]
+        return down, torch.arange(down.shape[1])
+    shape = packing.shapes[name]
+    if shape.kind == "full":
+        return None
     for table in (layer.bundle_weight[adapter], layer.bundle_down[adapter]):
         if name in table:
-            return table[name]
-    return torch.eye(len(shape.support))
+            return table[name], shape.support
+    return torch.eye(len(shape.support)), shape.support

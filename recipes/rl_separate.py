@@ -25,8 +25,8 @@ from rich.table import Table
 
 import peft_bundles
 from peft_bundles import BundleConfig
-from peft_bundles.config import resolve_rank
 from peft_bundles.objectives import LM, PPO, Preference
+from peft_bundles.specs import resolve_rank
 from peft_bundles.trainer import BundleTrainer, BundleTrainingConfig
 from peft_bundles.trainer.tables import promises
 from studies import records

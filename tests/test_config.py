@@ -13,8 +13,8 @@ from peft import PeftConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_bundles import PRESETS, BundleConfig, BundleSpec, SubBasis
-from peft_bundles.config import ADAPTERS, ROLES, resolve_rank
 from peft_bundles.core.basis import bundle_shapes, support_overlap
+from peft_bundles.specs import KINDS, ROLES, resolve_rank
 from peft_bundles.taxonomy import SIGNALS
 
 
@@ -176,7 +176,7 @@ specs = st.builds(
     sub_bases=st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3, unique=True),
     signals=st.dictionaries(st.sampled_from(SIGNALS), st.floats(0, 1), max_size=4),
     bottleneck=st.one_of(st.none(), st.integers(1, 16), st.floats(0.1, 2.0)),
-    adapter=st.sampled_from([None, *ADAPTERS]),
+    adapter=st.sampled_from([None, *KINDS]),
     alpha=st.floats(-2, 2),
     role=st.sampled_from(ROLES),
     topic=st.one_of(st.none(), st.text(max_size=5)),

@@ -113,7 +113,7 @@ def test_files_cover_presets_and_kinds():
     assert sum(name.startswith("preset_") for name in KEPT) == 19
     with pytest.raises(ValueError, match="no bundles"):
         peft_bundles.calibrate(get_peft_model(base("llama"), BundleConfig(preset="baseline")), progress=False)
-    kinds = {(c.adapter, c.projection, c.calibration is not None) for n, c in configs.items() if n.startswith("kind_")}
+    kinds = {(c.kind, c.projection, c.calibration is not None) for n, c in configs.items() if n.startswith("kind_")}
     assert kinds == {
         (kind, projection, on)
         for kind in ("mlp", "linear", "diag", "full")

@@ -90,9 +90,8 @@ def check_loaded(
         ValueError: tensors missing, of another shape, left over, not finite or changed; another basis.
     """
     source = f"the checkpoint of adapter {adapter!r}"
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer)}
-    layers = {name: layer for name, layer in layers.items() if adapter in layer.bundle_basis}
-    tensors, others = by_layer(state_dict, {name: layer.index for name, layer in layers.items()})
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer) and m.holds(adapter)}
+    tensors, others = by_layer(state_dict, {name: layer.site for name, layer in layers.items()})
     if others:  # modules that were trained too (`modules_to_save`)
         places = {key.removeprefix(PEFT_PREFIX) for key in model.state_dict()}
         if extra := sorted(set(others) - places):
@@ -101,12 +100,35 @@ def check_loaded(
                 "belongs to another base model or another config."
             )
     for name, layer in layers.items():
-        if not config.save_basis:  # drawn from the seed when the adapter was attached
+        if not config.save_basis and not layer.site.path:  # drawn from the seed when the adapter was attached
             basis = remapped[f"{name}.bundle_basis.{adapter}"] = layer.bundle_basis[adapter]
-            tensors[layer.index]["bundle_basis"] = basis
-        check_tensors({layer.index: tensors[layer.index]}, config, layer.hidden_size, source)
+            tensors[layer.site]["bundle_basis"] = basis
+        check_linear(layer, adapter, tensors[layer.site], source)
+        check_tensors({layer.site: tensors[layer.site]}, config, layer.hidden_size, source)
         layer.state.unchecked.discard((adapter, layer.index))
     check_digest(config, state_dict, source)
+
+
+def check_linear(layer: BundleLayer, adapter: str, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors of a linear layer that do not fit the one in the model.
+
+    Raises:
+        ValueError: other bundles than those that sit there, or another number of features.
+    """
+    if not layer.site.path:
+        return
+    shapes = {
+        f"{what}.{name}": tuple(weight.shape)
+        for what, table in zip(layer.adapter_layer_names, layer.tables(adapter))
+        for name, weight in table.items()
+    }
+    sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if sizes != shapes:
+        key = min(key for key in shapes.keys() | sizes.keys() if shapes.get(key) != sizes.get(key))
+        raise ValueError(
+            f"{source}: linear layer {layer.site} has {key!r} of shape {sizes.get(key)}, but the model and config ask "
+            f"for {shapes.get(key)}; it belongs to another base model or another config, or is damaged."
+        )
 
 
 def check_saved(model: nn.Module, config: BundleConfig, adapter: str) -> None:

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from ..config import BundleConfig
+from .places import CHILD, Site, bundles_at, linears_of, place_targets
 
 
-CHILD = "bundles"  # the name under which a block holds its BundleLayer
 PEFT_PREFIX = "base_model.model."
 SAMPLES = 16  # weights per tensor in the fingerprint
 VOCABULARY = 64  # rows of the embeddings in the fingerprint: a larger vocabulary does not change these
@@ -113,25 +113,30 @@ def check_unwrapped(model: nn.Module) -> None:
 
 @dataclass
 class Injection:
-    """An adapter that is being attached: its name, its config, and the blocks that get its bundles.
+    """An adapter that is being attached: its name, its config, and the modules that get its bundles.
 
     Attributes:
         layers: name of every block that was found -> number of its layer.
-        matches: name of every block -> whether it gets bundles, as PEFT reports it (true, false or excluded).
+        sites: name of every block and linear layer that may get bundles -> where it is in the model.
+        bundles: site -> the bundles that sit there.
+        matches: name of each of them -> whether it gets bundles, as PEFT reports it (true, false or excluded).
         depth: number of layers of the model.
     """
 
     adapter: str
     config: BundleConfig | None = None
     layers: dict[str, int] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    bundles: dict[Site, list[str]] = field(default_factory=dict)
     matches: dict[str, Any] = field(default_factory=dict)
     depth: int = 0
 
-    def choose_blocks(self, model: nn.Module, config: BundleConfig) -> None:
-        """Fill in the blocks. A config does not store them: their names differ between an AutoModel and a causal LM.
+    def choose_sites(self, model: nn.Module, config: BundleConfig) -> None:
+        """Fill in the sites. A config does not store them: their names differ between an AutoModel and a causal LM.
 
         Raises:
-            ValueError: no blocks found, `target_modules` that are not blocks, or layers that the model does not have.
+            ValueError: no blocks found, `target_modules` that are neither blocks nor linear layers inside them, a place
+                without linear layers, or layers that the model does not have.
         """
         check_language_model(model)
         matcher = copy.copy(config)
@@ -146,26 +151,42 @@ class Injection:
         if config.target_modules is not None:
             names = [name for name, _ in model.named_modules() if name and f".{CHILD}." not in f".{name}."]
             named = [name for name in names if check_target_module_exists(matcher, name)]
+            inside = {
+                f"{block}.{path}" for block in layers for path in linears_of(model.get_submodule(block))
+            }  # linear layers that may get bundles
             leaves = [name for name in named if not any(True for _ in model.get_submodule(name).children())]
-            if leaves or config.target_modules == "all-linear":
-                raise ValueError(
-                    f"target_modules={config.target_modules!r} names {leaves[0] if leaves else 'linear layers'}, but "
-                    "bundles sit on whole decoder blocks. Leave target_modules out: the blocks are found automatically."
-                )
-            blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
-            layers = {name: layers[name] if blocks_only else number for number, name in enumerate(named)}
-            self.depth = self.depth if blocks_only else len(named)
+            if config.target_modules == "all-linear":
+                config.place, config.target_modules = "all-linear", None
+            elif leaves or (named and inside.issuperset(named)):
+                place_targets(config, layers, named)
+            else:
+                blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
+                layers = {name: layers[name] if blocks_only else number for number, name in enumerate(named)}
+                self.depth = self.depth if blocks_only else len(named)
         numbers, chosen = set(layers.values()), cast("list[int] | None", config.layers_to_transform)
         if chosen is not None and (wrong := sorted(set(chosen) - numbers)):
             raise ValueError(
                 f"layers_to_transform has {wrong}, but the layers are {sorted(numbers)}; choose some of these."
             )
-        matcher.target_modules = [name for name, number in layers.items() if chosen is None or number in chosen]
+        blocks = {number: name for name, number in layers.items() if chosen is None or number in chosen}
+        modules = {number: model.get_submodule(name) for number, name in blocks.items()}
+        if config.bundles:
+            self.bundles = bundles_at(config, modules)
+        else:  # plain fine-tuning: empty layers keep the adapter's name
+            self.bundles = {Site(number): [] for number in blocks}
+        self.sites = {name: Site(number) for name, number in layers.items()}
+        named_sites = {blocks[site.block] + (f".{site.path}" if site.path else ""): site for site in self.bundles}
+        self.sites |= named_sites
+        matcher.target_modules = list(named_sites)
         self.config, self.layers = config, layers
-        self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
+        self.matches = {name: check_target_module_exists(matcher, name) for name in self.sites}
         taken = {name for name, match in self.matches.items() if match}
-        ends = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
-        places = sorted({*taken, *(name.removesuffix(f".{CHILD}") for name in ends)})
+        ends = {
+            name.removesuffix(f".{CHILD}")
+            for name, layer in model.named_modules()
+            if name.endswith(f".{CHILD}") and not layer.site.path  # type: ignore[union-attr]
+        }
+        places = sorted({name for name in taken if not self.sites[name].path} | ends)
         for outer, inner in itertools.combinations(places, 2):
             if inner.startswith(f"{outer}."):
                 raise ValueError(

@@ -5,12 +5,15 @@ d is the hidden size and R the number of columns. The support of a bundle is the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import COMMON, BundleConfig, resolve_rank
+from ..config import COMMON, BundleConfig
+from ..specs import BLOCK, resolve_rank
 
 
 SHARED = ("bundle_basis", "bundle_mean", "bundle_scale")  # keys of U, mu and sigma, which no bundle owns
@@ -24,7 +27,7 @@ def align(size: int) -> int:
 
 @dataclass(frozen=True)
 class BundleShape:
-    """Sizes of a bundle at one hidden size.
+    """Sizes of a bundle behind a block, at one hidden size.
 
     Attributes:
         kind: "mlp", "linear", "diag" or "full".
@@ -77,24 +80,28 @@ def basis_rank(config: BundleConfig, hidden_size: int) -> int:
 
 
 def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleShape]:
-    """The sizes of every bundle at this hidden size, by name.
+    """The sizes of the bundles behind blocks at this hidden size, by name.
 
     The support is the columns of the bundle's sub-bases. With an overlap o, the first columns of the sub-basis "common"
     are added, as many as make up the share o of the whole support.
 
     Raises:
-        ValueError: a rank larger than its support, or a common block too small for the overlap asked for.
+        ValueError: no support, a rank larger than it, or a common block too small for the overlap asked for.
     """
     assert config.bundles is not None and config.sub_bases is not None
     columns = sub_basis_columns(config, hidden_size)
     shapes = {}
     for name, spec in config.bundles.items():
-        kind = spec.adapter or config.adapter
+        if BLOCK not in config.places(name):
+            continue
+        kind = config.kind_of(name)
         bottleneck = spec.bottleneck if spec.bottleneck is not None else config.bottleneck
         if kind == "full":
             hidden = resolve_rank(bottleneck, hidden_size)
             shapes[name] = BundleShape(kind, hidden_size, hidden, torch.arange(0), hidden_size)
             continue
+        if not spec.sub_bases:
+            raise ValueError(f"bundle {name!r}: sub_bases is empty; name at least one of {sorted(config.sub_bases)}.")
         support = torch.cat([columns[s] for s in spec.sub_bases])
         if spec.overlap:
             shared = round(spec.overlap / (1 - spec.overlap) * len(support))
@@ -138,8 +145,38 @@ def weight_shapes(config: BundleConfig, hidden_size: int) -> dict[str, tuple[int
     return shapes
 
 
+def linear_shapes(config: BundleConfig, hidden_size: int) -> dict[str, tuple[int, float]]:
+    """Rank and scale s of the bundles that sit at linear layers, by name."""
+    assert config.bundles is not None
+    shapes = {}
+    for name, spec in config.bundles.items():
+        if any(place != BLOCK for place in config.places(name)):
+            rank = resolve_rank(spec.rank, hidden_size)
+            lora_alpha = 2 * rank if spec.lora_alpha is None else spec.lora_alpha
+            shapes[name] = rank, lora_alpha / (rank**0.5 if spec.use_rslora else rank)
+    return shapes
+
+
+def sizes_of_bundles(config: BundleConfig, hidden_size: int) -> dict[str, dict[str, Any]]:
+    """For a table, of every bundle: place, kind, rank, hidden units of a layer, and the number of columns of U."""
+    behind, at_linears = bundle_shapes(config, hidden_size), linear_shapes(config, hidden_size)
+    rows = {}
+    for name in config.bundles or ():
+        kinds = [config.kind_of(name)] * (name in behind) + [config.kind_of(name, True)] * (name in at_linears)
+        shape = behind.get(name)
+        rank = at_linears[name][0] if shape is None else shape.rank
+        rows[name] = {
+            "place": "+".join(config.places(name)),
+            "kind": "+".join(dict.fromkeys(kinds)),
+            "rank": rank,
+            "hidden": rank if shape is None else shape.hidden,
+            "support": 0 if shape is None else len(shape.support),
+        }
+    return rows
+
+
 def tensor_shapes(config: BundleConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of one layer in a checkpoint: `weight_shapes`, and U, mu and sigma (`SHARED`)."""
+    """Shapes of all tensors behind one block in a checkpoint: `weight_shapes`, and U, mu and sigma (`SHARED`)."""
     shared = {"bundle_basis": (hidden_size, basis_rank(config, hidden_size))}
     return {**dict.fromkeys(SHARED, (hidden_size,)), **shared, **weight_shapes(config, hidden_size)}
 
@@ -184,9 +221,9 @@ def fingerprint(basis: Tensor) -> float:
 FINGERPRINT_TOLERANCE = 1e-3  # float32 rounding of U moves it by about 1e-5; another seed by about sqrt(d R) / 2
 
 
-def support_overlap(shapes: dict[str, BundleShape]) -> Tensor:
+def support_overlap(shapes: Mapping[str, BundleShape | None]) -> Tensor:
     """Share of common support, (M, M): |S_j and S_k| / min(|S_j|, |S_k|); 0 where a bundle has no support."""
-    sets = [set(shape.support.tolist()) for shape in shapes.values()]
+    sets = [set() if shape is None else set(shape.support.tolist()) for shape in shapes.values()]
     share = [[len(a & b) / min(len(a), len(b)) if a and b else 0.0 for b in sets] for a in sets]
     return torch.tensor(share, dtype=torch.float64).reshape(len(sets), len(sets))
 

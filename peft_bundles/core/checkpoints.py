@@ -19,16 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import BundleConfig
-from .base import CHILD, PEFT_PREFIX
+from .base import PEFT_PREFIX
 from .basis import (
     FINGERPRINT_TOLERANCE,
     SHARED,
     basis_rank,
     draw_basis,
     fingerprint,
+    linear_shapes,
     sub_basis_columns,
     tensor_shapes,
 )
+from .places import CHILD, Site
 
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
@@ -40,14 +42,14 @@ class Checkpoint:
 
     Attributes:
         config: with `base_shape` and `basis_fingerprint` filled in.
-        layers: number of the layer -> key ("bundle_up.<bundle>", "bundle_basis", ...) -> tensor (`tensor_shapes`).
-        heads: number of the layer -> path of its block in the keys of PEFT's files.
+        layers: site -> key ("bundle_up.<bundle>", "bundle_basis", ...) -> tensor (`tensor_shapes`).
+        heads: site -> path of its module in the keys of PEFT's files.
         source: where it came from, for messages.
     """
 
     config: BundleConfig
-    layers: dict[int, dict[str, Tensor]]
-    heads: dict[int, str]
+    layers: dict[Site, dict[str, Tensor]]
+    heads: dict[Site, str]
     source: str
 
     @property
@@ -63,21 +65,28 @@ class Checkpoint:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under the keys of PEFT's files."""
         return {
-            f"{self.heads[i]}.{CHILD}.{tail}": tensor
-            for i, layer in self.layers.items()
+            f"{self.heads[site]}.{CHILD}.{tail}": tensor
+            for site, layer in self.layers.items()
             for tail, tensor in layer.items()
         }
 
+    def behind_blocks(self) -> dict[int, dict[str, Tensor]]:
+        """Number of the block -> its tensors, for the blocks with bundles behind them."""
+        return {site.block: layer for site, layer in self.layers.items() if not site.path}
+
 
 def weights_digest(entries: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the bundles' tensors: their bytes, names, layer numbers and dtypes, but not the path of the module."""
+    """SHA-256 of the bundles' tensors: their bytes, names, layer numbers and dtypes, but not the path of the block."""
     total = hashlib.sha256()
     parts = []
+    behind = {key.rpartition(f".{CHILD}.")[0] for key in entries if key.endswith(".bundle_scale")}
     for key, tensor in entries.items():
         head, child, tail = key.rpartition(f".{CHILD}.")
         if child:
-            name = f"{'.'.join(part for part in head.split('.') if part.isdigit())}:{tail}:{tensor.dtype}"
-            parts.append((name, tensor))
+            where = ".".join(part for part in head.split(".") if part.isdigit())
+            if head not in behind:  # a linear layer
+                where = re.sub(r"^.*?\b(\d+\.)", r"\1", head)
+            parts.append((f"{where}:{tail}:{tensor.dtype}", tensor))
     for name, tensor in sorted(parts, key=lambda part: part[0]):
         total.update(name.encode())
         _update(total, tensor)
@@ -98,7 +107,8 @@ def basis_of(checkpoint: Checkpoint) -> dict[str, Any]:
         return config.provenance["basis"]
     partition = [[n, len(c)] for n, c in sub_basis_columns(config, checkpoint.hidden_size).items()]
     standardised = config.input_norm == "standard" and config.calibration is not None
-    return {"digest": basis_digest(checkpoint.layers, partition, standardised), "sub_bases": partition}
+    digest = basis_digest(checkpoint.behind_blocks(), partition, standardised)
+    return {"digest": digest, "sub_bases": partition}
 
 
 def basis_digest(layers: Mapping[int, Mapping[str, Tensor]], partition: list[list[Any]], standardised: bool) -> str:
@@ -184,22 +194,33 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
                 f"{source} holds more than bundles, such as {key!r}; load it with PeftModel.from_pretrained."
             )
         by_head.setdefault(head, {})[tail] = tensor
-    heads = sorted(by_head, key=lambda head: [int(n) for n in re.findall(r"\d+", head)])
+    behind = [head for head, layer in by_head.items() if "bundle_scale" in layer]  # behind a block
+    behind.sort(key=lambda head: [int(n) for n in re.findall(r"\d+", head)])
     prints = config.basis_fingerprint or {}
-    if not all(n.isdecimal() for n in prints) or len(prints) != len(heads):
+    if not all(n.isdecimal() for n in prints) or len(prints) != len(behind):
         raise ValueError(
-            f"{source} has tensors of {len(heads)} layers, but its config lists {sorted(prints)}; get both files again."
+            f"{source} has tensors behind {len(behind)} blocks, but its config lists {sorted(prints)}; get both files "
+            "again."
         )
-    numbers = sorted(int(n) for n in prints)
+    heads = {Site(number): head for number, head in zip(sorted(int(n) for n in prints), behind)}
+    heads |= {_linear_site(head, source): head for head in by_head if head not in behind}
     config.weights_digest = None
-    layers = {number: by_head[head] for number, head in zip(numbers, heads)}
-    checkpoint = Checkpoint(config, layers, dict(zip(numbers, heads)), source)
+    layers = {site: by_head[head] for site, head in sorted(heads.items())}
+    checkpoint = Checkpoint(config, layers, heads, source)
     d = checkpoint.hidden_size
     if not config.save_basis:
-        for number, layer in layers.items():
+        for number, layer in checkpoint.behind_blocks().items():
             layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)
     check_tensors(layers, config, d, source)
     return checkpoint
+
+
+def _linear_site(head: str, source: str) -> Site:
+    """The site of a linear layer by its path: the first number in it is that of the block."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", head)
+    if match is None:
+        raise ValueError(f"{source} has bundles at {head!r}, which is not inside a decoder block; it is damaged.")
+    return Site(int(match[1]), match[2])
 
 
 def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -225,27 +246,27 @@ def read_tensors(path: str, source: str) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def by_layer(
-    state_dict: Mapping[str, Tensor], numbers: Mapping[str, int]
-) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
+    state_dict: Mapping[str, Tensor], sites: Mapping[str, Site]
+) -> tuple[dict[Site, dict[str, Tensor]], list[str]]:
     """Sort the tensors of a PEFT file.
 
     Args:
         state_dict: the file.
-        numbers: name of a bundle layer in the model -> its number.
+        sites: name of a bundle layer in the model -> its site.
 
     Returns:
-        Number of the layer -> key -> tensor, and the names of tensors that belong to none of these layers.
+        Site -> key -> tensor, and the names of tensors that belong to none of these layers.
     """
-    numbers = {name.removeprefix(PEFT_PREFIX): number for name, number in numbers.items()}
-    layers: dict[int, dict[str, Tensor]] = {number: {} for number in numbers.values()}
+    sites = {name.removeprefix(PEFT_PREFIX): site for name, site in sites.items()}
+    layers: dict[Site, dict[str, Tensor]] = {site: {} for site in sites.values()}
     others = []
     for key, tensor in state_dict.items():
         name = key.removeprefix(PEFT_PREFIX)
         head, _, tail = name.rpartition(f".{CHILD}.")
-        if (number := numbers.get(f"{head}.{CHILD}")) is None:
+        if (site := sites.get(f"{head}.{CHILD}")) is None:
             others.append(name)
         else:
-            layers[number][tail] = tensor
+            layers[site][tail] = tensor
     return layers, others
 
 
@@ -263,12 +284,12 @@ def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: st
 
 
 def check_tensors(
-    layers: Mapping[int, Mapping[str, Tensor]], config: BundleConfig, hidden_size: int, source: str
+    layers: Mapping[Site, Mapping[str, Tensor]], config: BundleConfig, hidden_size: int, source: str
 ) -> None:
     """Refuse tensors that are not what the config says.
 
     Args:
-        layers: number of the layer -> key -> tensor, as in `Checkpoint.layers`.
+        layers: site -> key -> tensor, as in `Checkpoint.layers`.
         config: what they are checked against; layers without an entry in `basis_fingerprint` may have any basis.
         hidden_size: of the base model.
         source: where they came from, for messages.
@@ -277,9 +298,10 @@ def check_tensors(
         ValueError: a tensor is missing, unknown, of another shape or not finite, sigma is not positive, or U is not
             the basis that the config names.
     """
-    expected = tensor_shapes(config, hidden_size)
-    for number, layer in layers.items():
-        where = f"{source}: layer {number}"
+    behind_a_block = tensor_shapes(config, hidden_size)
+    for site, layer in layers.items():
+        where = f"{source}: layer {site}"
+        expected = _shapes_at(layer, config, hidden_size, where) if site.path else behind_a_block
         for what, keys in (
             ("lacks", expected.keys() - layer.keys()),
             ("has the unknown", layer.keys() - expected.keys()),
@@ -299,15 +321,40 @@ def check_tensors(
                 raise ValueError(
                     f"{where} has NaN or infinity, or values that are not floats, in {key!r}; the file is damaged."
                 )
+        if site.path:
+            continue
         if not bool((layer["bundle_scale"] > 0).all()):
             raise ValueError(f"{where} has standard deviations (sigma) that are not positive; the file is damaged.")
         measured = fingerprint(layer["bundle_basis"])
-        recorded = (config.basis_fingerprint or {}).get(str(number), measured)
+        recorded = (config.basis_fingerprint or {}).get(str(site), measured)
         if not abs(measured - recorded) <= FINGERPRINT_TOLERANCE:
             raise ValueError(
                 f"{where} has another basis than the one that its config names (fingerprint {measured:.6f}, not "
                 f"{recorded:.6f}); was the seed or the file changed, or cast to a lower precision?"
             )
+
+
+def _shapes_at(
+    layer: Mapping[str, Tensor], config: BundleConfig, hidden_size: int, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors at one linear layer, whose own sizes are those of its first tensors.
+
+    Raises:
+        ValueError: a bundle that has no place at linear layers.
+    """
+    ranks = linear_shapes(config, hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for what in ("bundle_down", "bundle_up"):
+        width = next((t.shape[-1] for key, t in layer.items() if key.startswith(f"{what}.") and t.dim() == 2), 0)
+        for key in layer:
+            bundle = key.partition(".")[2]
+            if bundle not in ranks:
+                raise ValueError(
+                    f"{where} has {key!r}, but its config puts no such bundle there; the file is damaged, or its "
+                    "config is that of another adapter."
+                )
+            shapes[f"{what}.{bundle}"] = (ranks[bundle][0], width)
+    return shapes
 
 
 def write(checkpoint: Checkpoint, folder: str | Path) -> None:

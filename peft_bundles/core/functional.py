@@ -110,6 +110,28 @@ def bundle_reference(
     return out
 
 
+def linear_reference(
+    inputs_BTI: Tensor, outputs_BTO: Tensor | float, bundles: Sequence[BundleWeights], alphas_BTM: Tensor
+) -> Tensor:
+    """W v + sum_k alpha_k s_k up_k act(down_k v), bundle by bundle, for the bundles at a linear layer.
+
+    Args:
+        inputs_BTI: v.
+        outputs_BTO: W v.
+        bundles: M bundles of kind "lora" or "mlp"; `up` is (O, r).
+        alphas_BTM: alphas, broadcast against (B, T, M).
+
+    Returns:
+        y, (B, T, O).
+    """
+    alphas = alphas_BTM.expand(*inputs_BTI.shape[:-1], len(bundles))
+    out: Any = outputs_BTO
+    for k, b in enumerate(bundles):
+        z = F.linear(inputs_BTI, b.down)
+        out = out + b.scaling * alphas[..., k, None] * F.linear(F.gelu(z) if b.kind == "mlp" else z, b.up)
+    return out
+
+
 def activate(s: Tensor, nonlinear: int | Tensor | None) -> Tensor:
     """GELU on some hidden units, (..., H); the others are linear.
 
@@ -255,7 +277,7 @@ class BundleOperation(torch.autograd.Function):
         if ctx.shared:  # the residual is h: one fused product gives both terms
             d_hidden = add_product(grad, ds.view(shape), D.T) if needs[0] else None
         else:
-            d_hidden = (ds.flatten(0, -2) @ D.T).view_as(grad).to(ctx.hidden_dtype) if needs[0] else None
+            d_hidden = (ds.flatten(0, -2) @ D.T).view(shape).to(ctx.hidden_dtype) if needs[0] else None
             d_residual = grad if needs[1] else None
         dD = weight_gradient(ds_gated, x_Nd, D_saved).T if needs[2] else None
         return d_hidden, d_residual, dD, dE, None, d_alpha, None, None, None, None

@@ -110,7 +110,12 @@ def _parse_columns(names: Sequence[str], table: Tensor, per: str, num_layers: in
 
 
 def layer_alphas(
-    state: BundleState, adapter: str, layer: int, hidden: Tensor, units: tuple[Tensor, torch.dtype] | None = None
+    state: BundleState,
+    adapter: str,
+    layer: int,
+    hidden: Tensor,
+    units: tuple[Tensor, torch.dtype] | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[tuple[float, ...], None] | tuple[None, Tensor]:
     """The alphas of one adapter's bundles in one layer.
 
@@ -120,6 +125,7 @@ def layer_alphas(
         layer: number of the layer.
         hidden: the states that they are for, (B, T, d); only the shape and device are used.
         units: the bundle number of every hidden unit, (H,), and a dtype: return the alphas of the units, in that dtype.
+        names: the M bundles; None: all of the config.
 
     Returns:
         (M numbers, None) where all alphas are numbers; else (None, a tensor), of shape (B|1, T|1, M), or with `units`
@@ -129,8 +135,11 @@ def layer_alphas(
         ValueError: alphas per row (per token) that do not match the number of rows (tokens) of `hidden`.
     """
     call, config = state.call, state.configs[adapter]
-    assert config.bundles is not None
-    current = [call.alphas.get(name, state.set_alphas.get(name, spec.alpha)) for name, spec in config.bundles.items()]
+    specs = config.bundles
+    assert specs is not None
+    names = list(specs) if names is None else names
+    own, later = call.alphas, state.set_alphas
+    current = [own[n] if n in own else later[n] if n in later else specs[n].alpha for n in names]
     types = {type(value) for value in current}  # faster than checking each value; every layer does this
     by_layer = tuple in types
     values = [value[layer] if isinstance(value, tuple) else value for value in current] if by_layer else current
@@ -140,10 +149,7 @@ def layer_alphas(
         return tuple(cast(list[float], values)), None
 
     def table() -> Tensor:
-        columns = [
-            _broadcast(value, name, hidden, call.prompts, call.uncached)
-            for name, value in zip(config.bundles or (), values)
-        ]
+        columns = [_broadcast(value, name, hidden, call.prompts, call.uncached) for name, value in zip(names, values)]
         stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
         return stacked if units is None else stacked[..., units[0]]
 
@@ -151,7 +157,8 @@ def layer_alphas(
         return None, table()  # a cached graph would be freed by the first backward
     # The numbers are part of the key, because the alpha of a spec may be changed.
     numbers = () if len(tensors) == len(values) else tuple(value for value in values if not isinstance(value, Tensor))
-    key = (state.version, adapter, layer if by_layer else None, *hidden.shape[:2], numbers, units and units[1])
+    which = len(names) if len(names) == len(specs) else tuple(names)
+    key = (state.version, adapter, which, layer if by_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
 
 

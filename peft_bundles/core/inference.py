@@ -83,11 +83,20 @@ class Slot(threading.local):
         return Slot, ()  # a copy of the model starts with no call in progress
 
 
-def run_plan(plan: Plan, hidden_BTd: Tensor) -> Tensor:
-    """The bundles of a layer, (B, T, d) -> (B, T, d)."""
+def run_plan(plan: Plan, hidden_BTd: Tensor, residual_BTd: Tensor | None = None) -> Tensor:
+    """The bundles of a layer.
+
+    Args:
+        hidden_BTd: what they read, (B, T, d), or (B, T, I) at a linear layer.
+        residual_BTd: what their update is added to, (B, T, O). None: hidden.
+
+    Returns:
+        The sum, of the shape and dtype of the residual.
+    """
+    residual_BTd = hidden_BTd if residual_BTd is None else residual_BTd
     if not plan.parts:
-        return hidden_BTd
-    out_BTd, dtype = hidden_BTd, compute_dtype(hidden_BTd)
+        return residual_BTd
+    out_BTd, dtype = residual_BTd, compute_dtype(hidden_BTd)
     for part in plan.parts:
         if part.few is not None:
             out_BTd = part.few(hidden_BTd.contiguous(), out_BTd.contiguous())
@@ -97,7 +106,7 @@ def run_plan(plan: Plan, hidden_BTd: Tensor) -> Tensor:
             alpha = _fitted(alpha, hidden_BTd, part.by, plan.generating, plan.uncached)
         factors = () if alpha is None else (alpha,)
         out_BTd, _, _ = stacked(hidden_BTd, out_BTd, part.D_dH, part.E_Hd, part.mean_d, part.nonlinear, factors, dtype)
-    return out_BTd if plan.budget is None else within_budget(hidden_BTd, out_BTd, plan.budget)
+    return out_BTd if plan.budget is None else within_budget(residual_BTd, out_BTd, plan.budget)
 
 
 def for_reuse(plan: Plan, hidden_BTd: Tensor) -> Plan:

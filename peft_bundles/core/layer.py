@@ -1,4 +1,4 @@
-"""`BundleLayer`: the bundles of one decoder block.
+"""`BundleLayer`: the bundles behind one decoder block. (`LinearBundles`, in linears.py, are those at a linear layer.)
 
 It is a child of the block with a forward hook that runs before others, not a wrapper around the block. So the block
 stays the same for everything else that looks at it (hidden-state capture, LoRA on its linears, device maps, FSDP
@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -26,25 +26,29 @@ from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bund
 from .gates import expand_rows, layer_alphas
 from .inference import Part, Plan, Slot, for_reuse, run_plan
 from .packing import Packing
+from .places import Site
 from .state import BundleState
 
 
 MERGE_ERROR = (
-    "Bundles cannot be merged: they act on the residual stream between decoder blocks, through a non-linearity, and "
+    "Bundles behind decoder blocks cannot be merged: they act on the residual stream, through a non-linearity, and "
     "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
 )
 
 
 class BundleLayer(nn.Module, BaseTunerLayer):
-    """The bundles of one decoder block, by adapter. Weights have the names `bundle_<what>.<adapter>.<bundle>`.
+    """The bundles behind one decoder block, by adapter. Weights have the names `bundle_<what>.<adapter>.<bundle>`.
+
+    A block whose linear layers have bundles has a `BundleLayer` too, if only an empty one, which lists them.
 
     Args:
-        block: the decoder block that the layer hooks.
-        index: its number.
+        module: the decoder block that the layer hooks.
+        site: its number.
         hidden_size: d.
         state: what all bundle layers of the model share.
 
     Attributes:
+        inner: name of a linear layer inside the block -> its bundles.
         bundle_weight: W_k, (r, |support|); with a projection only.
         bundle_down: (b, w) for kinds "mlp" and "linear", (b, d) for "full". The width w is r behind a projection and
             |support| without.
@@ -68,10 +72,12 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     bundle_scale: Any
     bundle_states: Any
 
-    def __init__(self, block: nn.Module, index: int, hidden_size: int, state: BundleState) -> None:
+    def __init__(self, module: nn.Module, site: Site, hidden_size: int, state: BundleState) -> None:
         super().__init__()
-        self._block = (block,)  # a tuple, so that PyTorch does not register the block, our parent, as a child
-        self.index, self.hidden_size, self.state, self.slot = index, hidden_size, state, Slot()
+        self._module = (module,)  # a tuple, so that PyTorch does not register the module, our parent, as a child
+        self.site, self.index = site, site.block
+        self.hidden_size, self.state, self.slot = hidden_size, state, Slot()
+        self.inner: dict[str, BundleLayer] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.bundle_mean, self.bundle_scale = BufferDict(persistent=True), BufferDict(persistent=True)
@@ -79,14 +85,18 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self.bundle_states = BufferDict(persistent=False)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._handle = block.register_forward_hook(self.hook, prepend=True)
+        self._handle: Any = None  # of the hook, from the first adapter on
 
     def extra_repr(self) -> str:
-        return f"layer={self.index}, adapters={self.bundle_adapters()}"
+        return f"site={self.site}, adapters={self.bundle_adapters()}"
 
     def get_base_layer(self) -> nn.Module:
-        """The decoder block."""
-        return self._block[0]
+        """The decoder block, or the linear layer."""
+        return self._module[0]
+
+    def holds(self, adapter: str) -> bool:
+        """Whether the adapter has bundles here."""
+        return adapter in self.bundle_up
 
     def train(self, mode: bool = True) -> BundleLayer:
         """As in PyTorch. Weights that replaced others (a loaded checkpoint, a copy of the model) get their hooks."""
@@ -95,31 +105,46 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                 self.state.penalty.watch(self, adapter)
         return super().train(mode)
 
-    def detach_from_block(self) -> None:
-        """Remove the hook, so that the block runs without bundles."""
-        self._handle.remove()
+    def attach(self) -> None:
+        """Put the hook on the module, unless it is there."""
+        if self._handle is None:
+            self._handle = self.get_base_layer().register_forward_hook(self.hook, prepend=True)
+
+    def detach(self) -> None:
+        """Remove the hook, so that the module runs without bundles."""
+        if self._handle is not None:
+            self._handle.remove()
 
     # ---- parameters ----
 
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create an adapter's weights on the device and in the dtype of the block (float32 if it is quantised)."""
         config, packing, d = self.state.configs[adapter], self.packing(adapter), self.hidden_size
+        self._make_weights(adapter, weight_shapes(config, d), init_weights)
+        self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
+        self.bundle_basis.draw_later(adapter, d, packing.basis_rank, config.basis_seed, self.index)
+        if config.basis_fingerprint is not None or config.calibration is not None:
+            self.state.unchecked.add((adapter, self.index))  # its U, mu and sigma have to come from elsewhere
+        self._finish(adapter, inference_mode)
+
+    def _make_weights(self, adapter: str, shapes: Mapping[str, tuple[int, ...]], init_weights: bool) -> None:
+        """New weights of these shapes, by key such as "bundle_down.<bundle>", in float32 on the CPU."""
 
         def drawn(*size: int) -> Tensor:  # kaiming_uniform_(a=sqrt(5)), as in nn.Linear and LoRA
             bound = 1 / math.sqrt(size[-1])
             return torch.rand(*size, device="cpu").mul_(2 * bound).sub_(bound)
 
         tables: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.adapter_layer_names}
-        for key, size in weight_shapes(config, d).items():
+        for key, size in shapes.items():
             what, _, bundle = key.partition(".")
             fresh = what == "bundle_up" and init_weights  # zeros in the last map: a fresh adapter equals the base model
             tables[what][bundle] = nn.Parameter(torch.zeros(*size, device="cpu") if fresh else drawn(*size))
         for what, table in tables.items():
             getattr(self, what)[adapter] = nn.ParameterDict(table)
-        self.bundle_mean[adapter], self.bundle_scale[adapter] = torch.zeros(d), torch.ones(d)
-        self.bundle_basis.draw_later(adapter, d, packing.basis_rank, config.basis_seed, self.index)
-        if config.basis_fingerprint is not None or config.calibration is not None:
-            self.state.unchecked.add((adapter, self.index))  # its U, mu and sigma have to come from elsewhere
+
+    def _finish(self, adapter: str, inference_mode: bool) -> None:
+        """Take new weights into use, on the device and in the dtype of the module."""
+        self.attach()
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for what in self.adapter_layer_names:
             getattr(self, what)[adapter].to(dtype)
@@ -138,7 +163,9 @@ class BundleLayer(nn.Module, BaseTunerLayer):
                     table[bundle] = own if own.device == device else nn.Parameter(own.to(device), requires_grad=False)
             getattr(self, what)[adapter] = nn.ParameterDict(table)
         for what in self.other_param_names:
-            getattr(self, what)[adapter] = tensors[what].to(device)
+            if what in tensors:
+                getattr(self, what)[adapter] = tensors[what].to(device)
+        self.attach()
         self.set_adapter(self.active_adapters, inference_mode=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -146,15 +173,16 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if adapter_name in self.bundle_states:
             del self.bundle_states[adapter_name]
-        self.state.penalty.marks.pop((adapter_name, self.index), None)
+        self.state.penalty.marks.pop((adapter_name, self.site), None)
         self.state.warned.discard(adapter_name)
         self.state.unchecked.discard((adapter_name, self.index))
         self.state.configs.pop(adapter_name, None)
-        self.state.packings.pop((adapter_name, self.hidden_size), None)
+        for key in [key for key in self.state.packings if key[0] == adapter_name]:
+            del self.state.packings[key]
 
     def weights_to_float32(self, adapter: str) -> None:
         """Train an adapter's weights in float32, whatever the base's dtype, as PEFT does."""
-        if adapter not in self.bundle_basis:
+        if not self.holds(adapter):
             return
         for what in self.adapter_layer_names:
             table = getattr(self, what)[adapter]
@@ -175,8 +203,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: U is not the recorded one, or the config is that of a calibrated adapter and mu is 0.
         """
+        if (adapter, self.index) not in self.state.unchecked or adapter not in self.bundle_basis:
+            return
         config, basis = self.state.configs[adapter], self.bundle_basis[adapter]
-        if (adapter, self.index) not in self.state.unchecked or basis.is_meta:
+        if basis.is_meta:
             return
         measured = fingerprint(basis)
         recorded = (config.basis_fingerprint or {}).get(str(self.index), measured)
@@ -191,11 +221,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
 
     def packing(self, adapter: str) -> Packing:
         """How the adapter's bundles are laid out in D and E."""
-        return self.state.packings[adapter, self.hidden_size]
+        return cast(Packing, self.state.packings[adapter, None])
+
+    def device_of(self, adapter: str) -> torch.device:
+        """The device of an adapter's weights."""
+        return next(weight.device for table in self.tables(adapter) for weight in table.values())
 
     def bundle_adapters(self) -> list[str]:
-        """Names of the bundle adapters on this block."""
-        return list(self.bundle_basis.keys())
+        """Names of the adapters with bundles here."""
+        return list(self.bundle_up.keys())
 
     def bundle_parameters(self, adapter: str, bundle: str) -> list[nn.Parameter]:
         """The trainable weights of one bundle in this layer."""
@@ -248,14 +282,14 @@ class BundleLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version would also cast loaded weights to the dtype of the base model, which loses precision.
         device = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is None or adapter_name not in self.bundle_basis:
+        if device is None or not self.holds(adapter_name):
             return
         for what in self.adapter_layer_names:
             table = getattr(self, what)[adapter_name]
             if not any(p.device.type == "meta" for p in table.values()):
                 table.to(device)
         for what in self.other_param_names:
-            if what == "bundle_basis" and adapter_name in self.bundle_basis.later:
+            if (what == "bundle_basis" and adapter_name in self.bundle_basis.later) or not self.bundle_mean:
                 continue
             # A copy: tensors that point into a file are not aligned, which changes the rounding of matrix products.
             getattr(self, what)[adapter_name] = getattr(self, what)[adapter_name].to(device, copy=True)
@@ -274,14 +308,20 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             return (self(output[0]), *output[1:])
         return self(output)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The output of the block, hidden (B, T, d), with the bundles' update; same shape and dtype."""
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What the module returned, with the bundles' update; same shape and dtype.
+
+        Args:
+            hidden: what the bundles read: the output of the block, (B, T, d), or the input of the linear layer.
+            residual: what their update is added to: the output of the linear layer. None: hidden.
+        """
+        residual = hidden if residual is None else residual
         if self._disable_adapters:
-            return hidden
+            return residual
         if hasattr(self.bundle_mean, "_hf_hook"):
             with self._fetched():
-                return self._bundled(hidden)
-        return self._bundled(hidden)
+                return self._bundled(hidden, residual)
+        return self._bundled(hidden, residual)
 
     @contextmanager
     def _fetched(self) -> Iterator[None]:
@@ -297,10 +337,10 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             for module in modules:
                 module._hf_hook.post_forward(module, None)
 
-    def _bundled(self, hidden: Tensor) -> Tensor:
+    def _bundled(self, hidden: Tensor, residual: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
-            return run_plan(plan, hidden)
-        return self._training_forward(hidden)
+            return run_plan(plan, hidden, residual)
+        return self._training_forward(hidden, residual)
 
     def _plan(self, hidden: Tensor) -> Plan | None:
         """The plan for states without gradients; None if dropout is drawn again in every forward."""
@@ -338,7 +378,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             for adapter in adapters:
                 if (adapter, self.index) in self.state.unchecked:
                     self.check_basis(adapter)
-        return [name for name in adapters if name in self.bundle_basis and self.packing(name).names]
+        return [name for name in adapters if self.holds(name) and self.packing(name).names]
 
     def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:
         """One adapter's part of a plan; None where all its bundles are off."""
@@ -349,13 +389,13 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         D, E = self.fold(adapter, dtype, numbers, packing.names)
         return Part(D, E, self._mean(adapter), packing.nonlinear, alpha)
 
-    def _training_forward(self, hidden: Tensor) -> Tensor:
+    def _training_forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The operation with a backward, one adapter after another."""
-        call, out = self.state.call, hidden
+        call, out = self.state.call, residual
         active = self.active_adapters if call.active is None else call.active
         for adapter in self.acting(active):
             out = self._training_forward_of(adapter, hidden, out)
-        return out if out is hidden or self.state.budget is None else within_budget(hidden, out, self.state.budget)
+        return out if out is residual or self.state.budget is None else within_budget(residual, out, self.state.budget)
 
     def _training_forward_of(self, adapter: str, hidden: Tensor, residual: Tensor) -> Tensor:
         packing, state, config = self.packing(adapter), self.state, self.state.configs[adapter]
@@ -368,7 +408,7 @@ class BundleLayer(nn.Module, BaseTunerLayer):
             live = [name for name, number in zip(live, numbers) if number]
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
-            gate = route.gate(adapter, hidden)
+            gate = route.gate(adapter, packing, hidden)
             if route.deferred:
                 run = eager_bundle_forward
                 if route not in state.waiting:
@@ -397,8 +437,9 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         self, adapter: str, hidden: Tensor, dtype: torch.dtype
     ) -> tuple[tuple[float, ...] | None, Tensor | None]:
         """An adapter's alphas: one number per bundle, and a factor for each hidden unit, (B|1, T|1, H|1); None is 1."""
-        owner, names = self.packing(adapter).index(hidden.device)["owner"], self.state.call.adapter_names
-        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, (owner, dtype))
+        packing, names = self.packing(adapter), self.state.call.adapter_names
+        units = packing.index(hidden.device)["owner"], dtype
+        numbers, alpha = layer_alphas(self.state, adapter, self.index, hidden, units, packing.names)
         if names is None:
             return numbers, alpha
         rows = self._row_mask([name == adapter for name in names], hidden)  # a mixed batch: only rows that name it
@@ -443,16 +484,8 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         key = self, adapter, dtype, numbers
         if folds is not None and key in folds:
             return folds[key]
-        basis, scale = self.bundle_basis[adapter], self.bundle_scale[adapter]
-        with torch.autocast(basis.device.type, enabled=False):  # products in `dtype` already, as LoRA's would be
-            D, E = packing.fold(
-                *(tables or self.tables(adapter)),
-                basis,
-                scale if self._standardised(adapter) else None,
-                self.state.configs[adapter].scaling,
-                live,
-                dtype,
-            )
+        with torch.autocast(self.device_of(adapter).type, enabled=False):  # products in `dtype` already, as LoRA's
+            D, E = self._fold(adapter, dtype, live, tables)
             if numbers is not None and any(number != 1.0 for number in numbers):
                 owner = packing.index(E.device)["owner"]
                 E = E * call.cached(
@@ -461,6 +494,15 @@ class BundleLayer(nn.Module, BaseTunerLayer):
         if folds is not None:
             folds[key] = D, E
         return D, E
+
+    def _fold(
+        self, adapter: str, dtype: torch.dtype, live: Collection[str], tables: Any | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`fold` at alpha 1, without autocast."""
+        scale = self.bundle_scale[adapter] if self._standardised(adapter) else None
+        basis, scaling = self.bundle_basis[adapter], self.state.configs[adapter].scaling
+        weight, down, up = tables or self.tables(adapter)
+        return self.packing(adapter).fold(weight, down, up, basis, scale, scaling, live, dtype)
 
     def keep_states(self, adapter: str, states: Tensor) -> None:
         """Keep states of calibration text, (N, d), for the quiet penalty."""

@@ -23,7 +23,7 @@ from .kernels import gathered
 
 
 # Hidden units are laid out kind by kind, the non-linear ones first.
-_ORDER = ("mlp", "full", "linear", "diag")
+_ORDER = ("mlp", "full", "linear", "diag", "lora")
 
 
 class JoinWeights(torch.autograd.Function):
@@ -99,8 +99,67 @@ class _Fold(torch.autograd.Function):
         return (grad @ basis.to(grad.dtype)).view(ctx.shape), None, None, None
 
 
-class Packing:
-    """Where each weight of each bundle goes in the block matrices; the same for every layer of an adapter.
+class Layout:
+    """The hidden units of some bundles side by side, the non-linear ones first.
+
+    Args:
+        names: the bundles in the order of the config, which is the order of alphas.
+        kinds: kind of each.
+        sizes: number of hidden units of each.
+        groups: a number for each bundle; bundles that learn from the same signals have the same one.
+
+    Attributes:
+        names: as given.
+        ordered: the bundles in the order of their hidden units.
+        nonlinear: number of hidden units that pass through the activation; they come first.
+        owner: for every hidden unit the number of its bundle in `names`, (H,).
+        padding: number of hidden units at the end that make H a good size for a GPU. Their columns of D and rows of E
+            are 0; `owner` counts them as units of bundle 0.
+        groups: for each group, its bundles and the spans of their hidden units, as (start, size).
+    """
+
+    def __init__(
+        self, names: Sequence[str], kinds: Mapping[str, str], sizes: Mapping[str, int], groups: Mapping[str, int]
+    ) -> None:
+        self.names = list(names)
+        self.ordered = ordered = sorted(self.names, key=lambda name: (_ORDER.index(kinds[name]), groups[name]))
+        self.nonlinear = sum(sizes[n] for n in ordered if kinds[n] in ("mlp", "full"))
+        used = sum(sizes[n] for n in ordered)
+        self.padding = align(used) - used
+        owners = [torch.full((sizes[n],), self.names.index(n)) for n in ordered]
+        self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
+        if self.nonlinear == used:
+            self.nonlinear += self.padding
+        self.groups: list[tuple[list[str], list[tuple[int, int]]]] = []
+        for number in dict.fromkeys(groups[n] for n in self.names):
+            members = [name for name in ordered if groups[name] == number]
+            starts = {name: sum(sizes[n] for n in ordered[: ordered.index(name)]) for name in members}
+            spans: list[tuple[int, int]] = []
+            for name in members:  # within a kind they are adjacent, as one span
+                last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
+                spans.append((last[0], last[1] + sizes[name]))
+            self.groups.append((members, spans))
+        self._index: dict[str, Tensor] = {"owner": self.owner, "constants": torch.tensor([0.0, 1.0])}
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    def index(self, device: torch.device) -> dict[str, Tensor]:
+        """The index tensors on a device, copied there once."""
+        if device not in self._on_device:
+            # Copies made in inference mode could not be used in a later backward.
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
+        return self._on_device[device]
+
+    def span(self, chosen: Tensor) -> tuple[int, int]:
+        """Where the hidden units of the chosen bundles, (M,) bool, begin and end, to multiples of `ALIGN`."""
+        units = chosen[self.owner[: len(self.owner) - self.padding]].nonzero().flatten()
+        if not len(units):
+            return 0, 0
+        return int(units[0]) // ALIGN * ALIGN, min(align(int(units[-1]) + 1), len(self.owner))
+
+
+class Packing(Layout):
+    """Where each weight of each bundle behind a block goes in the block matrices; the same for every block.
 
     With projectors, bundles read and write rows of a stacked W (K x R); without, columns of U.
 
@@ -111,43 +170,21 @@ class Packing:
         groups: a number for each bundle; bundles that learn from the same signals have the same one. None: all differ.
 
     Attributes:
-        names: bundles in the order of the config, which is the order of alphas.
         projected: bundles that act in coordinates of U, in the order of their hidden units.
         full: bundles of kind "full", which act on the whole stream.
-        nonlinear: number of hidden units that pass through the activation; they come first.
-        owner: bundle number of every hidden unit, (H,).
-        padding: number of hidden units at the end that make H a good size for a GPU. Their columns of D and rows of E
-            are 0; `owner` counts them as units of bundle 0.
-        groups: for each group, its bundles and the spans of their hidden units, as (start, size).
     """
 
     def __init__(
         self, shapes: Mapping[str, BundleShape], basis_rank: int, projected: bool, groups: list[int] | None = None
     ) -> None:
+        numbers = dict(zip(shapes, groups if groups is not None else range(len(shapes))))
+        kinds = {name: shape.kind for name, shape in shapes.items()}
+        super().__init__(list(shapes), kinds, {name: shape.hidden for name, shape in shapes.items()}, numbers)
         self.shapes, self.basis_rank = dict(shapes), basis_rank
-        self.names = list(shapes)
-        group = dict(zip(self.names, groups if groups is not None else range(len(shapes))))
-        ordered = sorted(self.names, key=lambda name: (_ORDER.index(shapes[name].kind), group[name]))
-        self.full = [n for n in ordered if shapes[n].kind == "full"]
-        self.projected = [n for n in ordered if shapes[n].kind != "full"]
+        self.full = [n for n in self.ordered if shapes[n].kind == "full"]
+        self.projected = [n for n in self.ordered if shapes[n].kind != "full"]
         projected = projected and bool(self.projected)
-        self.before_full = sum(shapes[n].hidden for n in ordered if shapes[n].kind == "mlp")
-        self.nonlinear = self.before_full + sum(shapes[n].hidden for n in self.full)
-        owners = [torch.full((shapes[n].hidden,), self.names.index(n)) for n in ordered]
-        used = sum(shapes[n].hidden for n in ordered)
-        self.padding = align(used) - used
-        self.owner = torch.cat([*owners, torch.zeros(self.padding, dtype=torch.long)])
-        self.groups: list[tuple[list[str], list[tuple[int, int]]]] = []
-        for number in dict.fromkeys(group.values()):
-            members = [name for name in ordered if group[name] == number]
-            starts = {name: sum(shapes[n].hidden for n in ordered[: ordered.index(name)]) for name in members}
-            spans: list[tuple[int, int]] = []
-            for name in members:  # within a kind they are adjacent, as one span
-                last = spans.pop() if spans and sum(spans[-1]) == starts[name] else (starts[name], 0)
-                spans.append((last[0], last[1] + shapes[name].hidden))
-            self.groups.append((members, spans))
-        if self.nonlinear == used:
-            self.nonlinear += self.padding
+        self.before_full = sum(shapes[n].hidden for n in self.ordered if shapes[n].kind == "mlp")
         self.width = align(sum(shapes[n].rank for n in self.projected)) if projected else basis_rank
         self.total_hidden = sum(shapes[n].hidden for n in self.projected) + self.padding
 
@@ -183,31 +220,13 @@ class Packing:
             back = torch.cat([index, index.new_zeros(2)]) if size else index.new_zeros(0)
             return {"place": place.int(), "back": back.int()}  # int32: half of what a gather reads is its indices
 
-        self._index = {
-            "owner": self.owner,
-            "constants": torch.tensor([0.0, 1.0]),
+        self._index |= {
             **{f"maps_{k}": v for k, v in laid(concatenated([*down, *up]), 2 * second, concatenated(ones)).items()},
             **{
                 f"weight_{k}": v
                 for k, v in laid(concatenated(weight), self.width * basis_rank, concatenated([])).items()
             },
         }
-        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
-
-    def index(self, device: torch.device) -> dict[str, Tensor]:
-        """The index tensors on a device, copied there once."""
-        if device not in self._on_device:
-            # Copies made in inference mode could not be used in a later backward.
-            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-                self._on_device[device] = {name: index.to(device) for name, index in self._index.items()}
-        return self._on_device[device]
-
-    def span(self, chosen: Tensor) -> tuple[int, int]:
-        """Where the hidden units of the chosen bundles, (M,) bool, begin and end, to multiples of `ALIGN`."""
-        units = chosen[self.owner[: len(self.owner) - self.padding]].nonzero().flatten()
-        if not len(units):
-            return 0, 0
-        return int(units[0]) // ALIGN * ALIGN, min(align(int(units[-1]) + 1), len(self.owner))
 
     def maps(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .places import Site
 from .quiet import Layer, loudness, warn_uncalibrated
 
 
@@ -21,8 +22,8 @@ class Penalty:
     """What the hooks of one model share.
 
     Attributes:
-        marks: (adapter, layer) -> bundles that learn in the training forwards since the last backward.
-        layers: the layers with hooks, by number.
+        marks: (adapter, site) -> bundles that learn in the training forwards since the last backward.
+        layers: the layers with hooks, by site.
         gradients: id of a weight -> the penalty's gradient that still waits for the weight's own.
         arrived: some gradient has arrived since the last forward.
         off: whoever trains adds the penalty himself (`without_penalty`).
@@ -33,8 +34,8 @@ class Penalty:
     """
 
     def __init__(self) -> None:
-        self.marks: dict[tuple[str, int], tuple[str, ...]] = {}
-        self.layers: dict[int, Layer] = {}
+        self.marks: dict[tuple[str, Site], tuple[str, ...]] = {}
+        self.layers: dict[Site, Layer] = {}
         self.gradients: dict[int, Tensor] = {}
         self.arrived = self.off = self.ignoring = self.scaled = self.noted = False
         self.total: Tensor | None = None
@@ -47,7 +48,7 @@ class Penalty:
         """Note that a forward with gradients lets these bundles of a layer learn. In eval mode none has a penalty."""
         if self.arrived:
             self.marks, self.gradients, self.arrived, self.scaled, self.noted = {}, {}, False, False, False
-        key = adapter, layer.index
+        key = adapter, layer.site
         if self.off or not layer.training or not layer.state.configs[adapter].quiet:
             self.marks.pop(key, None)
             return
@@ -57,7 +58,7 @@ class Penalty:
                 return
             self.watch(layer, adapter)
         if adapter in layer.bundle_states:
-            device = layer.bundle_mean[adapter].device.type
+            device = layer.device_of(adapter).type
             self.scaled |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             self.marks[key] = tuple(dict.fromkeys((*self.marks.get(key, ()), *live)))
 
@@ -67,7 +68,7 @@ class Penalty:
         Raises:
             ValueError: weights that FSDP has sharded.
         """
-        self.layers[layer.index] = layer
+        self.layers[layer.site] = layer
         if not layer.state.configs[adapter].quiet:
             return
         for table in layer.tables(adapter):
@@ -84,7 +85,7 @@ class Penalty:
                         )
                     weight.register_hook(_Arrival(weight, layer, adapter, bundle))
 
-    def due(self, key: tuple[str, int], bundle: str, weight: Tensor) -> Tensor | None:
+    def due(self, key: tuple[str, Site], bundle: str, weight: Tensor) -> Tensor | None:
         """The penalty's gradient for a weight; None if no training forward has let its bundle learn."""
         if id(weight) not in self.gradients:
             if bundle not in self.marks.get(key, ()):
@@ -104,9 +105,9 @@ class Penalty:
         Another device's thread may be in a hook too, and would run this thread's hooks while this one waits for it.
         """
         groups: dict[tuple[str, tuple[str, ...]], list[Layer]] = {}
-        for (adapter, index), names in self.marks.items():
-            if self.layers[index].bundle_mean[adapter].device == device:
-                groups.setdefault((adapter, names), []).append(self.layers[index])
+        for (adapter, site), names in self.marks.items():
+            if self.layers[site].device_of(adapter) == device:
+                groups.setdefault((adapter, names), []).append(self.layers[site])
         leaves: dict[int, Tensor] = {}  # apart from the weights, whose hooks wait for their own gradients
         losses = []
         with torch.enable_grad():
@@ -165,7 +166,7 @@ class _Arrival:
     __torch_unserializable__ = True  # torch warns of other hooks when it sends a weight to another process
 
     def __init__(self, weight: nn.Parameter, layer: Layer, adapter: str, bundle: str) -> None:
-        self.weight, self.layer, self.key, self.bundle = weight, layer, (adapter, layer.index), bundle
+        self.weight, self.layer, self.key, self.bundle = weight, layer, (adapter, layer.site), bundle
         self.by_hand = self.paid = False
         self.version = -1
 

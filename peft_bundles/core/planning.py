@@ -64,7 +64,7 @@ def plan_ahead(layer: BundleLayer, active: Sequence[str], dtype: torch.dtype) ->
         # For the rows and tokens that the alphas were given for; the forward checks them against the batch.
         rows, tokens = given_sizes(state, adapter)
         rows = max(len(names), rows or 1) if names is not None else rows
-        like = layer.bundle_basis[adapter].new_empty(rows or 1, tokens or 1, 0, dtype=dtype)
+        like = torch.empty(rows or 1, tokens or 1, 0, dtype=dtype, device=layer.device_of(adapter))
         part = layer.part(adapter, like, dtype)
         if part is not None:
             parts.append(for_compiler(part, (rows is not None, tokens is not None)))

@@ -1,9 +1,11 @@
 """How much bundles add to kept states of calibration text; `BundleModel.quiet_loss` is the weighted sum.
 
-U is orthonormal, so an update is as long in its coordinates as in the stream. With the states kept as x = ((h - mu) /
-sigma) U, no product with U is left, and all layers of one size share the same few kernels.
+Behind blocks U is orthonormal, so an update is as long in its coordinates as in the stream. With the states kept as
+x = ((h - mu) / sigma) U, no product with U is left. At a linear layer the kept states are its inputs v. All layers of
+one size share the same few kernels.
 
-Shapes: L layers, N kept states, R coordinates (d where a bundle acts on the whole stream), H hidden units.
+Shapes: L layers, N kept states, R coordinates (d where a bundle acts on the whole stream, the input features of a
+linear layer), O output features (R behind blocks), H hidden units.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from .basis import align
 from .functional import activate, activate_backward
+from .packing import Packing
 
 
 Layer: TypeAlias = Any  # a `BundleLayer`, which imports this file
 Span: TypeAlias = tuple[int, int]  # start and number of hidden units
-DRAW = 512  # number of kept states that one step looks at
+DRAW, DRAW_INPUTS = 512, 256  # number of kept states that one step looks at, behind blocks and at linear layers
 
 
 def warn_uncalibrated(layers: Sequence[Layer], adapter: str) -> None:
@@ -46,7 +49,9 @@ def warn_uncalibrated(layers: Sequence[Layer], adapter: str) -> None:
 
 
 def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Sequence[Any] | None = None) -> Tensor:
-    """Mean |what the named bundles add|^2 on kept states, divided by the states' variance, summed over layers.
+    """Mean |what the named bundles add|^2 on kept states, relative to what is there, summed over layers.
+
+    Behind blocks it is divided by the variance of the states, at linear layers by the mean |W v|^2.
 
     Bundles that learn from the same signals count together: many that add the same are as loud as one large one.
 
@@ -61,11 +66,16 @@ def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Se
     """
     alike: dict[Any, list[tuple[Layer, Any]]] = {}
     for layer, table in zip(layers, tables or [layer.tables(adapter) for layer in layers]):
+        if set(names).isdisjoint(layer.packing(adapter).names):
+            continue
         states = layer.bundle_states[adapter]
         # On a CPU layers stay apart: kernels are not the cost there, and one layer's tensors stay in its caches.
         alone = layer if states.device.type == "cpu" else None
-        alike.setdefault((layer.packing(adapter), states.device, states.shape, alone), []).append((layer, table))
+        sizes = states.shape, getattr(layer, "out_features", None)
+        alike.setdefault((layer.packing(adapter), states.device, sizes, alone), []).append((layer, table))
     parts = [_loudness([layer for layer, _ in g], adapter, names, [t for _, t in g]) for g in alike.values()]
+    if not parts:
+        return torch.zeros((), device=layers[0].device_of(adapter))
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
@@ -73,48 +83,58 @@ def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Seque
     """`loudness` of layers of one size, on one device."""
     first, state = layers[0], layers[0].state
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
+    names = [name for name in packing.names if name in names]
     kept = [layer.bundle_states[adapter] for layer in layers]
-    if len(kept[0]) > DRAW:
-        drawn = torch.randint(len(kept[0]), (len(kept), DRAW), device=device)
+    if len(kept[0]) > (draw := DRAW_INPUTS if first.site.path else DRAW):
+        drawn = torch.randint(len(kept[0]), (len(kept), draw), device=device)
         kept = [states.index_select(0, rows) for states, rows in zip(kept, drawn)]
     weight = next(weight for table in tables[0] for weight in table.values())
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else torch.promote_types(weight.dtype, torch.float32)
     states_LNR = _stacked(kept).to(dtype)
     with torch.autocast(device.type, enabled=False):
-        if packing.full:  # these bundles see the whole stream, so D and E are needed themselves
-            folded = [layer.fold(adapter, dtype, None, names, t) for layer, t in zip(layers, tables)]
-            maps_L2HR, factor = _stacked([torch.stack((D.T, E)) for D, E in folded]), 1.0
-        else:
-            options = device, dtype, names
-            maps_L2HR = _stacked([packing.maps(*table, *options) for table in tables])
+        factor = 1.0
+        if isinstance(packing, Packing) and not packing.full:
+            maps = _stacked([packing.maps(weight, down, up, device, dtype, names) for weight, down, up in tables])
+            reads_LHR, writes_LHO = maps.unbind(1)
             factor = state.configs[adapter].scaling ** 2
+        else:  # D and E are needed themselves
+            folded = [layer.fold(adapter, dtype, None, names, t) for layer, t in zip(layers, tables)]
+            reads_LHR, writes_LHO = _stacked([D.T for D, _ in folded]), _stacked([E for _, E in folded])
         chosen_H = None
         if not set(packing.names) <= set(names):
             owner = packing.index(device)["owner"]
             chosen_H = state.call.cached(
                 (packing, "learns", tuple(names)),
-                maps_L2HR,
+                reads_LHR,
                 lambda: torch.tensor([float(n in names) for n in packing.names], device=device, dtype=dtype)[owner],
             )
         groups = [spans for members, spans in packing.groups if not set(members).isdisjoint(names)]
-        total_L = _Energy.apply(states_LNR, maps_L2HR, chosen_H, packing.nonlinear, groups)
-        variance_L = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
-        return (total_L / variance_L).sum() * (factor / states_LNR.shape[1])
+        total_L = _Energy.apply(states_LNR, reads_LHR, writes_LHO, chosen_H, packing.nonlinear, groups)
+        if first.site.path:
+            size_L = torch.stack([layer.bundle_energy[adapter] for layer in layers])
+        else:
+            size_L = torch.stack([layer.bundle_scale[adapter] for layer in layers]).square().sum(-1)
+        return (total_L / size_L).sum() * (factor / states_LNR.shape[1])
 
 
 class _Energy(torch.autograd.Function):
     """For each layer the sum of |a E|^2 over groups of hidden units and states, for a = act(x D) * chosen; (L,).
 
-    `maps` holds D and E, (L, 2, H, R). A group's sum is (a E E^T) a^T, for it has fewer units than states, and than R.
+    D^T is (L, H, R) and E is (L, H, O). A group's sum is (a E E^T) a^T: it has fewer units than states, and than O.
     One node for all groups: with one for every group and slice, a CPU would spend its time adding up zeros.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, maps: Tensor, chosen: Tensor | None, nonlinear: int, groups: Sequence[Sequence[Span]]
+        ctx: Any,
+        x: Tensor,
+        reads: Tensor,
+        writes: Tensor,
+        chosen: Tensor | None,
+        nonlinear: int,
+        groups: Sequence[Sequence[Span]],
     ) -> Tensor:
-        reads, writes = maps.unbind(1)
         s = x @ reads.mT
         a = activate(s, nonlinear) if chosen is None else activate(s, nonlinear) * chosen
         total, products = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32)), []
@@ -122,27 +142,26 @@ class _Energy(torch.autograd.Function):
             units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
             products.append(units @ (E @ E.mT))
             total += (products[-1] * units).sum((1, 2), dtype=total.dtype)
-        ctx.save_for_backward(x, maps, chosen, s, a, *products)
+        ctx.save_for_backward(x, writes, chosen, s, a, *products)
         ctx.nonlinear, ctx.groups = nonlinear, groups
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, maps, chosen, s, a, *products = ctx.saved_tensors
-        da, d_maps, writes = torch.zeros_like(a), torch.zeros_like(maps), maps[:, 1]
+        x, writes, chosen, s, a, *products = ctx.saved_tensors
+        da, d_writes = torch.zeros_like(a), torch.zeros_like(writes)
         twice = (2 * grad[:, None, None]).to(a.dtype)
         for spans, product in zip(ctx.groups, products):
             units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
             sizes = [size for _, size in spans]
             sizes.append(E.shape[1] - sum(sizes))
             dE = (twice * (units.mT @ units)) @ E
-            for (start, size), d_units, d_writes in zip(spans, product.split(sizes, 2), dE.split(sizes, 1)):
+            for (start, size), d_units, d_rows in zip(spans, product.split(sizes, 2), dE.split(sizes, 1)):
                 da[..., start : start + size] = twice * d_units
-                d_maps[:, 1, start : start + size] = d_writes
+                d_writes[:, start : start + size] = d_rows
         ds = activate_backward(da if chosen is None else da * chosen, s, ctx.nonlinear)
-        d_maps[:, 0] = ds.mT @ x
-        return None, d_maps, None, None, None
+        return None, ds.mT @ x, d_writes, None, None, None
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

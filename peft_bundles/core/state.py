@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import BundleConfig
 from .functional import Gate
-from .packing import Packing
+from .packing import Layout
 from .penalty import Penalty
 
 
@@ -33,7 +33,7 @@ class OpenRoute(Protocol):
 
     def live(self, adapter: str) -> set[str]: ...
 
-    def gate(self, adapter: str, hidden: Tensor) -> Gate: ...
+    def gate(self, adapter: str, packing: Layout, hidden: Tensor) -> Gate: ...
 
 
 @dataclass(eq=False)
@@ -122,7 +122,9 @@ class BundleState:
     """Shared by all `BundleLayer`s of one model.
 
     Attributes:
-        configs, packings: by adapter; packings by (adapter, hidden size).
+        configs: by adapter.
+        packings: how an adapter's bundles are laid out: by (adapter, None) behind blocks, and at linear layers by
+            (adapter, the bundles that sit there).
         num_layers: number of decoder blocks, with bundles or without.
         set_alphas: alphas from `set_alphas`, bundle -> alpha.
         version: raised by everything that changes `set_alphas` or the adapters behind a name.
@@ -141,7 +143,7 @@ class BundleState:
     """
 
     configs: dict[str, BundleConfig] = field(default_factory=dict)
-    packings: dict[tuple[str, int], Packing] = field(default_factory=dict)
+    packings: dict[tuple[str, tuple[str, ...] | None], Layout] = field(default_factory=dict)
     num_layers: int = 0
     set_alphas: dict[str, AlphaValue] = field(default_factory=dict)
     call: Call = field(default_factory=Call)

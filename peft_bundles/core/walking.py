@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from .base import CHILD
 from .layer import BundleLayer
+from .places import CHILD
 from .recompute import recompute_with_call
 from .state import BundleState
 
 
 def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, as `model.modules()`; of a block with bundles only its bundle layer.
+    """The modules of a model, as `model.modules()`; of a block with bundles only its bundle layers.
 
     Every step walks the model before its first kernel, while the GPU waits: with 16 blocks 8 us instead of 350.
     """
@@ -29,6 +29,7 @@ def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
         layer = module._modules.get(CHILD)
         if isinstance(layer, BundleLayer):
             yield layer
+            yield from layer.inner.values()
         else:
             yield module
             stack.extend(reversed(module._modules.values()))
@@ -39,9 +40,14 @@ def bundle_layers(model: nn.Module) -> list[BundleLayer]:
     return [module for module in down_to_blocks(model) if isinstance(module, BundleLayer)]
 
 
+def basis_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
+    """The bundle layers of the blocks behind which this adapter has bundles, in order."""
+    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
+
+
 def adapter_layers(model: nn.Module, adapter: str) -> list[BundleLayer]:
     """The bundle layers of a model that have this adapter, in order."""
-    return [layer for layer in bundle_layers(model) if adapter in layer.bundle_basis]
+    return [layer for layer in bundle_layers(model) if layer.holds(adapter)]
 
 
 def checked_layers(model: nn.Module) -> list[BundleLayer]:

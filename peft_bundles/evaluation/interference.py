@@ -71,22 +71,24 @@ def orthogonality(model: nn.Module) -> Orthogonality:
         >>> result.names, round(result.reads[0, 1].item(), 6)  # the sub-bases are orthogonal
         (['b_one', 'b_two'], 0.0)
     """
-    layers = bundle_layers(model)
     bundles = _active_bundles(model)
+    layers = [layer for layer in bundle_layers(model) if layer.bundle_adapters()]
     counts = [b for _, b in bundles]
     names = [b if counts.count(b) == 1 else f"{a}.{b}" for a, b in bundles]
     size = len(bundles)
     total = torch.zeros(3, size, size, dtype=torch.float64)
+    count = torch.zeros(size, size, dtype=torch.float64)
     for layer in layers:
-        spans = [_spans(layer, adapter, bundle) for adapter, bundle in bundles]
-        for j, k in itertools.product(range(size), repeat=2):
+        spans = {n: s for n, (a, b) in enumerate(bundles) if (s := _spans(layer, a, b)) is not None}
+        for j, k in itertools.product(spans, repeat=2):
+            count[j, k] += 1
             for what in (0, 1):
                 a, b = spans[j][what], spans[k][what]
                 smaller = max(1, min(a.shape[1], b.shape[1]))
-                total[what, j, k] += (a.T @ b).square().sum().cpu() / smaller / len(layers)
+                total[what, j, k] += (a.T @ b).square().sum().cpu() / smaller
             # E |Q_a^T Q_b|_F^2 = m n / d for random subspaces of m and n dimensions
-            total[2, j, k] += max(spans[j][1].shape[1], spans[k][1].shape[1]) / layer.hidden_size / len(layers)
-    return Orthogonality(names, *total)
+            total[2, j, k] += max(spans[j][1].shape[1], spans[k][1].shape[1]) / len(spans[j][1])
+    return Orthogonality(names, *(total / count.clamp_min(1)))
 
 
 def _active_bundles(model: nn.Module) -> list[tuple[str, str]]:
@@ -95,11 +97,15 @@ def _active_bundles(model: nn.Module) -> list[tuple[str, str]]:
     return [(adapter, bundle) for adapter in active_adapters(model) for bundle in configs[adapter].bundles or ()]
 
 
-def _spans(layer: BundleLayer, adapter: str, bundle: str) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases (d, m), float64, of what a bundle reads (columns of D) and writes (rows of E) in a layer."""
+def _spans(layer: BundleLayer, adapter: str, bundle: str) -> tuple[Tensor, Tensor] | None:
+    """Orthonormal bases (d, m), float64, of what a bundle reads (columns of D) and writes (rows of E) in a layer.
+
+    None if the bundle is not in this layer.
+    """
+    if not layer.holds(adapter) or bundle not in (packing := layer.packing(adapter)).names:
+        return None
     with torch.no_grad():
         D, E = layer.fold(adapter, torch.float32, None, [])
-        packing = layer.packing(adapter)
         used = (packing.owner == packing.names.index(bundle)).to(D.device)
         return _orthonormal(D[:, used].double()), _orthonormal(E[used].T.double())
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.basis import bundle_shapes, sizes_of_bundles
 from ..core.layer import BundleLayer
+from ..core.walking import bundle_layers
 from .seeding import seeded
 from .tokens import wide
 
@@ -17,7 +19,7 @@ from .tokens import wide
 def owners(model: nn.Module, signal: str) -> list[tuple[str, str]]:
     """(adapter, bundle) of the largest weight for a signal, among active adapters; [] for a model without bundles."""
     layer = _last_layer(model)
-    active = [] if layer is None else [a for a in layer.bundle_adapters() if a in layer.active_adapters]
+    active = [] if layer is None else [a for a in layer.state.configs if a in layer.active_adapters]
     columns = {a: layer.state.configs[a].column(signal) for a in active}  # type: ignore[union-attr]
     weights = {(a, b): w for a, column in columns.items() for b, w in column.items()}
     return [key for key, w in weights.items() if w > 0 and w == max(weights.values())]
@@ -28,14 +30,14 @@ def subspace(model: nn.Module, signal: str) -> Tensor:
 
     These are the columns of U in the owners' supports, not the span of the owners' weights, so that Q stays where it is
     while the owners are trained. For owners in several adapters it is the span of the columns of all their U. For a
-    model without bundles, and for an owner of kind "full", it is the identity (d, d).
+    model without bundles, and for an owner of kind "full" or at linear layers, it is the identity (d, d).
     """
     layer = _last_layer(model)
     supports: dict[str, list[Tensor]] = {}
     for adapter, bundle in owners(model, signal):
         assert layer is not None
-        shape = layer.packing(adapter).shapes[bundle]
-        if shape.kind == "full":
+        shape = bundle_shapes(layer.state.configs[adapter], layer.hidden_size).get(bundle)
+        if shape is None or shape.kind == "full":
             return torch.eye(layer.hidden_size)
         supports.setdefault(adapter, []).append(shape.support)
     if not supports:
@@ -56,11 +58,13 @@ def largest_owner_rank(model: nn.Module, signal: str) -> int:
     layer, keys = _last_layer(model), owners(model, signal)
     if layer is None or not keys:
         return subspace(model, signal).shape[1]
-    return max(layer.packing(adapter).shapes[bundle].rank for adapter, bundle in keys)
+    sizes = {a: sizes_of_bundles(layer.state.configs[a], layer.hidden_size) for a, _ in keys}
+    return max(sizes[adapter][bundle]["rank"] for adapter, bundle in keys)
 
 
 def _last_layer(model: nn.Module) -> BundleLayer | None:
-    return max((m for m in model.modules() if isinstance(m, BundleLayer)), key=lambda m: m.index, default=None)
+    """The last block with bundles behind it, or inside."""
+    return max((m for m in bundle_layers(model) if not m.site.path), key=lambda m: m.index, default=None)
 
 
 class SubspaceHead(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.layer import BundleLayer
+from ..core.walking import bundle_layers
 from .batches import Batch, Outputs
 from .forward import Forward
 from .tokens import kl_divergence, wide
@@ -43,7 +43,7 @@ class KLClamp:
     signals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, BundleLayer)]
+        layers = [m for m in bundle_layers(self.model) if not m.site.path]
         self._layer = max(layers, key=lambda m: m.index)
         adapters = self._layer.state.configs
         specs = {n: s for c in adapters.values() for n, s in (c.bundles or {}).items()}
@@ -74,10 +74,13 @@ class KLClamp:
         return cls(model=model, signals=signals, **config)
 
     def subspace(self, bundle: str) -> Tensor:
-        """Orthonormal basis (d, r) of the subspace a bundle writes to in the last layer: its support, or its W's
-        span."""
+        """Orthonormal basis (d, r) of the subspace a bundle writes to behind the last block: its support, or its W's
+        span; for a bundle that writes elsewhere, at linear layers, all of it."""
         layer = self._layer
-        adapter = next(a for a in layer.bundle_adapters() if bundle in layer.packing(a).names)
+        adapter = next((a for a in layer.bundle_adapters() if bundle in layer.packing(a).names), None)
+        if adapter is None:
+            head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+            return torch.eye(layer.hidden_size, device=head.weight.device)
         weights = layer.bundle_weights(adapter)[layer.packing(adapter).names.index(bundle)]
         if weights.kind == "full":
             return torch.eye(layer.hidden_size, device=weights.up.device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import BundleConfig
 from ..core.functional import Gate
-from ..core.packing import Packing
+from ..core.packing import Layout
 from ..core.walking import checked_layers
 
 
@@ -41,7 +41,7 @@ class Route:
     Args:
         configs: adapter -> its config.
         signals: as in `route`.
-        packings: (adapter, device) -> how its bundles are laid out there, and the dtype of the gate.
+        packings: (adapter, layout, device) -> the dtype of the gate, for all layouts of the model's layers.
         weights: as in `route`.
 
     Attributes:
@@ -58,7 +58,7 @@ class Route:
         self,
         configs: Mapping[str, BundleConfig],
         signals: Signals | Sequence[Signals | Segments],
-        packings: Mapping[tuple[str, torch.device], tuple[Packing, torch.dtype]],
+        packings: Mapping[tuple[str, Layout, torch.device], torch.dtype],
         weights: Mapping[str, Tensor | Sequence[float]] | None = None,
     ) -> None:
         self._configs = dict(configs)
@@ -95,16 +95,16 @@ class Route:
         self.deferred = any(len({self._columns[s] for s in signals}) > 1 for signals in combinations)
         self._live = {adapter: self._live_bundles(adapter) for adapter in configs}
         # Made here and not in the forward: a compiled graph only looks them up.
-        self._gates: dict[tuple[str, torch.device], tuple[Packing, Gate]] = {}
+        self._gates: dict[tuple[str, Layout, torch.device], Gate] = {}
         self.tokens = 1
-        for (adapter, device), (packing, dtype) in packings.items():
-            table, live, gate = self._table(adapter, None), self._live[adapter], Gate(None, self)
+        for (adapter, packing, device), dtype in packings.items():
+            table, live, gate = self._table(adapter, packing, None), self._live[adapter], Gate(None, self)
             self.tokens = table.shape[1]
             all_one = (table == 1.0).flatten(0, -2).all(0).tolist()
             # (Bundles that are not live are constants, and need no gate.)
             if self.deferred or not all(one or name not in live for name, one in zip(packing.names, all_one)):
                 gate.weights = _sent(table.to(dtype), device).index_select(-1, packing.index(device)["owner"])
-            self._gates[adapter, device] = packing, gate
+            self._gates[adapter, packing, device] = gate
 
     def _live_bundles(self, adapter: str) -> set[str]:
         # Every signal belongs to some row, so without weights per row, one row with all signals says the same.
@@ -121,12 +121,12 @@ class Route:
         """Bundles of the adapter that some row may update."""
         return self._live[adapter]
 
-    def _table(self, adapter: str, chosen: set[str] | None) -> Tensor:
+    def _table(self, adapter: str, packing: Layout, chosen: set[str] | None) -> Tensor:
         """Weights (B|1, T|1, M) for the chosen signals (None: all); NaN where a row's signals disagree."""
-        shares, names = self._shares[adapter], list(self._configs[adapter].bundles or ())
+        shares, names = self._shares[adapter], packing.names
 
         def weights_of(signals: tuple[str, ...]) -> list[float]:
-            columns = [shares[s].values() for s in signals if chosen is None or s in chosen]
+            columns = [[shares[s][n] for n in names] for s in signals if chosen is None or s in chosen]
             return [w[0] if len({*w}) == 1 else float("nan") for w in zip(*columns)] or [0.0] * len(names)
 
         by_signals = {signals: weights_of(signals) for signals in {signals for row in self.rows for signals, _ in row}}
@@ -136,8 +136,8 @@ class Route:
             table[..., names.index(name)] *= torch.tensor(self._weights[name], dtype=torch.float64)[:, None]
         return table
 
-    def gate(self, adapter: str, hidden: Tensor) -> Gate:
-        """The gate for a forward of `hidden` (B, T, d).
+    def gate(self, adapter: str, packing: Layout, hidden: Tensor) -> Gate:
+        """The gate for a forward of `hidden` (B, T, d) in a layer with this layout.
 
         Raises:
             ValueError: the batch has another number of rows or tokens than the route.
@@ -153,19 +153,19 @@ class Route:
                 f"route() was given segments of {self.tokens} tokens a row, but the batch has {hidden.shape[1]}; give "
                 "segments that add up to the length of the rows."
             )
-        if (adapter, hidden.device) not in self._gates:
+        if (adapter, packing, hidden.device) not in self._gates:
             raise RuntimeError(
                 f"the bundles of {adapter!r} were not on {hidden.device} when route() was entered; move the model "
                 "first."
             )
-        return self._gates[adapter, hidden.device][1]
+        return self._gates[adapter, packing, hidden.device]
 
     def choose(self, signals: set[str] | None) -> None:
         """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""
-        for (adapter, device), (packing, gate) in self._gates.items():
+        for (adapter, packing, device), gate in self._gates.items():
             if gate.weights is None:
                 continue
-            table = self._table(adapter, signals)
+            table = self._table(adapter, packing, signals)
             # In place and past the version counter: the graph holds this very tensor and reads it when it runs.
             gate.weights.data.copy_(_sent(table.to(gate.weights.dtype), device)[..., packing.index(device)["owner"]])
             # Weight gradients of units that learn from no row are not computed, or are 0 if such units are between
@@ -257,11 +257,11 @@ def route(
     """
     layers = checked_layers(model)
     state = layers[0].state
-    packings: dict[tuple[str, torch.device], tuple[Packing, torch.dtype]] = {}
+    packings: dict[tuple[str, Layout, torch.device], torch.dtype] = {}
     for layer in layers:
-        for adapter, basis in layer.bundle_basis.items():
-            if (adapter, basis.device) not in packings:
-                packings[adapter, basis.device] = layer.packing(adapter), basis.dtype
+        for adapter in layer.bundle_adapters():
+            if layer.packing(adapter).names:
+                packings[adapter, layer.packing(adapter), layer.device_of(adapter)] = torch.float32
     new = Route(state.configs, signals, packings, weights)
     if new.packed and not block_diagonal:
         warnings.warn(

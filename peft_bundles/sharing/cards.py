@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
-from ..core.basis import bundle_shapes, support_overlap, weight_shapes
+from ..core.basis import bundle_shapes, sizes_of_bundles, support_overlap
 from ..core.checkpoints import read_config
+from ..core.places import CHILD
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -72,8 +75,9 @@ def write_card(
     if figure is not None and (not Path(figure).is_file() or Path(figure).suffix.lower() not in PICTURES):
         raise ValueError(f"figure={str(figure)!r} is not a picture; give an existing file ({', '.join(PICTURES)}).")
     names, provenance = list(config.bundles), config.provenance or {}
-    shapes, layers = bundle_shapes(config, config.base_shape[0]), len(config.basis_fingerprint or {})
-    sizes = {key: math.prod(shape) for key, shape in weight_shapes(config, config.base_shape[0]).items()}
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    layers = len({key.rpartition(f".{CHILD}.")[0] for key in sizes})
     base_id = hub_id(config.base_model_name_or_path)
     # A local folder is named without its path, which is private.
     base = base_id or os.path.basename((config.base_model_name_or_path or "").rstrip("/\\")) or "an unnamed base model"
@@ -95,7 +99,8 @@ def write_card(
         ]
         or None,
     )
-    overlap = support_overlap(shapes)
+    shapes = bundle_shapes(config, config.base_shape[0])
+    overlap = support_overlap({name: shapes.get(name) for name in names})
     calibration = config.calibration or {}
     summaries = {n: s for n, s in provenance.get("summaries", {}).items() if s}
     card = ModelCard.from_template(
@@ -109,22 +114,19 @@ def write_card(
         layers=config.base_shape[1],
         adapted=layers,
         digest=provenance.get("basis", {}).get("digest", "its own")[:16],
-        basis_init=config.basis_init,
+        basis_init=config.basis_init if config.basis_fingerprint else None,
         calibration=(
             f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "not calibrated"
         ),
         rows=[
             {
                 "bundle": name,
-                "kind": shape.kind,
-                "rank": shape.rank,
-                "hidden": shape.hidden,
-                "support": len(shape.support),
-                "parameters": layers * sum(size for key, size in sizes.items() if key.endswith(f".{name}")),
+                **shape,
+                "parameters": sum(size for key, size in sizes.items() if key.endswith(f".{name}")),
                 "alpha": f"{config.bundles[name].alpha:g}",
                 "signals": ", ".join(f"{s} ({w:g})" for s, w in config.bundles[name].signals.items() if w) or "-",
             }
-            for name, shape in shapes.items()
+            for name, shape in sizes_of_bundles(config, config.base_shape[0]).items()
         ],
         overlaps=[
             f"`{a}` and `{b}`: {overlap[i, j]:.2f}"

@@ -24,7 +24,7 @@ from torch import nn
 from ..core.base import check_base
 from ..core.checkpoints import Checkpoint, basis_of
 from ..core.state import BundleState
-from ..core.walking import active_adapters, adapter_layers, bundle_layers, resolve_adapter
+from ..core.walking import active_adapters, adapter_layers, basis_layers, bundle_layers, resolve_adapter
 from ..model import BundleModel
 from .hub import read_source
 from .parts import from_model, group_key, join, select, without
@@ -90,7 +90,7 @@ def compose(
     _state(model).use.built = 1
     names = ["composed_0", *(_attach(model, group) for group in joined[1:])]
     model.base_model.set_adapter(names, inference_mode=True)
-    if len(groups) > 1:
+    if len({key[0] for key in groups} - {""}) > 1:
         warnings.warn(str(composition(model)), stacklevel=2)
     return model.eval()
 
@@ -231,7 +231,7 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
     name = next(name for n in itertools.count(use.built) if (name := f"composed_{n}") not in model.peft_config)
     use.built = int(name.rpartition("_")[2]) + 1
     group.config.inference_mode = True
-    if {layer.index for layer in bundle_layers(model)} >= group.layers.keys():
+    if {layer.site for layer in bundle_layers(model)} >= group.layers.keys():
         cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
     else:
         model.add_adapter(name, group.config)
@@ -241,12 +241,12 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
 
 def _fill(model: PeftModel, adapter: str, group: Checkpoint) -> None:
     """Give a new adapter its tensors. (PEFT's `low_cpu_mem_usage` would affect modules that other threads make.)"""
-    tuner, numbers = cast(BundleModel, model.base_model), {layer.index for layer in adapter_layers(model, adapter)}
-    if numbers != group.layers.keys():
+    tuner, sites = cast(BundleModel, model.base_model), {layer.site for layer in adapter_layers(model, adapter)}
+    if sites != group.layers.keys():
         tuner.delete_adapter(adapter)
         raise ValueError(
-            f"{group.source} has tensors of layers {sorted(group.layers)}, but its config asks for {sorted(numbers)}; "
-            "one of its files was changed, get both again."
+            f"{group.source} has tensors of layers {[str(site) for site in sorted(group.layers)]}, but its config asks "
+            f"for {[str(site) for site in sorted(sites)]}; it belongs to another base model, or a file was changed."
         )
     tuner.fill(adapter, group.layers)
 
@@ -259,7 +259,8 @@ class Composition:
     """The adapters of a composed model; bundles of one adapter share a basis.
 
     Attributes:
-        groups: one dict per adapter. "adapter": its name. "basis": digest of its basis. "bundles": their names.
+        groups: one dict per adapter. "adapter": its name. "basis": digest of its basis; None if all are at linear
+            layers. "bundles": their names.
             "columns": columns of U. "hidden": hidden units of all bundles in a layer. "basis_bytes": memory of U over
             all layers.
     """
@@ -267,15 +268,21 @@ class Composition:
     groups: list[dict[str, Any]]
 
     def __str__(self) -> str:
+        bases = [g for g in self.groups if g["basis"] is not None]
         lines = [
-            f"{g['adapter']}: {', '.join(g['bundles'])} in basis {g['basis'][:12]} ({g['columns']} directions, "
-            f"{g['hidden']} hidden units, {g['basis_bytes'] / 2**20:.1f} MiB of basis)"
+            f"{g['adapter']}: {', '.join(g['bundles'])} "
+            + (
+                f"in basis {g['basis'][:12]} ({g['columns']} directions, {g['hidden']} hidden units, "
+                f"{g['basis_bytes'] / 2**20:.1f} MiB of basis)"
+                if g in bases
+                else f"at linear layers ({g['hidden']} hidden units)"
+            )
             for g in self.groups
         ]
-        if len(self.groups) > 1:
-            extra = sum(g["basis_bytes"] for g in self.groups[1:]) / 2**20
+        if len(bases) > 1:
+            extra = sum(g["basis_bytes"] for g in bases[1:]) / 2**20
             lines.append(
-                f"The bundles were trained in {len(self.groups)} bases. Each basis after the first costs two more "
+                f"The bundles were trained in {len(bases)} bases. Each basis after the first costs two more "
                 f"matrix products per layer, and its own memory ({extra:.1f} MiB in all). Overlap between bundles of "
                 "different bases is not controlled: they may write to the same directions. Measure it with "
                 "peft_bundles.orthogonality(model) and peft_bundles.conflicts(model, texts, tokenizer)."
@@ -315,14 +322,14 @@ def composition(model: PeftModel) -> Composition:
         layers = adapter_layers(model, adapter)
         if not layers:  # an adapter without bundles
             continue
-        packing, bases = layers[0].packing(adapter), [layer.bundle_basis[adapter] for layer in layers]
+        bases = [layer.bundle_basis[adapter] for layer in basis_layers(model, adapter)]
         groups.append(
             {
                 "adapter": adapter,
-                "basis": basis_of(from_model(model, adapter))["digest"],
-                "bundles": list(packing.names),
-                "columns": packing.basis_rank,
-                "hidden": len(packing.owner) - packing.padding,
+                "basis": basis_of(from_model(model, adapter))["digest"] if bases else None,
+                "bundles": list(_state(model).configs[adapter].bundles or ()),
+                "columns": bases[0].shape[1] if bases else 0,
+                "hidden": max(len(p.owner) - p.padding for p in (layer.packing(adapter) for layer in layers)),
                 "basis_bytes": sum(b.numel() * b.element_size() for b in bases),
             }
         )

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import COMMON, BundleSpec, SubBasis
-from ..core.base import CHILD, PEFT_PREFIX, base_fingerprint
-from ..core.basis import BundleShape, basis_rank, bundle_shapes, fingerprint, sub_basis_columns
-from ..core.checkpoints import SHARED, Checkpoint, basis_of, changed
+from ..config import COMMON, BundleConfig
+from ..core.base import PEFT_PREFIX, base_fingerprint
+from ..core.basis import basis_rank, bundle_shapes, fingerprint, linear_shapes, sub_basis_columns
+from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, changed
 from ..core.layer import BundleLayer
+from ..core.places import CHILD, Site
+from ..specs import BLOCK, BundleSpec, SubBasis
+
+
+NO_BASIS = {"digest": basis_digest({}, [], False), "sub_bases": []}  # of bundles at linear layers alone
 
 
 # ---- from a model ----
@@ -33,14 +38,14 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
     """
     layers, heads, config = {}, {}, None
     for name, module in model.named_modules():
-        if not (isinstance(module, BundleLayer) and adapter in module.bundle_basis):
+        if not (isinstance(module, BundleLayer) and module.holds(adapter)):
             continue
         config = module.state.configs[adapter]
-        heads[module.index] = PEFT_PREFIX + name.removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
-        tensors = {what: getattr(module, what)[adapter] for what in SHARED}
+        heads[module.site] = PEFT_PREFIX + name.removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
+        tensors = {} if module.site.path else {what: getattr(module, what)[adapter] for what in SHARED}
         for what in module.adapter_layer_names:
             tensors.update({f"{what}.{bundle}": p for bundle, p in getattr(module, what)[adapter].items()})
-        layers[module.index] = tensors
+        layers[module.site] = tensors
     if config is None:
         raise ValueError(f"adapter {adapter!r} has no bundles in this model; name an adapter that has.")
     if config.modules_to_save:
@@ -80,18 +85,20 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
     if bundle not in checkpoint.names:
         raise ValueError(f"{checkpoint.source} has no bundle {bundle!r}; name one of {checkpoint.names}.")
     assert config.bundles is not None
-    spec, shape, name = config.bundles[bundle], bundle_shapes(config, d)[bundle], name or bundle
-    columns = {n: c for n, c in sub_basis_columns(config, d).items() if n in spec.sub_bases}
-    if spec.overlap:
+    spec, name = _resolved(config, bundle, d), name or bundle
+    behind_blocks = BLOCK in config.places(bundle)
+    columns = {n: c for n, c in sub_basis_columns(config, d).items() if behind_blocks and n in spec.sub_bases}
+    if spec.overlap and behind_blocks:
+        shape = bundle_shapes(config, d)[bundle]
         common = sub_basis_columns(config, d)[COMMON]
         columns[COMMON] = common[: len(shape.support) - sum(map(len, columns.values()))]
     columns = {n: columns[n] for n in config.sub_bases or () if n in columns}  # in the order of U
-    basis = basis_of(checkpoint)
+    basis = basis_of(checkpoint) if behind_blocks else NO_BASIS
     provenance = config.provenance or {}
     summaries = provenance.get("summaries", {})
     cut = changed(
         config,
-        bundles={name: replace(_resolved(spec, shape), name=name)},
+        bundles={name: replace(spec, name=name)},
         sub_bases={n: SubBasis(len(c)) for n, c in columns.items()},
         basis_rank=None,
         save_basis=True,
@@ -99,33 +106,40 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
     )
     width = basis_rank(cut, d)
     layers = {}
-    for number, layer in checkpoint.layers.items():
-        U = layer["bundle_basis"]
-        tensors = {what: layer[what] for what in SHARED}
-        tensors["bundle_basis"] = _padded(U, [_take(U, c) for c in columns.values()], width)
+    for site, layer in checkpoint.layers.items():
+        tensors = {}
+        if behind_blocks and not site.path:
+            U = layer["bundle_basis"]
+            tensors = {what: layer[what] for what in SHARED}
+            tensors["bundle_basis"] = _padded(U, [_take(U, c) for c in columns.values()], width)
         for tail, tensor in layer.items():
             what, _, owner = tail.partition(".")
             if owner == bundle:
                 tensors[f"{what}.{name}"] = tensor
-        layers[number] = tensors
-    return _fingerprinted(Checkpoint(cut, layers, checkpoint.heads, checkpoint.source))
+        if tensors:
+            layers[site] = tensors
+    heads = {site: checkpoint.heads[site] for site in layers}
+    return _fingerprinted(Checkpoint(cut, layers, heads, checkpoint.source))
 
 
 def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
     """The checkpoint without one of its bundles; U is unchanged."""
     bundles = {n: spec for n, spec in (checkpoint.config.bundles or {}).items() if n != bundle}
     layers = {
-        number: {tail: t for tail, t in layer.items() if tail.partition(".")[2] != bundle}
-        for number, layer in checkpoint.layers.items()
+        site: {tail: t for tail, t in layer.items() if tail.partition(".")[2] != bundle}
+        for site, layer in checkpoint.layers.items()
     }
+    layers = {site: layer for site, layer in layers.items() if layer}
     provenance = {**(checkpoint.config.provenance or {}), "basis": basis_of(checkpoint)}
     return replace(checkpoint, config=changed(checkpoint.config, bundles=bundles, provenance=provenance), layers=layers)
 
 
 def group_key(checkpoint: Checkpoint) -> tuple[Any, ...]:
     """Checkpoints with the same key fit into one adapter: same basis, projection, scaling and layers."""
-    config = checkpoint.config
-    return basis_of(checkpoint)["digest"], config.projection, config.scaling, tuple(sorted(checkpoint.layers))
+    config, blocks = checkpoint.config, tuple(sorted({site.block for site in checkpoint.layers}))
+    if not checkpoint.behind_blocks():
+        return "", "", 1.0, blocks
+    return basis_of(checkpoint)["digest"], config.projection, config.scaling, blocks
 
 
 def join(members: Sequence[Checkpoint]) -> Checkpoint:
@@ -148,11 +162,8 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
     config = changed(
         first.config,
         # Kind and sizes are written into each spec, so that the defaults of the joined config do not matter.
-        bundles={
-            name: _resolved(spec, shape)
-            for m in members
-            for (name, spec), shape in zip((m.config.bundles or {}).items(), bundle_shapes(m.config, d).values())
-        },
+        bundles={name: _resolved(m.config, name, d) for m in members for name in m.config.bundles or ()},
+        kind=None,
         sub_bases={name: SubBasis(size) for name, size in sizes.items()},
         basis_rank=None,
         save_basis=True,
@@ -162,9 +173,14 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
     whole = next(  # a member that has all columns: then its U is used and nothing is copied
         (m for m, c in zip(members, columns) if all(len(c.get(name, ())) == size for name, size in sizes.items())), None
     )
-    layers = {}
-    for number, layer in first.layers.items():
-        bases = [m.layers[number]["bundle_basis"].to(layer["bundle_basis"]) for m in members]
+    layers: dict[Site, dict[str, Tensor]] = {}
+    for m in members:
+        for site, layer in m.layers.items():
+            if site.path:
+                layers.setdefault(site, {}).update(layer)
+    for number, layer in first.behind_blocks().items():
+        site = Site(number)
+        bases = [m.layers[site]["bundle_basis"].to(layer["bundle_basis"]) for m in members]
         for m, base, own in zip(members, bases, columns):
             for name, place in own.items():
                 i = donors[name]
@@ -176,26 +192,33 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
                         f"columns of {name!r} in layer {number} differ; one file was changed, get both again."
                     )
             for what in ("bundle_mean", "bundle_scale"):
-                if not torch.equal(m.layers[number][what].to(layer[what]), layer[what]):
+                if not torch.equal(m.layers[site][what].to(layer[what]), layer[what]):
                     raise ValueError(
                         f"{m.source} and {first.source} both name the basis {basis['digest'][:12]}, but their {what} "
                         f"of layer {number} differs; one file was changed, get both again."
                     )
-        tensors = {tail: t for m in members for tail, t in m.layers[number].items()}
+        tensors = {tail: t for m in members for tail, t in m.layers[site].items()}
         tensors.update({what: layer[what] for what in SHARED})
         if whole is not None and basis_rank(whole.config, d) == width:
-            tensors["bundle_basis"] = whole.layers[number]["bundle_basis"]
+            tensors["bundle_basis"] = whole.layers[site]["bundle_basis"]
         else:
             pieces = [_take(bases[i], columns[i][name]) for name, i in donors.items()]
             tensors["bundle_basis"] = _padded(bases[0], pieces, width)
-        layers[number] = tensors
-    return _fingerprinted(Checkpoint(config, layers, first.heads, " and ".join(m.source for m in members)))
+        layers[site] = tensors
+    heads = {site: head for m in members for site, head in m.heads.items()}
+    return _fingerprinted(Checkpoint(config, layers, heads, " and ".join(m.source for m in members)))
 
 
-def _resolved(spec: BundleSpec, shape: BundleShape) -> BundleSpec:
-    """The spec with the kind and sizes that it has at this hidden size, independent of the config's defaults."""
+def _resolved(config: BundleConfig, bundle: str, hidden_size: int) -> BundleSpec:
+    """A bundle's spec with the place, kind and sizes that it has here, independent of the config's defaults."""
+    assert config.bundles is not None
+    spec, places = config.bundles[bundle], config.places(bundle)
+    spec = replace(spec, place=list(places), kind=spec.kind or config.kind)
+    if (shape := bundle_shapes(config, hidden_size).get(bundle)) is None:
+        return replace(spec, rank=linear_shapes(config, hidden_size)[bundle][0])
     bottleneck = shape.hidden if shape.kind in ("mlp", "linear", "full") else None
-    return replace(spec, rank=shape.rank, adapter=shape.kind, bottleneck=bottleneck)
+    kind = shape.kind if places == (BLOCK,) else spec.kind
+    return replace(spec, rank=shape.rank, kind=kind, bottleneck=bottleneck)
 
 
 def _take(basis: Tensor, columns: Tensor) -> Tensor:
@@ -211,6 +234,6 @@ def _padded(like: Tensor, parts: list[Tensor], width: int) -> Tensor:
 
 def _fingerprinted(checkpoint: Checkpoint) -> Checkpoint:
     """Write the fingerprints of its bases into its config."""
-    prints = {str(i): fingerprint(layer["bundle_basis"]) for i, layer in checkpoint.layers.items()}
-    checkpoint.config.basis_fingerprint = prints
+    prints = {str(i): fingerprint(layer["bundle_basis"]) for i, layer in checkpoint.behind_blocks().items()}
+    checkpoint.config.basis_fingerprint = prints or None
     return checkpoint

@@ -22,7 +22,7 @@ from ..core.attaching import own_config
 from ..core.base import check_base
 from ..core.basis import fingerprint, sub_basis_columns
 from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, read_tensors
-from ..core.walking import adapter_layers, resolve_adapter, state_of
+from ..core.walking import basis_layers, resolve_adapter, state_of
 from .cards import CARD, hub_id
 from .hub import api_for, parse_source, upload
 from .parts import from_model, with_base
@@ -83,7 +83,7 @@ def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = No
     os.makedirs(folder, exist_ok=True)
     tensors = {
         f"{number}.{what}": layer[what].detach().float().to("cpu", copy=True).contiguous()
-        for number, layer in checkpoint.layers.items()
+        for number, layer in checkpoint.behind_blocks().items()
         for what in SHARED
     }
     save_file(tensors, Path(folder) / BASIS, metadata={"format": "pt", "peft_bundles": json.dumps(about)})
@@ -163,7 +163,7 @@ def load_basis(
     made_for = BundleConfig(base_shape=about["base_shape"], provenance=about["provenance"])
     made_for.base_model_name_or_path = about["base_model_name_or_path"]
     check_base(made_for, base, str(source))
-    adapted = adapter_layers(model, adapter)
+    adapted = basis_layers(model, adapter)
     numbers = sorted(layer.index for layer in adapted)
     if (partition := _partition(from_model(model, adapter))) != about["sub_bases"]:
         raise ValueError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import ROLES, BundleConfig
+from ..config import BundleConfig
+from ..specs import ROLES
 
 
 def forward_table(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import peft_bundles
 from peft_bundles import BundleConfig
-from peft_bundles.config import resolve_rank
 from peft_bundles.core.walking import bundle_parameters
 from peft_bundles.routers.topics import TopicRouting
+from peft_bundles.specs import resolve_rank
 from peft_bundles.taxonomy import TOPICS
 from studies.measures.text import text_loss
 from studies.semantic.texts import rows_of

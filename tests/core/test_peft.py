@@ -26,9 +26,17 @@ from models import (
     unchanged,
     weights,
 )
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from peft_bundles import BundleConfig
 from peft_bundles.core.walking import state_of
 
 
@@ -123,9 +131,20 @@ def test_target_modules_that_match_nothing():
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.o_proj", "all-linear"])
-def test_target_modules_of_lora_are_refused(targets):
-    with pytest.raises(ValueError, match=r"target_modules=.* whole decoder blocks\. Leave target_modules out"):
-        get_peft_model(TINY["llama"](), bundle_config(target_modules=targets))
+def test_target_modules_of_lora_mean_the_same_linear_layers(targets):
+    lora = get_peft_model(TINY["llama"](), LoraConfig(target_modules=targets))
+    model = get_peft_model(TINY["llama"](), BundleConfig(bundles={"b_one": {"rank": 8}}, target_modules=targets))
+    wanted = {n.removesuffix(".lora_A.default") for n, _ in lora.named_modules() if n.endswith(".lora_A.default")}
+    assert {
+        n.removesuffix(".bundles") for n, m in model.named_modules() if n.endswith(".bundles") and m.holds("default")
+    } == wanted
+    assert model.get_nb_trainable_parameters()[0] == lora.get_nb_trainable_parameters()[0]
+
+
+def test_target_modules_that_are_linear_layers_outside_the_blocks():
+    config = BundleConfig(bundles={"b_one": {"rank": 8}}, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"names lm_head, which is not inside a decoder block"):
+        get_peft_model(TINY["llama"](), config)
 
 
 def test_low_ranks():

@@ -271,7 +271,7 @@ def test_energy_and_its_gradient(nonlinear):
         a = torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * ours
         return sum((a[..., units] @ maps[:, 1, units]).square().sum((1, 2)) for units in ([0, 1], [2, 4, 5]))
 
-    energy = lambda maps: _Energy.apply(x, maps, ours, nonlinear, groups)  # noqa: E731
+    energy = lambda maps: _Energy.apply(x, *maps.unbind(1), ours, nonlinear, groups)  # noqa: E731
     torch.testing.assert_close(energy(maps), plain(maps))
     found, wanted = (torch.autograd.grad(f(maps).square().sum(), maps)[0] for f in (energy, plain))
     torch.testing.assert_close(found, wanted)
