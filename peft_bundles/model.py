@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import BundleConfig
 from .core.attaching import basis_brought, borrow_basis, check_loaded, check_saved
 from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
-from .core.checkpoints import weights_digest
+from .core.calling import Calls
+from .core.checkpoints import plain_name, renamed, weights_digest
 from .core.dialling import alphas, bake_alphas, set_alphas
-from .core.layer import MERGE_ERROR, BundleLayer
+from .core.layer import BundleLayer
 from .core.linears import LinearBundles
 from .core.packing import Packing
 from .core.penalty import loss_of_step, share_of_step
 from .core.places import CHILD, Site, signals_of
-from .core.planning import prepared
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
+from .core.stored import MERGE_ERROR
 from .core.walking import bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
 from .routing import backward, reduction, routes
 
 
-class BundleModel(BaseTuner):
+class BundleModel(Calls):
     """The BUNDLE tuner, made by `get_peft_model(model, BundleConfig(...))`.
 
     Its methods are reached through the `PeftModel`: `model.route(...)`, `model.alphas(...)`, `model.bundle_report()`.
@@ -187,7 +187,8 @@ class BundleModel(BaseTuner):
             return
         linear = layer.inner.get(site.path)
         if not isinstance(linear, LinearBundles):
-            layer.inner[site.path] = linear = LinearBundles(target, site, d, self._state)
+            linear = LinearBundles(target, site, d, self._state)
+            layer.add_inner(site.path, linear)
             setattr(target, CHILD, linear)
         linear.names[adapter_name] = tuple(self._injection.bundles[site])
         linear.update_layer(*options)
@@ -259,7 +260,7 @@ class BundleModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # "...bundles.bundle_weight.<adapter>.<bundle>" and "...bundles.bundle_basis.<adapter>"
-        head, child, tail = key.rpartition(f".{CHILD}.")
+        head, child, tail = plain_name(key).rpartition(f".{CHILD}.")
         if not child:
             return super()._remove_adapter_name_from_key(key, adapter_name)
         what, _, rest = tail.partition(".")
@@ -277,102 +278,15 @@ class BundleModel(BaseTuner):
         """
         with basis_brought(model, adapter_name) if config.save_basis else nullcontext():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            inside = {plain_name(n): n for n, m in model.named_modules() if isinstance(m, BundleLayer)}
+            remapped = {renamed(key, inside): tensor for key, tensor in remapped.items()}
             if not config.bundles:
                 return remapped
             check_loaded(model, config, adapter_name, state_dict, remapped)
         config.weights_digest = None  # state dicts that are set later are not checked against it
         return remapped
 
-    # ---- a call's own alphas and adapters ----
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`PeftModel` enters this around every forward and generate, with the call's arguments."""
-        call, values = self._state.call, kwargs.get("alphas")
-        before = call.offered
-        try:
-            with self._call(values, kwargs.get("adapter_names")):
-                call.offered = values
-                yield
-        except (TypeError, ValueError) as error:
-            if call.offered is not None and "'alphas'" in str(error):  # an argument that the base model does not know
-                raise ValueError(
-                    "alphas= cannot be used here: without a task type PEFT passes it to the base model. Make the "
-                    "adapter with BundleConfig(task_type='CAUSAL_LM'), or use `with model.alphas(...):`."
-                ) from error
-            raise
-        finally:
-            call.offered = before
-
-    def _not_set_yet(self, values: Any) -> Any:
-        """The alphas of a call, or None if `PeftModel` has set them: then it passes the same object to the tuner."""
-        call = self._state.call
-        if values is None or values is not call.offered:
-            return values
-        call.offered = None
-        return None
-
-    @contextmanager
-    def _call(self, values: Any, adapter_names: list[str] | None) -> Iterator[None]:
-        """Run the block as one call, with its own alphas and adapter names if they are given."""
-        call = self._state.call
-        if adapter_names is not None:
-            if self.training:
-                raise ValueError("adapter_names cannot be used in training mode; call model.eval() or set_adapter.")
-            if unknown := sorted(set(adapter_names) - set(self.peft_config) - {"__base__"}):
-                raise ValueError(f"adapter_names has {unknown}; the adapters are {sorted(self.peft_config)}.")
-        before = call.adapter_names
-        call.adapter_names = adapter_names if adapter_names is not None else before
-        try:
-            own = alphas(self.model, values) if values is not None else nullcontext()
-            with self._pinned(adapter_names or ()), own, prepared(self.model, self._layers):
-                yield
-        finally:
-            call.adapter_names = before
-
-    @contextmanager
-    def _pinned(self, others: Sequence[str] = ()) -> Iterator[None]:
-        """Run the block with the adapters that are active now, even if other threads add or remove some in the
-        meantime.
-
-        `use.calls` counts the calls that run with each adapter. An adapter that was replaced is deleted when the last
-        of its calls ends.
-        """
-        call, use = self._state.call, self._state.use
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            torch._dynamo.graph_break()  # only what the call runs is compiled, and not its start
-        inside_of_a_call = call.active is not None
-        if inside_of_a_call or torch.compiler.is_compiling():  # compiled training keeps the adapters that it traced
-            yield
-            return
-        with use.lock:
-            active = tuple(self.active_adapters)
-            held = {*active, *others}
-            use.calls.update(held)
-        call.active = active
-        try:
-            yield
-        finally:
-            call.active = None
-            with use.lock:
-                use.calls.subtract(held)
-            # If another thread is changing the set, that thread deletes them, or the next call to end does.
-            if use.retired and use.swapping.acquire(blocking=False):
-                try:
-                    self.delete_retired()
-                finally:
-                    use.swapping.release()
-
-    def delete_retired(self) -> None:
-        """Delete the replaced adapters that no call runs with any more. The caller must hold `use.swapping`."""
-        use = self._state.use
-        with use.lock:
-            unused = [a for a in use.retired if use.calls[a] == 0]
-            use.retired.difference_update(unused)
-        for adapter in unused:  # no new call can start with them, for they are not active
-            self.delete_adapter(adapter)
-            remaining = self._state.bundle_names()
-            self._state.set_alphas = {n: value for n, value in self._state.set_alphas.items() if n in remaining}
+    # ---- forwards ----
 
     def forward(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The base model's forward.
@@ -394,7 +308,7 @@ class BundleModel(BaseTuner):
         state = self._state
         before, state.seen = state.seen, set()
         if self.training:
-            recompute_with_call(((layer.get_base_layer(), state) for layer in self._layers), required=False)
+            recompute_with_call((layer for layer in self._layers if not layer.site.path), required=False)
         try:
             with self._call(self._not_set_yet(alphas), adapter_names):
                 output = self.model(*args, **kwargs)
@@ -446,20 +360,6 @@ class BundleModel(BaseTuner):
                 "call model.set_alphas(...) before it, or use generate."
             )
         return self.model.generate_batch(*args, **kwargs)
-
-    @contextmanager
-    def folded(self) -> Iterator[None]:
-        """Fold the bundles once for all forwards without gradients in the block, in this thread.
-
-        Do not change weights inside the block.
-        """
-        call = self._state.call
-        before = call.folds
-        call.folds = before if before is not None else {}
-        try:
-            yield
-        finally:
-            call.folds = before
 
     # ---- the functions of the same names in `peft_bundles`, on this model ----
 

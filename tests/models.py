@@ -74,8 +74,19 @@ def tiny(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
 TINY: dict[str, Callable[..., PreTrainedModel]] = {name: partial(tiny, name) for name in _MODELS}
 
 
+# test_at_linears.py sets it, and runs tests of bundles behind blocks again with the same bundles at other places.
+at_linears: bool = False
+LINEAR = {
+    "b_mlp": {"rank": 3, "place": "all-linear", "kind": "mlp", "signals": {"lm": 1.0}},
+    "b_linear": {"rank": 4, "place": "all-linear", "use_rslora": True, "signals": {"policy": 1.0}},
+    "b_diag": {"rank": 4, "place": ["block", "all-linear"], "sub_bases": ["right"], "signals": {"lm": 0.5}},
+}
+
+
 def bundle_config(**fields: Any) -> BundleConfig:
     """Three bundles of different kinds that share a part of their support."""
+    if at_linears:
+        fields = {"bundles": LINEAR, **fields}
     defaults = {
         "sub_bases": {"left": 12, "right": 8},
         "bundles": {
@@ -111,6 +122,7 @@ def weights(model: nn.Module, adapter: str = "default") -> dict[str, nn.Paramete
 def perturb(model: nn.Module, adapter: str = "default", *, scale: float = 0.3, seed: int = 0) -> nn.Module:
     """Add noise to an adapter's weights, so that it is not the identity; returns the model."""
     generator = torch.Generator().manual_seed(seed)
+    scale = scale / 5 if at_linears else scale  # seven layers of a block instead of one place
     found = weights(model, adapter)
     assert found, f"no bundle of adapter {adapter!r} to perturb"
     for parameter in found.values():

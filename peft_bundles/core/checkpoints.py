@@ -257,17 +257,33 @@ def by_layer(
     Returns:
         Site -> key -> tensor, and the names of tensors that belong to none of these layers.
     """
-    sites = {name.removeprefix(PEFT_PREFIX): site for name, site in sites.items()}
+    sites = {plain_name(name.removeprefix(PEFT_PREFIX)): site for name, site in sites.items()}
     layers: dict[Site, dict[str, Tensor]] = {site: {} for site in sites.values()}
     others = []
     for key, tensor in state_dict.items():
-        name = key.removeprefix(PEFT_PREFIX)
+        name = plain_name(key.removeprefix(PEFT_PREFIX))
         head, _, tail = name.rpartition(f".{CHILD}.")
         if (site := sites.get(f"{head}.{CHILD}")) is None:
             others.append(name)
         else:
             layers[site][tail] = tensor
     return layers, others
+
+
+def plain_name(key: str) -> str:
+    """A name without what LoRA adds to it where it wraps a linear layer with bundles."""
+    return key.replace(f".base_layer.{CHILD}", f".{CHILD}")
+
+
+def renamed(key: str, names: Mapping[str, str]) -> str:
+    """The key of a tensor in a model, from its key in a file.
+
+    Args:
+        key: its key in a file, with the name of the adapter.
+        names: plain name of a bundle layer -> its name in the model.
+    """
+    head, child, tail = key.rpartition(f".{CHILD}.")
+    return f"{names.get(head + child[:-1], head + child[:-1])}.{tail}" if child else key
 
 
 def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -169,9 +169,14 @@ class LinearBundles(BundleLayer):
             for name in packing.names
         ]
 
-    def hook(self, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the linear layer: its output, with the bundles' update."""
-        return self(args[0], output)
+        inputs, shape = args[0], self.state.call.shape
+        if inputs.dim() != 2:
+            return self(inputs, output)
+        # Some models (OPT) put all rows in one here. What an expert gets are tokens of any rows.
+        rows = shape[0] if shape is not None and shape.numel() == len(inputs) else 1
+        return self(inputs.view(rows, -1, inputs.shape[1]), output.view(rows, -1, output.shape[1])).flatten(0, 1)
 
     def _fold(
         self, adapter: str, dtype: torch.dtype, live: Collection[str], tables: Any | None = None

@@ -17,7 +17,8 @@ from ..specs import BLOCK
 
 
 CHILD = "bundles"  # the name under which a block or a linear layer holds its BundleLayer
-ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose experts; bundles leave them alone
+# Linear layers that bundles leave alone: those that choose experts, and Mamba's, whose weight is used without a call.
+LEFT_OUT = ("gate", "router", "shared_expert_gate", "dt_proj")
 
 
 class Site(NamedTuple):
@@ -44,14 +45,14 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a block by name, without adapters and what they wrap, and without routers of experts."""
+    """The linear layers inside a block by name, without adapters, what they wrap, and `LEFT_OUT`."""
     return dict(_linears(block, ""))
 
 
 def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        if name == CHILD or name in ROUTERS:
+        if name == CHILD or name in LEFT_OUT:
             continue
         if sizes_of(child) is not None:
             yield inner, child

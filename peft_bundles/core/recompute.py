@@ -1,40 +1,44 @@
-"""Gradient checkpointing in transformers before 5.23, which recomputes a block together with its forward hooks.
+"""Gradient checkpointing of blocks whose bundles are computed again in backward.
 
-From 5.23 on a block checkpoints its `forward`, so that our hook runs once. Before, the hook runs again in backward,
-when the alphas and the route of the forward are gone. Here the recomputation gets them back, through `context_fn` of
-`torch.utils.checkpoint` (non-reentrant checkpointing only: PyTorch refuses it for the other).
+A checkpointed block runs its forward again in backward, and with it the hooks of its linear layers (in transformers
+before 5.23 its own hook too). By then the alphas and the route of the forward are gone, and on a GPU it is another
+thread. So the forward's call is kept beside the block's inputs, through `context_fn` of `torch.utils.checkpoint`
+(non-reentrant checkpointing only: PyTorch refuses it for the other).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import transformers
 from packaging.version import Version
-from torch import nn
 
 from .state import BundleState, CallAlphas
 
 
-HOOKS_RUN_AGAIN = Version(transformers.__version__) < Version("5.23.dev0")
+Layer: TypeAlias = Any  # the `BundleLayer` of a block, which imports this file
+
+HOOKS_RUN_AGAIN = Version(transformers.__version__) < Version("5.23.dev0")  # a block's own
 
 
 class CheckpointWithCall:
     """A block's checkpointing function whose recomputation runs with the alphas and the route of its forward."""
 
-    def __init__(self, checkpoint: Callable[..., Any], state: BundleState) -> None:
-        self.checkpoint, self.state = checkpoint, state
+    def __init__(self, checkpoint: Callable[..., Any], layer: Layer) -> None:
+        self.checkpoint, self.layer = checkpoint, layer
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.checkpoint(function, *args, context_fn=self.contexts)
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Context managers of a block's forward and of its recomputation; called when the forward starts."""
-        call = self.state.call
-        kept = {**vars(call), "own": CallAlphas(call.alphas)}
-        return nullcontext(), _with(self.state, kept)
+        state = self.layer.state
+        call = state.call
+        own = CallAlphas({**state.set_alphas, **call.alphas})
+        active = tuple(self.layer.active_adapters) if call.active is None else call.active
+        return nullcontext(), _with(state, {**vars(call), "own": own, "active": active, "again": True})
 
 
 @contextmanager
@@ -49,27 +53,28 @@ def _with(state: BundleState, kept: dict[str, Any]) -> Iterator[None]:
         vars(call).update(before)
 
 
-def recompute_with_call(blocks: Iterable[tuple[nn.Module, BundleState]], *, required: bool) -> None:
-    """Make checkpointed blocks recompute their bundles with the call of the forward; does nothing from 5.23 on.
+def recompute_with_call(layers: Iterable[Layer], *, required: bool) -> None:
+    """Make checkpointed blocks recompute their bundles with the call of the forward.
 
     Args:
-        blocks: blocks with bundles, and the state of their bundle layers.
+        layers: bundle layers of blocks.
         required: whether the forward has its own alphas or route, which a recomputation must not lose.
 
     Raises:
         RuntimeError: a block is checkpointed re-entrantly, and `required`.
     """
-    if not HOOKS_RUN_AGAIN:
-        return
-    for block, state in blocks:
+    for layer in layers:
+        if not (HOOKS_RUN_AGAIN or layer.inner):
+            continue
+        block = layer.get_base_layer()
         checkpoint = vars(block).get("_gradient_checkpointing_func")
         if checkpoint is None or isinstance(checkpoint, CheckpointWithCall):
             continue
         if not getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
-            vars(block)["_gradient_checkpointing_func"] = CheckpointWithCall(checkpoint, state)
+            vars(block)["_gradient_checkpointing_func"] = CheckpointWithCall(checkpoint, layer)
         elif required and getattr(block, "gradient_checkpointing", False):
             raise RuntimeError(
-                f"re-entrant gradient checkpointing in transformers {transformers.__version__} runs bundles again in "
-                "backward, without this call's alphas and route. Call "
-                'model.gradient_checkpointing_enable({"use_reentrant": False}), or install transformers>=5.23.'
+                "re-entrant gradient checkpointing runs bundles again in backward, without this call's alphas and "
+                'route. Call model.gradient_checkpointing_enable({"use_reentrant": False})'
+                + (", or install transformers>=5.23." if HOOKS_RUN_AGAIN and not layer.inner else ".")
             )

@@ -61,6 +61,8 @@ class Call(threading.local):
         uncached: inside a `generate` without a cache, whose forwards have the prompt and all new tokens.
         folds: inside `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
+        shape: (rows, tokens) of the block that runs now, if its linear layers have bundles.
+        again: gradient checkpointing runs a block's forward again, in backward: what it noted the first time stands.
         offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
     """
 
@@ -72,6 +74,8 @@ class Call(threading.local):
         self.prompts: int | None = None
         self.uncached = False
         self.folds: dict[Any, Any] | None = None
+        self.shape: torch.Size | None = None
+        self.again = False
         self.offered: Any = None
 
     @property

@@ -28,8 +28,8 @@ def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:
         seen.add(module)
         layer = module._modules.get(CHILD)
         if isinstance(layer, BundleLayer):
-            yield layer
             yield from layer.inner.values()
+            yield layer
         else:
             yield module
             stack.extend(reversed(module._modules.values()))
@@ -73,7 +73,7 @@ def checked_layers(model: nn.Module) -> list[BundleLayer]:
             "again in backward, without this call's alphas and route. Leave the wrapper out and call "
             "model.gradient_checkpointing_enable()."
         )
-    recompute_with_call(((layer.get_base_layer(), layer.state) for layer in layers), required=True)
+    recompute_with_call((layer for layer in layers if not layer.site.path), required=True)
     return layers
 
 

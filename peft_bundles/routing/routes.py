@@ -261,7 +261,9 @@ def route(
     for layer in layers:
         for adapter in layer.bundle_adapters():
             if layer.packing(adapter).names:
-                packings[adapter, layer.packing(adapter), layer.device_of(adapter)] = torch.float32
+                weight = next(iter(layer.bundle_up[adapter].values()))
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                packings[adapter, layer.packing(adapter), weight.device] = dtype
     new = Route(state.configs, signals, packings, weights)
     if new.packed and not block_diagonal:
         warnings.warn(

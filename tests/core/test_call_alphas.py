@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 import peft_bundles
 import peft_bundles.model
 from peft_bundles import BundleConfig
+from peft_bundles.core import calling
 
 
 HALF = {"b_mlp": 0.5, "b_linear": -2.0, "b_diag": 0.0}
@@ -53,8 +54,8 @@ def test_alphas_of_a_call(how, tmp_path):
 
 def test_they_are_set_once_a_call(monkeypatch):
     """PEFT hands them to the tuner twice; a second look at a tensor would wait for the GPU again."""
-    calls, real = [], peft_bundles.model.alphas
-    monkeypatch.setattr(peft_bundles.model, "alphas", lambda *args, **kw: calls.append(args) or real(*args, **kw))
+    calls, real = [], calling.alphas
+    monkeypatch.setattr(calling, "alphas", lambda *args, **kw: calls.append(args) or real(*args, **kw))
     model, ids = attached(), batch()
     logits(model, ids, alphas=HALF)
     generated(model, ids, alphas=HALF)
