@@ -35,7 +35,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speed_models import CUDA, DEVICE, DTYPE, SHAPES, SIGNALS, adapted, base_model, built, bundles, memory, peak
+from speed_models import (
+    CUDA,
+    DEVICE,
+    SHAPES,
+    SIGNALS,
+    adapted,
+    base_model,
+    built,
+    bundles,
+    memory,
+    peak,
+    precision,
+    sync,
+    tokens,
+)
+from speed_profile import profile
 from transformers import DynamicCache, StaticCache
 
 from studies.records import made_by
@@ -43,6 +58,8 @@ from studies.records import made_by
 
 TRAIN = ("base", "lora_r16", "bundles_15", "bundles_15_routed", "bundles_15_quiet0", "bundles_1", "bundles_6")
 TRAIN += ("bundles_64", "lora_r64", "lora_4x4", "xlora")
+AT_LINEARS = ("base", "lora_r16", "bundles_15_routed", "lora_mlp", "bundles_mlp_1", "bundles_mlp_15_routed")
+AT_LINEARS += ("bundles_mlp_15_quiet0", "lora_out", "bundles_out_15_routed")
 ADAPTERS = ("base", "lora_r16", "lora_r64", "lora_4x4", "bundles_1", "bundles_6", "bundles_15", "bundles_64")
 PROMPT, STEPS = 128, 16  # decode: tokens in the cache, and steps a timing
 ALPHA = 0.5
@@ -60,19 +77,6 @@ class Cell:
     steps: int = 1
     reset: Callable[[], Any] = lambda: None
     parts: Callable[[Callable[[str], None]], Any] | None = None
-
-
-def sync() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def precision() -> Any:
-    return torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext()
-
-
-def tokens(shape: str, rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, SHAPES[shape][-1], (rows, length), device=DEVICE)
 
 
 # ---- sections: (shape, options) -> cells to be timed together ----
@@ -106,6 +110,25 @@ def training(shape: str, name: str, batch: tuple[int, int]) -> tuple[Cell, int]:
 def train(shape: str, options: Any) -> Any:
     for name in options.cells:
         yield name, lambda name=name: training(shape, name, options.batch)
+
+
+def places(shape: str, options: Any) -> Any:
+    """Training steps with bundles at linear layers, beside LoRA on the same layers at the same parameters."""
+    for name in AT_LINEARS:
+        yield name, lambda name=name: training(shape, name, options.batch)
+
+
+def place_decode(shape: str, options: Any) -> Any:
+    """`decode` of one row with bundles at linear layers."""
+    for name in ("base", "lora_r16", "lora_mlp", "bundles_mlp_1", "bundles_mlp_15", "lora_out", "bundles_out_15"):
+        yield f"{name}/1", lambda name=name: decoding(shape, name, 1)
+
+
+def place_graphs(shape: str, options: Any) -> Any:
+    """`graphs` with bundles at linear layers."""
+    for name in ("base", "lora_mlp", "bundles_mlp_15", "bundles_out_15"):
+        for how in ("static", "cuda_graph") if CUDA else ("static",):
+            yield f"{name}/{how}", lambda name=name, how=how: graph(shape, name, how)
 
 
 def same_rows(shape: str, options: Any) -> Any:
@@ -271,49 +294,22 @@ def swap(shape: str, options: Any) -> Any:
         yield f"{name}/load_adapter", loading
 
 
-def profile(shape: str, options: Any) -> dict[str, Any]:
-    """One decoder block, forward and backward of a training batch, and one token: kernel by kernel."""
-    cells = [(name, what) for name in ("base", "lora_r16", "bundles_15") for what in ("train", "token")]
-    return {"profile": {f"{name}/{what}": kernels(shape, name, what, options.batch) for name, what in cells}}
-
-
-def kernels(shape: str, name: str, what: str, batch: tuple[int, int]) -> dict[str, Any]:
-    """Kernels of one run (on a CPU: operators), the slowest first; microseconds and calls a run."""
-    training, model = what == "train", adapted(shape, name, inference=what == "token")
-    inner = model if name == "base" else model.get_base_model()
-    rows, length = batch if training else (1, 1)
-    hidden = torch.randn(rows, length, SHAPES[shape][0], device=DEVICE, dtype=DTYPE, requires_grad=training)
-    angles = inner.model.rotary_emb(hidden, torch.arange(length, device=DEVICE)[None])
-
-    def run() -> None:
-        with precision() if training else torch.no_grad():
-            out = inner.model.layers[0](hidden, position_embeddings=angles)
-        if training:
-            out.backward(torch.ones_like(out))
-            model.zero_grad()
-            hidden.grad = None
-
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
-    with model.folded() if name.startswith("bundles") and not training else nullcontext():
-        for _ in range(3):
-            run()
-        sync()
-        with torch.profiler.profile(activities=activities) as seen:
-            for _ in range(5):
-                run()
-            sync()
-    found = []
-    for event in seen.key_averages():
-        us = event.self_device_time_total if CUDA else event.self_cpu_time_total
-        if us and (not CUDA or "CUDA" in str(event.device_type)):
-            found.append({"name": event.key[:200], "calls": event.count / 5, "us": round(us / 5, 2)})
-    found.sort(key=lambda kernel: -kernel["us"])
-    total = {"us": round(sum(k["us"] for k in found), 2), "calls": sum(k["calls"] for k in found)}
-    return {**total, "kernels": found[:60]}
-
-
 SECTIONS: dict[str, Callable[..., Any]] = {
-    s.__name__: s for s in (train, same_rows, decode, row_alphas, graphs, forward, generate, swap, profile)
+    s.__name__: s
+    for s in (
+        train,
+        places,
+        place_decode,
+        place_graphs,
+        same_rows,
+        decode,
+        row_alphas,
+        graphs,
+        forward,
+        generate,
+        swap,
+        profile,
+    )
 }
 FIRST = [("1.2b", s) for s in ("train", "same_rows", "decode", "row_alphas", "graphs", "profile")]
 FIRST += [("1.2b", s) for s in ("forward", "generate", "swap")]

@@ -11,6 +11,7 @@ import copy
 import ctypes
 import gc
 import tempfile
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft_bundles.core.layer
+import peft_bundles.core.bases
 from peft_bundles import BundleConfig, BundleLayer
+from peft_bundles.calibration import INPUTS
+from peft_bundles.core.linears import LinearBundles
 
 
 CUDA = torch.cuda.is_available()
@@ -34,6 +37,7 @@ SHAPES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
 }
 SIGNALS = ("lm", "preference", "policy", "value")
+PLACES = {"mlp": ["gate_proj", "up_proj", "down_proj"], "out": ["o_proj", "down_proj"]}
 
 
 def memory() -> float:
@@ -64,7 +68,7 @@ def some_basis(hidden_size: int, rank: int) -> torch.Tensor:
 
 
 # Drawn in float64 on the CPU as it is, U takes longer than what is measured. (`load_adapter` draws none.)
-peft_bundles.core.layer.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
+peft_bundles.core.bases.draw_basis = lambda hidden_size, rank, seed, layer: some_basis(hidden_size, rank)
 
 
 def lora_parameters(rank: int, shape: str) -> int:
@@ -74,11 +78,33 @@ def lora_parameters(rank: int, shape: str) -> int:
     return rank * (2 * (d + d) + 2 * (d + side) + 3 * (d + ff))
 
 
-def bundles(count: int, shape: str, quiet: float = 10.0) -> BundleConfig:
-    support = SHAPES[shape][0] * 3 // 4
-    hidden = max(lora_parameters(16, shape) // (2 * support), count)
-    sizes = [hidden // count + (k < hidden % count) for k in range(count)]
+def rank_at(place: str, shape: str) -> int:
+    """The rank at the linear layers of a place that has LoRA r16's trainable parameters."""
+    d, ff = SHAPES[shape][:2]
+    return lora_parameters(16, shape) // {"mlp": 3 * (d + ff), "out": 2 * d + d + ff}[place]
+
+
+def shared_out(total: int, count: int) -> tuple[list[int], list[tuple[str, ...]]]:
+    """Hidden units of each bundle, and the signals that own it."""
+    total = max(total, count)
+    sizes = [total // count + (k < total % count) for k in range(count)]
     owned = [SIGNALS[k::count] if count < len(SIGNALS) else (SIGNALS[k % len(SIGNALS)],) for k in range(count)]
+    return sizes, owned
+
+
+def bundles(count: int, shape: str, quiet: float = 10.0, place: str | None = None) -> BundleConfig:
+    if place is not None:
+        sizes, owned = shared_out(rank_at(place, shape), count)
+        return BundleConfig(
+            task_type="CAUSAL_LM",
+            place=PLACES[place],
+            quiet=quiet,
+            bundles={
+                f"b_{k}": {"rank": r, "signals": dict.fromkeys(s, 1.0)} for k, (r, s) in enumerate(zip(sizes, owned))
+            },
+        )
+    support = SHAPES[shape][0] * 3 // 4
+    sizes, owned = shared_out(lora_parameters(16, shape) // (2 * support), count)
     return BundleConfig(
         task_type="CAUSAL_LM",
         sub_bases={"main": support},
@@ -127,7 +153,10 @@ def calibrated(model: Any) -> Any:
     """As `calibrate` leaves a model, with made-up numbers."""
     model.peft_config["default"].calibration = {"tokens": 0, "source": "made up", "outliers": 0.0}
     for layer in model.modules():
-        if isinstance(layer, BundleLayer):
+        if isinstance(layer, LinearBundles):
+            inputs = torch.randn(INPUTS, layer.in_features, device=DEVICE)
+            layer.keep_inputs("default", inputs, torch.tensor(float(layer.out_features), device=DEVICE))
+        elif isinstance(layer, BundleLayer) and layer.holds("default"):
             layer.bundle_mean["default"].normal_(0, 0.1)
             layer.keep_states("default", torch.randn(4096, layer.hidden_size, device=DEVICE))
     return model
@@ -139,8 +168,12 @@ def built(shape: str, name: str, inference: bool = False) -> Any:
     kind, _, size = name.partition("_")
     autocast = not inference
     if kind == "lora":
-        count, rank = (int(n) for n in size.split("x")) if "x" in size else (1, int(size[1:]))
-        config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        count, where = 1, PLACES.get(size, "all-linear")
+        if size in PLACES:
+            rank = rank_at(size, shape)
+        else:
+            count, rank = (int(n) for n in size.split("x")) if "x" in size else (1, int(size[1:]))
+        config = LoraConfig(r=rank, target_modules=where, task_type="CAUSAL_LM")
         model = get_peft_model(model, config, autocast_adapter_dtype=autocast)
         for k in range(1, count):
             model.add_adapter(f"a{k}", copy.deepcopy(config), autocast_adapter_dtype=autocast)
@@ -151,10 +184,25 @@ def built(shape: str, name: str, inference: bool = False) -> Any:
         model.config.use_cache = False  # X-LoRA asks for it: its scalings come from a forward of their own
         model = get_peft_model(model, xlora(shape, lora))
     elif kind == "bundles":
-        count, _, quiet = size.partition("_quiet")
-        model = get_peft_model(model, bundles(int(count), shape, float(quiet or 10.0)), autocast_adapter_dtype=autocast)
+        place = next((p for p in PLACES if size.startswith(p)), None)
+        count, _, quiet = size.removeprefix(f"{place}_").partition("_quiet")
+        config = bundles(int(count), shape, float(quiet or 10.0), place)
+        model = get_peft_model(model, config, autocast_adapter_dtype=autocast)
         calibrated(model)
     return model.eval() if inference else model.train()
 
 
 adapted = cache(built)  # for sections that can share a model
+
+
+def sync() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def precision() -> Any:
+    return torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext()
+
+
+def tokens(shape: str, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, SHAPES[shape][-1], (rows, length), device=DEVICE)

@@ -168,7 +168,7 @@ def calibrate(
     linears = [layer for layer in every if isinstance(layer, LinearBundles)]
     if not config.bundles:
         raise ValueError(f"adapter {adapter!r} has no bundles, so there is nothing to calibrate; leave calibrate out.")
-    if not states_only and any(is_trained(layer, adapter) for layer in every):
+    if not states_only and any(is_trained(layer, adapter) for layer in layers):
         raise RuntimeError(
             f"adapter {adapter!r} has been trained, and its weights fit only its current basis. Calibrate a fresh "
             "adapter, or pass states_only=True to train this one further."
