@@ -138,7 +138,7 @@ def layer_alphas(
     specs = config.bundles
     assert specs is not None
     names = list(specs) if names is None else names
-    own, later = call.alphas, state.set_alphas
+    own, later = call.alphas, state.set_alphas if call.set_alphas is None else call.set_alphas
     current = [own[n] if n in own else later[n] if n in later else specs[n].alpha for n in names]
     types = {type(value) for value in current}  # faster than checking each value; every layer does this
     by_layer = tuple in types

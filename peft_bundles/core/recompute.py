@@ -36,9 +36,10 @@ class CheckpointWithCall:
         """Context managers of a block's forward and of its recomputation; called when the forward starts."""
         state = self.layer.state
         call = state.call
-        own = CallAlphas({**state.set_alphas, **call.alphas})
+        # `set_alphas` and `set_adapter` may come between the forward and the backward.
+        kept = {"own": CallAlphas(call.alphas), "set_alphas": dict(state.set_alphas), "again": True}
         active = tuple(self.layer.active_adapters) if call.active is None else call.active
-        return nullcontext(), _with(state, {**vars(call), "own": own, "active": active, "again": True})
+        return nullcontext(), _with(state, {**vars(call), **kept, "active": active})
 
 
 @contextmanager

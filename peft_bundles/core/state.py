@@ -62,6 +62,7 @@ class Call(threading.local):
         folds: inside `folded()` and `generate`, the folded weights and plans that the layers keep: weights cannot
             change there.
         shape: (rows, tokens) of the block that runs now, if its linear layers have bundles.
+        set_alphas: the model's, as they were in the forward that runs again; None: those of now.
         again: gradient checkpointing runs a block's forward again, in backward: what it noted the first time stands.
         offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
     """
@@ -75,6 +76,7 @@ class Call(threading.local):
         self.uncached = False
         self.folds: dict[Any, Any] | None = None
         self.shape: torch.Size | None = None
+        self.set_alphas: dict[str, AlphaValue] | None = None
         self.again = False
         self.offered: Any = None
 
