@@ -274,9 +274,9 @@ class FewTokens:
     fixed number of tokens.
 
     Args:
-        shape: of hidden and residual, (B, T, d); only where `fits` says so.
+        shape: of hidden, (B, T, d); only where `fits` says so.
         mean: mu, (d,); None: 0.
-        D, E: the folded maps, (d, H) and (H, d).
+        D, E: the folded maps, (d, H) and (H, O); behind a block O is d.
         nonlinear: units before this one pass through GELU, the rest are linear.
         alpha: (B|1, 1, H|1); None: 1. All tensors have one dtype.
     """
@@ -285,7 +285,7 @@ class FewTokens:
         self, shape: torch.Size, mean: Tensor | None, D: Tensor, E: Tensor, nonlinear: int, alpha: Tensor | None
     ) -> None:
         batch, length, d = shape
-        H, tokens = E.shape[0], batch * length
+        (H, outputs), tokens = E.shape, batch * length
         D, self.E = D.T.contiguous(), E.T.contiguous()
         alpha = None if alpha is None else alpha.expand(batch, -1, H).contiguous()
         self.constants = D if mean is None else mean, D, D if alpha is None else alpha
@@ -295,11 +295,11 @@ class FewTokens:
         U, C, self.warps = (1, 2048, 8) if tokens == 1 else (2, 1024, 4)
         flags = mean is not None, alpha is not None
         self.read = (-(-H // U), tokens, 1), (H, d, nonlinear, length, *flags, U, C)
-        self.write = (-(-d // 8), tokens, 1), (H, d, 256, 8)
+        self.write = (-(-outputs // 8), tokens, 1), (H, outputs, 256, 8)
         self.built: tuple[Any, Any] | None = None
 
     def __call__(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """The output, (B, T, d); hidden and residual are contiguous, (B, T, d)."""
+        """The output, (B, T, O); hidden, (B, T, d), and residual, (B, T, O), are contiguous."""
         a, y = torch.empty_like(self.units), torch.empty_like(residual)
         h, base, units = hidden.data_ptr(), residual.data_ptr(), a.data_ptr()
         if self.built is not None and (h | base) % 16 == 0:

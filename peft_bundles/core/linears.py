@@ -42,7 +42,7 @@ class LinearPacking(Layout):
         self.scales = {name: shapes[name][1] for name in names}
         self.kinds = {name: config.kind_of(name, at_linears=True) for name in names}
         super().__init__(names, self.kinds, self.ranks, signals_of(config, names))
-        scale = torch.tensor([self.scales[name] for name in self.names])[self.owner]
+        scale = torch.tensor([self.scales[name] for name in self.names], dtype=torch.float64)[self.owner]
         self.scale = float(scale[0]) if bool((scale == scale[0]).all()) else None
         self._index["scale"] = scale[:, None]
 
@@ -89,14 +89,15 @@ class _Split(torch.autograd.Function):
         flat = flat[: H * (inputs + outputs)].to(dtype)
         reads_HI, writes_HO = flat[: H * inputs].view(H, inputs), flat[H * inputs :].view(H, outputs)
         if isinstance(scale, Tensor) or scale != 1.0:
-            writes_HO = (writes_HO * scale).to(dtype)
+            writes_HO = writes_HO * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
         return reads_HI.T, writes_HO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dD: Tensor, dE: Tensor) -> Any:
         dE = dE.to(ctx.dtype)
-        dE = dE if not isinstance(ctx.scale, Tensor) and ctx.scale == 1.0 else dE * ctx.scale
+        if isinstance(ctx.scale, Tensor) or ctx.scale != 1.0:
+            dE = dE * (ctx.scale.to(dE.dtype) if isinstance(ctx.scale, Tensor) else ctx.scale)
         grad = torch.cat([dD.T.to(ctx.dtype).reshape(-1), dE.reshape(-1), dE.new_zeros(ctx.rest)])
         return grad, None, None, None, None, None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .places import Site
-from .quiet import Layer, loudness, warn_uncalibrated
+from .quiet import Layer, linear_gradients, loudness, warn_uncalibrated
 
 
 class Penalty:
@@ -104,24 +104,31 @@ class Penalty:
 
         Another device's thread may be in a hook too, and would run this thread's hooks while this one waits for it.
         """
-        groups: dict[tuple[str, tuple[str, ...]], list[Layer]] = {}
+        groups: dict[tuple[str, tuple[str, ...], bool], list[Layer]] = {}
         for (adapter, site), names in self.marks.items():
             if self.layers[site].device_of(adapter) == device:
-                groups.setdefault((adapter, names), []).append(self.layers[site])
+                groups.setdefault((adapter, names, bool(site.path)), []).append(self.layers[site])
         leaves: dict[int, Tensor] = {}  # apart from the weights, whose hooks wait for their own gradients
         losses = []
         with torch.enable_grad():
-            for (adapter, names), layers in groups.items():
+            for (adapter, names, _), layers in groups.items():
+                quiet = layers[0].state.configs[adapter].quiet
+                if layers[0].site.path:
+                    loss, gradients = linear_gradients(layers, adapter, names, quiet)
+                    self.gradients.update(gradients)
+                    self.note(loss)
+                    continue
                 tables = [layer.tables(adapter) for layer in layers]
                 learning = [(n, w) for of in tables for table in of for n, w in table.items() if w.requires_grad]
                 leaves.update((id(w), w.detach().requires_grad_()) for n, w in learning if n in names)
                 apart = [tuple({n: leaves.get(id(w), w) for n, w in t.items()} for t in of) for of in tables]
                 loss = loudness(layers, adapter, list(names), apart)
-                losses.append(layers[0].state.configs[adapter].quiet * loss)
-            total = torch.stack(losses).sum()
-            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        self.gradients.update((key, g) for key, g in zip(leaves, gradients) if g is not None)
-        self.note(total)
+                losses.append(quiet * loss)
+            if losses:
+                total = torch.stack(losses).sum()
+                found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                self.gradients.update((key, g) for key, g in zip(leaves, found) if g is not None)
+                self.note(total)
 
     def note(self, value: Tensor) -> None:
         """Keep the penalty of a step, or a part of it, for the log."""
