@@ -116,7 +116,9 @@ def linear_gradients(
             chosen_H = chosen_H[packing.index(device)["owner"]]
         spans = [spans for members, spans in packing.groups if not set(members).isdisjoint(learning)]
         energy_L, saved = _energy(states_LNI, reads_LHI, writes_LHO * scale_H1, chosen_H, packing.nonlinear, spans)
-        factor_L = weight / states_LNI.shape[1] / torch.stack([layer.bundle_energy[adapter] for layer in group])
+        factor_L = (
+            weight / states_LNI.shape[1] / torch.stack([layer.bundle_energy[adapter] for layer in group]).to(dtype)
+        )
         total += (energy_L * factor_L).sum()
         d_reads, d_writes = _energy_backward(factor_L, saved, chosen_H, packing.nonlinear, spans)
         for of, gradient in zip(weights, (d_reads, d_writes * scale_H1)):
