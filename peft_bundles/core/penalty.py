@@ -24,6 +24,7 @@ class Penalty:
     Attributes:
         marks: (adapter, site) -> bundles that learn in the training forwards since the last backward.
         layers: the layers with hooks, by site.
+        routes: the routes of the training forwards since the last backward.
         gradients: id of a weight -> the penalty's gradient that still waits for the weight's own.
         arrived: some gradient has arrived since the last forward.
         off: whoever trains adds the penalty himself (`without_penalty`).
@@ -36,6 +37,7 @@ class Penalty:
     def __init__(self) -> None:
         self.marks: dict[tuple[str, Site], tuple[str, ...]] = {}
         self.layers: dict[Site, Layer] = {}
+        self.routes: dict[Any, None] = {}
         self.gradients: dict[int, Tensor] = {}
         self.arrived = self.off = self.ignoring = self.scaled = self.noted = False
         self.total: Tensor | None = None
@@ -48,6 +50,7 @@ class Penalty:
         """Note that a forward with gradients lets these bundles of a layer learn. In eval mode none has a penalty."""
         if self.arrived:
             self.marks, self.gradients, self.arrived, self.scaled, self.noted = {}, {}, False, False, False
+            self.routes = {}
         key = adapter, layer.site
         if self.off or not layer.training or not layer.state.configs[adapter].quiet:
             self.marks.pop(key, None)
@@ -61,6 +64,13 @@ class Penalty:
             device = layer.device_of(adapter).type
             self.scaled |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             self.marks[key] = tuple(dict.fromkeys((*self.marks.get(key, ()), *live)))
+            if (route := layer.state.call.route) is not None:
+                self.routes[route] = None
+
+    def shares(self, adapter: str, names: Iterable[str]) -> dict[str, float]:
+        """Bundle -> share of the rows of the routed forwards that it learns from; {} if none was routed."""
+        rows = sum(len(route.rows) for route in self.routes)
+        return {n: sum(route.rows_of(adapter, n) for route in self.routes) / rows for n in names if rows}
 
     def watch(self, layer: Layer, adapter: str) -> None:
         """Put hooks on an adapter's weights in a layer, unless they have them or there is no penalty.
@@ -114,7 +124,7 @@ class Penalty:
             for (adapter, names, _), layers in groups.items():
                 quiet = layers[0].state.configs[adapter].quiet
                 if layers[0].site.path:
-                    loss, gradients = linear_gradients(layers, adapter, names, quiet)
+                    loss, gradients = linear_gradients(layers, adapter, names, quiet, self.shares(adapter, names))
                     self.gradients.update(gradients)
                     self.note(loss)
                     continue
@@ -122,7 +132,7 @@ class Penalty:
                 learning = [(n, w) for of in tables for table in of for n, w in table.items() if w.requires_grad]
                 leaves.update((id(w), w.detach().requires_grad_()) for n, w in learning if n in names)
                 apart = [tuple({n: leaves.get(id(w), w) for n, w in t.items()} for t in of) for of in tables]
-                loss = loudness(layers, adapter, list(names), apart)
+                loss = loudness(layers, adapter, list(names), apart, self.shares(adapter, names))
                 losses.append(quiet * loss)
             if losses:
                 total = torch.stack(losses).sum()
@@ -227,7 +237,9 @@ def loss_of_step(state: Any, layers: Sequence[Layer], device: torch.device) -> T
     for adapter, names in learning.items():
         weight = state.configs[adapter].quiet
         if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
-            total = total + weight * loudness(kept, adapter, names).to(device)
+            total = total + weight * loudness(kept, adapter, names, shares=state.penalty.shares(adapter, names)).to(
+                device
+            )
     return once(total, state.penalty, layers, learning)
 
 

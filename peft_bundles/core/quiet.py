@@ -11,7 +11,7 @@ linear layer), O output features (R behind blocks), H hidden units.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from .basis import align
 from .functional import activate, activate_backward
-from .packing import Packing
+from .packing import Layout, Packing
 
 
 Layer: TypeAlias = Any  # a `BundleLayer`, which imports this file
 Span: TypeAlias = tuple[int, int]  # start and number of hidden units
+Group: TypeAlias = tuple[Sequence[Span], float]  # hidden units that count together, and the weight of their energy
 DRAW, DRAW_INPUTS = 512, 256  # number of kept states that one step looks at, behind blocks and at linear layers
 
 
@@ -48,7 +49,13 @@ def warn_uncalibrated(layers: Sequence[Layer], adapter: str) -> None:
     )
 
 
-def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Sequence[Any] | None = None) -> Tensor:
+def loudness(
+    layers: Sequence[Layer],
+    adapter: str,
+    names: list[str],
+    tables: Sequence[Any] | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> Tensor:
     """Mean |what the named bundles add|^2 on kept states, relative to what is there, summed over layers.
 
     Behind blocks it is divided by the variance of the states, at linear layers by the mean |W v|^2.
@@ -60,6 +67,7 @@ def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Se
         adapter: name of the adapter.
         names: bundles of the adapter.
         tables: weights to take instead of the layers' own, as in `BundleLayer.tables`, one entry for each layer.
+        shares: bundle -> a factor, the same for bundles that learn from the same signals; None: 1.
 
     Returns:
         A scalar, with gradients for the named bundles only.
@@ -73,7 +81,9 @@ def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Se
         alone = layer if states.device.type == "cpu" else None
         sizes = states.shape, getattr(layer, "out_features", None)
         alike.setdefault((layer.packing(adapter), states.device, sizes, alone), []).append((layer, table))
-    parts = [_loudness([layer for layer, _ in g], adapter, names, [t for _, t in g]) for g in alike.values()]
+    parts = [
+        _loudness([layer for layer, _ in g], adapter, names, [t for _, t in g], shares or {}) for g in alike.values()
+    ]
     if not parts:
         return torch.zeros((), device=layers[0].device_of(adapter))
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
@@ -81,7 +91,7 @@ def loudness(layers: Sequence[Layer], adapter: str, names: list[str], tables: Se
 
 @torch.no_grad()
 def linear_gradients(
-    layers: Sequence[Layer], adapter: str, names: Sequence[str], weight: float
+    layers: Sequence[Layer], adapter: str, names: Sequence[str], weight: float, shares: Mapping[str, float]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`loudness` at linear layers times `weight`, and its gradient by the id of each weight.
 
@@ -89,7 +99,7 @@ def linear_gradients(
 
     Args:
         layers: linear layers that keep inputs of this adapter, on one device.
-        adapter, names: as in `loudness`.
+        adapter, names, shares: as in `loudness`.
         weight: a factor.
     """
     device = layers[0].device_of(adapter)
@@ -114,13 +124,13 @@ def linear_gradients(
         if len(learning) < len(packing.names):
             chosen_H = torch.tensor([float(n in learning) for n in packing.names], device=device, dtype=dtype)
             chosen_H = chosen_H[packing.index(device)["owner"]]
-        spans = [spans for members, spans in packing.groups if not set(members).isdisjoint(learning)]
-        energy_L, saved = _energy(states_LNI, reads_LHI, writes_LHO * scale_H1, chosen_H, packing.nonlinear, spans)
+        groups = _groups(packing, learning, shares)
+        energy_L, saved = _energy(states_LNI, reads_LHI, writes_LHO * scale_H1, chosen_H, packing.nonlinear, groups)
         factor_L = (
             weight / states_LNI.shape[1] / torch.stack([layer.bundle_energy[adapter] for layer in group]).to(dtype)
         )
         total += (energy_L * factor_L).sum()
-        d_reads, d_writes = _energy_backward(factor_L, saved, chosen_H, packing.nonlinear, spans)
+        d_reads, d_writes = _energy_backward(factor_L, saved, chosen_H, packing.nonlinear, groups)
         for of, gradient in zip(weights, (d_reads, d_writes * scale_H1)):
             used = gradient[:, : gradient.shape[1] - packing.padding].flatten(0, 1)
             pieces = used.split([packing.ranks[n] for n in packing.ordered] * len(group))
@@ -137,7 +147,15 @@ def _drawn(kept: list[Tensor], draw: int) -> Tensor:
     return _stacked(kept)
 
 
-def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Sequence[Any]) -> Tensor:
+def _groups(packing: Layout, names: Sequence[str], shares: Mapping[str, float]) -> list[Group]:
+    """The hidden units of bundles that learn from the same signals, for those with a bundle among `names`."""
+    learning = [(spans, [m for m in members if m in names]) for members, spans in packing.groups]
+    return [(spans, shares.get(members[0], 1.0)) for spans, members in learning if members]
+
+
+def _loudness(
+    layers: list[Layer], adapter: str, names: list[str], tables: Sequence[Any], shares: Mapping[str, float]
+) -> Tensor:
     """`loudness` of layers of one size, on one device."""
     first, state = layers[0], layers[0].state
     packing, device = first.packing(adapter), first.bundle_states[adapter].device
@@ -164,7 +182,7 @@ def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Seque
                 reads_LHR,
                 lambda: torch.tensor([float(n in names) for n in packing.names], device=device, dtype=dtype)[owner],
             )
-        groups = [spans for members, spans in packing.groups if not set(members).isdisjoint(names)]
+        groups = _groups(packing, names, shares)
         total_L = _Energy.apply(states_LNR, reads_LHR, writes_LHO, chosen_H, packing.nonlinear, groups)
         if first.site.path:
             size_L = torch.stack([layer.bundle_energy[adapter] for layer in layers])
@@ -174,7 +192,7 @@ def _loudness(layers: list[Layer], adapter: str, names: list[str], tables: Seque
 
 
 def _energy(
-    x: Tensor, reads: Tensor, writes: Tensor, chosen: Tensor | None, nonlinear: int, groups: Sequence[Sequence[Span]]
+    x: Tensor, reads: Tensor, writes: Tensor, chosen: Tensor | None, nonlinear: int, groups: Sequence[Group]
 ) -> tuple[Tensor, list[Tensor]]:
     """For each layer the sum of |a E|^2 over groups of hidden units and states, for a = act(x D) * chosen; (L,).
 
@@ -184,21 +202,21 @@ def _energy(
     s = x @ reads.mT
     a = activate(s, nonlinear) if chosen is None else activate(s, nonlinear) * chosen
     total, products = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32)), []
-    for spans in groups:
+    for spans, share in groups:
         units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
         products.append(units @ (E @ E.mT))
-        total += (products[-1] * units).sum((1, 2), dtype=total.dtype)
+        total += (products[-1] * units).sum((1, 2), dtype=total.dtype) * share
     return total, [x, writes, s, a, *products]
 
 
 def _energy_backward(
-    grad: Tensor, saved: Sequence[Tensor], chosen: Tensor | None, nonlinear: int, groups: Sequence[Sequence[Span]]
+    grad: Tensor, saved: Sequence[Tensor], chosen: Tensor | None, nonlinear: int, groups: Sequence[Group]
 ) -> tuple[Tensor, Tensor]:
     """The gradients for D^T and E, from that of the energies, (L,)."""
     x, writes, s, a, *products = saved
     da, d_writes = torch.zeros_like(a), torch.zeros_like(writes)
-    twice = (2 * grad[:, None, None]).to(a.dtype)
-    for spans, product in zip(groups, products):
+    for (spans, share), product in zip(groups, products):
+        twice = (2 * share * grad[:, None, None]).to(a.dtype)
         units, E = _units_of(a, spans, 2), _units_of(writes, spans, 1)
         sizes = [size for _, size in spans]
         sizes.append(E.shape[1] - sum(sizes))

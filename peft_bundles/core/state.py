@@ -30,8 +30,11 @@ class OpenRoute(Protocol):
     """What a bundle layer asks of the route around a forward (`routing.routes.Route`)."""
 
     deferred: bool
+    rows: list[Any]
 
     def live(self, adapter: str) -> set[str]: ...
+
+    def rows_of(self, adapter: str, bundle: str) -> int: ...
 
     def gate(self, adapter: str, packing: Layout, hidden: Tensor) -> Gate: ...
 

@@ -121,6 +121,14 @@ class Route:
         """Bundles of the adapter that some row may update."""
         return self._live[adapter]
 
+    def rows_of(self, adapter: str, bundle: str) -> int:
+        """The number of rows that the bundle learns from."""
+        shares, weights = self._shares[adapter], self._weights.get(bundle)
+        return sum(
+            any(shares[s][bundle] > 0 for signals, _ in row for s in signals) and (weights is None or weights[i] > 0)
+            for i, row in enumerate(self.rows)
+        )
+
     def _table(self, adapter: str, packing: Layout, chosen: set[str] | None) -> Tensor:
         """Weights (B|1, T|1, M) for the chosen signals (None: all); NaN where a row's signals disagree."""
         shares, names = self._shares[adapter], packing.names

@@ -73,7 +73,7 @@ def test_layers_looked_at_together_or_one_by_one_are_as_loud(names):
     """Together is how a GPU does it, one by one a CPU."""
     model = calibrated()
     tables = [layer.tables("default") for layer in layers(model)]
-    together = _loudness(layers(model), "default", names, tables)
+    together = _loudness(layers(model), "default", names, tables, {})
     found, losses = [], (together, loudness(layers(model), "default", names))
     for loss in losses:
         gradients = torch.autograd.grad(loss, list(weights(model).values()), allow_unused=True)
@@ -264,12 +264,13 @@ def test_energy_and_its_gradient(nonlinear):
 
     x, maps = drawn(2, 5, 6), drawn(2, 2, 7, 6).requires_grad_()
     ours = torch.tensor([1, 0, 1, 1, 1, 0, 1], dtype=torch.float64)
-    groups = [[(0, 2)], [(2, 1), (4, 2)]]  # units 3 and 6 are of bundles that learn nothing
+    groups = [([(0, 2)], 1.0), ([(2, 1), (4, 2)], 0.5)]  # units 3 and 6 are of bundles that learn nothing
 
     def plain(maps):
         s = x @ maps[:, 0].mT
         a = torch.cat([F.gelu(s[..., :nonlinear]), s[..., nonlinear:]], -1) * ours
-        return sum((a[..., units] @ maps[:, 1, units]).square().sum((1, 2)) for units in ([0, 1], [2, 4, 5]))
+        of = [(a[..., units] @ maps[:, 1, units]).square().sum((1, 2)) for units in ([0, 1], [2, 4, 5])]
+        return of[0] + 0.5 * of[1]
 
     energy = lambda maps: _Energy.apply(x, *maps.unbind(1), ours, nonlinear, groups)  # noqa: E731
     torch.testing.assert_close(energy(maps), plain(maps))
