@@ -325,8 +325,8 @@ class BundleModel(Calls):
         It counts the bundles that learn in some forward since the last `finalize_grads`, at alpha 1. Summed over
         layers: the mean squared length of what they add to those states, divided by the variance of the states.
         Bundles of different signals are measured apart, so that the gradient of one does not depend on the others. If
-        the forwards ran under `route`, a bundle's penalty is multiplied by the share of their rows that it learns from,
-        since the mean of a loss over all rows multiplies its gradient by the same.
+        a forward ran under `route`, a bundle's penalty is multiplied by the share of its rows that the bundle learns
+        from: the mean of a loss over all rows multiplies its gradient by the same.
 
         The backward of any training forward adds its gradient, once a step. In a step whose loss holds `quiet_loss()`
         nothing is added to that; after a backward that has added it, the gradient of `quiet_loss()` is zeros.

@@ -68,9 +68,13 @@ class Penalty:
                 self.routes[route] = None
 
     def shares(self, adapter: str, names: Iterable[str]) -> dict[str, float]:
-        """Bundle -> share of the rows of the routed forwards that it learns from; {} if none was routed."""
-        rows = sum(len(route.rows) for route in self.routes)
-        return {n: sum(route.rows_of(adapter, n) for route in self.routes) / rows for n in names if rows}
+        """Bundle -> share of the rows that it learns from, in the routed forwards in which it learns."""
+        shares = {}
+        for name in names:
+            counts = [(own, len(route.rows)) for route in self.routes if (own := route.rows_of(adapter, name))]
+            if counts:
+                shares[name] = sum(own for own, _ in counts) / sum(rows for _, rows in counts)
+        return shares
 
     def watch(self, layer: Layer, adapter: str) -> None:
         """Put hooks on an adapter's weights in a layer, unless they have them or there is no penalty.
@@ -237,9 +241,8 @@ def loss_of_step(state: Any, layers: Sequence[Layer], device: torch.device) -> T
     for adapter, names in learning.items():
         weight = state.configs[adapter].quiet
         if weight and (kept := [layer for layer in layers if adapter in layer.bundle_states]):
-            total = total + weight * loudness(kept, adapter, names, shares=state.penalty.shares(adapter, names)).to(
-                device
-            )
+            shares = state.penalty.shares(adapter, names)
+            total = total + weight * loudness(kept, adapter, names, shares=shares).to(device)
     return once(total, state.penalty, layers, learning)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from models import TINY, attached, batch, bundle_config, layers, perturb, weights
 from peft import PeftModel, get_peft_model
 
-from peft_bundles import calibrate
+from peft_bundles import BundleConfig, calibrate
 from peft_bundles.core.walking import state_of
 
 
@@ -401,3 +401,22 @@ def test_weights_that_fsdp_has_sharded_are_refused_before_a_forward(model):
     state_of(model).configs["default"].quiet = 3.0
     with pytest.raises(ValueError, match=r"FSDP has sharded .* BundleTrainer"):
         model.train()
+
+
+@pytest.mark.parametrize("place", [None, "mlp"])
+def test_a_bundle_with_a_third_of_the_rows_has_a_third_of_the_penalty(place):
+    """The mean of a loss over the rows gives it a third of the gradient."""
+    bundles = {n: {"rank": 4, "sub_bases": ["a"], "signals": {n[2:]: 1.0}} for n in ("b_lm", "b_policy")}
+    config = BundleConfig(bundles=bundles, sub_bases={"a": 8}, place=place, quiet=3.0, task_type="CAUSAL_LM")
+    model = get_peft_model(TINY["llama"](), config)
+    calibrate(model, tokens=128, max_length=32, progress=False)
+    perturb(model).train()
+    penalties = {}
+    for rows in (["lm"] * 3, ["lm", "policy", "policy"]):
+        model.zero_grad()
+        with model.route(rows):
+            (model(input_ids=batch()).logits.sum() * 0).backward()
+        model.finalize_grads()
+        penalties[len(set(rows))] = {n: p.grad.clone() for n, p in weights(model).items() if ".b_lm" in n}
+    for name, whole in penalties[1].items():
+        torch.testing.assert_close(penalties[2][name], whole / 3, rtol=1e-4, atol=1e-7)
