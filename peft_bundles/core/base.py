@@ -152,6 +152,16 @@ class Injection:
                     f"target_modules={config.target_modules!r} names {leaves[0] if leaves else 'linear layers'}, but "
                     "bundles sit on whole decoder blocks. Leave target_modules out: the blocks are found automatically."
                 )
+            if not named:
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} fits no module of {type(model).__name__}. Leave it out: "
+                    "the blocks are found automatically."
+                )
+            if lists := [name for name in named if isinstance(model.get_submodule(name), nn.ModuleList)]:
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} names {lists[0]}, a list of modules; name those in it, "
+                    rf"e.g. target_modules=r'.*\.{lists[0].rpartition('.')[2]}\.\d+'."
+                )
             blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
             layers = {name: layers[name] if blocks_only else number for number, name in enumerate(named)}
             self.depth = self.depth if blocks_only else len(named)
@@ -164,6 +174,11 @@ class Injection:
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in layers}
         taken = {name for name, match in self.matches.items() if match}
+        if not taken:
+            raise ValueError(
+                f"layers_to_transform={chosen} and exclude_modules={config.exclude_modules!r} leave no decoder block "
+                f"of {len(layers)} for bundles; leave them out, or let them keep a block."
+            )
         ends = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
         places = sorted({*taken, *(name.removesuffix(f".{CHILD}") for name in ends)})
         for outer, inner in itertools.combinations(places, 2):
