@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.basis import bundle_shapes, support_overlap, weight_shapes
-from ..core.checkpoints import read_config
+from ..core.checkpoints import SAFETENSORS_WEIGHTS_NAME, read_config, read_tensors, size_in_words
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -74,6 +74,7 @@ def write_card(
     names, provenance = list(config.bundles), config.provenance or {}
     shapes, layers = bundle_shapes(config, config.base_shape[0]), len(config.basis_fingerprint or {})
     sizes = {key: math.prod(shape) for key, shape in weight_shapes(config, config.base_shape[0]).items()}
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     base_id = hub_id(config.base_model_name_or_path)
     # A local folder is named without its path, which is private.
     base = base_id or os.path.basename((config.base_model_name_or_path or "").rstrip("/\\")) or "an unnamed base model"
@@ -110,6 +111,7 @@ def write_card(
         adapted=layers,
         digest=provenance.get("basis", {}).get("digest", "its own")[:16],
         basis_init=config.basis_init,
+        size=size_in_words(read_tensors(str(weights), str(folder))[0]) if weights.is_file() else None,
         calibration=(
             f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "not calibrated"
         ),
