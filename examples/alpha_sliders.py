@@ -226,9 +226,10 @@ def build(model: PeftModel, tokenizer: Any, tasks: Mapping[str, Mapping[str, Any
                 bundle = gr.Radio(names, value=names[0], label="Sweep of")
                 plot = gr.Plot(show_label=False, elem_id="plot")
         inputs, latest = [prompt, tokens, temperature, seed, *sliders], {"trigger_mode": "always_last"}
-        writing = gr.on([go.click, prompt.submit], write, inputs, [left, right], api_name="generate", **latest)
-        # In the browser, so that no late answer of the server overwrites a newer mark; a refused prompt marks again.
+        # Marks are made in the browser, so that no late answer of the server overwrites a newer one. It runs an event's
+        # listeners one after another, so the mark is cleared before the writing; a refused prompt marks again.
         gr.on([go.click, prompt.submit], None, None, stale, js="() => ''")
+        writing = gr.on([go.click, prompt.submit], write, inputs, [left, right], api_name="generate", **latest)
         gr.on([each.change for each in inputs], None, None, stale, js=MARK)
         writing.failure(None, None, stale, js=MARK)
         stop.click(None, cancels=[writing])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -32,6 +34,7 @@ from .specs import (
 from .taxonomy import PRESETS
 
 
+logger = logging.getLogger(__name__)
 BASIS_INITS = ("random", "pca", "null")
 INPUT_NORMS = ("standard", "none")
 PROJECTIONS = ("none", "tied")
@@ -170,6 +173,7 @@ class BundleConfig(PeftConfig):
         # the tensors collected last; it becomes `weights_digest` in the file. In memory that field is None, except in a
         # config that was read from a file and whose tensors have not been loaded yet.
         self.digest_to_save: str | None = None
+        self.size_to_save: str | None = None  # and the size of these tensors, in words
         self.peft_type = PeftType("BUNDLE")
         owner = "BundleConfig"
         if not isinstance(self.format_version, int) or self.format_version < 1:
@@ -255,6 +259,11 @@ class BundleConfig(PeftConfig):
         if not isinstance(items, Mapping):
             items = [item if isinstance(item, cls) else from_mapping(cls, f"{kind} {item}", item) for item in items]
             names = [item.name for item in items]
+            if None in names:
+                raise ValueError(
+                    f"BundleConfig: {kind} {names.index(None)} of the list has no name; give it one, e.g. "
+                    f"{cls.__name__}(name='style', ...)."
+                )
             if twice := sorted({str(n) for n in names if names.count(n) > 1}):
                 raise ValueError(f"BundleConfig: {kind} name(s) {twice} appear twice; give every {kind} its own name.")
             for name in names:
@@ -345,15 +354,20 @@ class BundleConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
             super().save_pretrained(staging, **kwargs)
             os.replace(os.path.join(staging, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        if self.size_to_save is not None:
+            logger.info("%s: %s", ", ".join(self.bundles or ()), self.size_to_save)
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # the card that PEFT has just written does not say which package loads the adapter
             with open(card, "r+") as file:
                 text = file.read()
                 if USAGE not in text:
                     header, _, body = text.partition(PEFT_TITLE)
-                    file.seek(0)
-                    file.write(f"{header.rstrip()}\n{USAGE}" if body else text + USAGE)
-                    file.truncate()
+                    text = f"{header.rstrip()}\n{USAGE}" if body else text + USAGE
+                if self.size_to_save is not None:
+                    text = re.sub(r"\nSize of the file: .*\n", "", text) + f"\nSize of the file: {self.size_to_save}.\n"
+                file.seek(0)
+                file.write(text)
+                file.truncate()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

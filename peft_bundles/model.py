@@ -16,7 +16,7 @@ from .core.attaching import basis_brought, borrow_basis, check_loaded, check_sav
 from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
 from .core.calling import Calls
-from .core.checkpoints import plain_name, renamed, weights_digest
+from .core.checkpoints import plain_name, renamed, size_in_words, weights_digest
 from .core.dialling import alphas, bake_alphas, set_alphas
 from .core.layer import BundleLayer
 from .core.linears import LinearBundles
@@ -252,9 +252,8 @@ class BundleModel(Calls):
         check_saved(model, config, adapter_name)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         entries = {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
-        config.digest_to_save = weights_digest(
-            {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
-        )
+        named = {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
+        config.digest_to_save, config.size_to_save = weights_digest(named), size_in_words(named)
         return entries
 
     @classmethod

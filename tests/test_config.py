@@ -134,6 +134,8 @@ def spec(**fields) -> dict:
         ({"sub_bases": {"a": 8}, "bundles": {"b": {"sub_bases": ["a"]}}}, "bundle 'b': rank is missing"),
         ({"sub_bases": {"a": 8}, "bundles": {"b": 5}}, "bundle 'b' is 5"),
         ({"bundles": 3}, "bundles=3 must be a dict"),
+        ({"bundles": [BundleSpec(4)]}, r"bundle 0 of the list has no name; .*BundleSpec\(name='style', \.\.\.\)"),
+        ({"sub_bases": [{"name": "a", "rank": 8}, {"rank": 8}]}, r"sub-basis 1 of the list has no name; .*SubBasis\("),
         ({"sub_bases": {"a": "x"}}, "sub-basis 'a' is 'x'"),
         ({"dropout": None}, "dropout=None"),
         ({"basis_seed": -1}, "basis_seed=-1"),

@@ -157,7 +157,17 @@ class Injection:
             leaves = [name for name in named if not any(True for _ in model.get_submodule(name).children())]
             if config.target_modules == "all-linear":
                 config.place, config.target_modules = "all-linear", None
-            elif leaves or (named and inside.issuperset(named)):
+            elif not named:
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} fits no module of {type(model).__name__}. Leave it out: "
+                    "the blocks are found automatically."
+                )
+            elif lists := [name for name in named if isinstance(model.get_submodule(name), nn.ModuleList)]:
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} names {lists[0]}, a list of modules; name those in it, "
+                    rf"e.g. target_modules=r'.*\.{lists[0].rpartition('.')[2]}\.\d+'."
+                )
+            elif leaves or inside.issuperset(named):
                 place_targets(config, layers, named)
             else:
                 blocks_only = set(named) <= layers.keys()  # then a layer keeps its number, however few are named
@@ -181,6 +191,11 @@ class Injection:
         self.config, self.layers = config, layers
         self.matches = {name: check_target_module_exists(matcher, name) for name in self.sites}
         taken = {name for name, match in self.matches.items() if match}
+        if not taken:
+            raise ValueError(
+                f"layers_to_transform={chosen} and exclude_modules={config.exclude_modules!r} leave no decoder block "
+                f"of {len(layers)} for bundles; leave them out, or let them keep a block."
+            )
         ends = {
             name.removesuffix(f".{CHILD}")
             for name, layer in model.named_modules()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -33,6 +34,7 @@ from .basis import (
 from .places import CHILD, Site
 
 
+logger = logging.getLogger(__name__)
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
@@ -91,6 +93,14 @@ def weights_digest(entries: Mapping[str, Tensor]) -> str:
         total.update(name.encode())
         _update(total, tensor)
     return total.hexdigest()
+
+
+def size_in_words(entries: Mapping[str, Tensor]) -> str:
+    """The size of a file of these tensors, and how much of it is U."""
+    total, basis = (
+        sum(t.nbytes for key, t in entries.items() if key.endswith(what)) / 1e6 for what in ("", "bundle_basis")
+    )
+    return f"{total:,.2f} MB" + (f", of which U takes {basis:,.2f} MB" if basis else "")
 
 
 def _update(total: Any, tensor: Tensor) -> None:
@@ -388,6 +398,7 @@ def write(checkpoint: Checkpoint, folder: str | Path) -> None:
     # Copies: safetensors refuses tensors that share memory, as bundles of one basis do.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in checkpoint.state_dict().items()}
     config = changed(checkpoint.config, weights_digest=weights_digest(tensors), inference_mode=True, save_basis=True)
+    logger.info("%s: %s", ", ".join(checkpoint.names), size_in_words(tensors))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         config.save_pretrained(staging)

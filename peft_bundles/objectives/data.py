@@ -67,7 +67,7 @@ def joined_ids(objective: str, row: int, pieces: list[str], column: str, tokeniz
     """Token ids of several pieces of text, each on its own line, and for every token the number of its piece.
 
     Raises:
-        ValueError: there are fewer than two pieces, or a piece has no text.
+        ValueError: there are fewer than two pieces, or a piece is no text or empty.
     """
     if not isinstance(pieces, list):
         raise ValueError(f"objective {objective!r}: row {row} has {column}={pieces!r}; give a list of strings.")
@@ -76,7 +76,9 @@ def joined_ids(objective: str, row: int, pieces: list[str], column: str, tokeniz
     ids: list[int] = []
     piece_of: list[int] = []
     for number, piece in enumerate(pieces):
-        if not isinstance(piece, str) or not piece.strip():
+        if not isinstance(piece, str):
+            raise ValueError(f"objective {objective!r}: row {row}: {column}[{number}]={piece!r}; give a string.")
+        if not piece.strip():
             raise ValueError(f"objective {objective!r}: row {row}: {column}[{number}]={piece!r} is empty; drop it.")
         new = tokenizer(text=piece.rstrip("\n") + "\n", add_special_tokens=number == 0)["input_ids"]
         ids, piece_of = ids + new, piece_of + [number] * len(new)

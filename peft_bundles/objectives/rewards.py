@@ -39,9 +39,11 @@ def score(
         try:
             returned: Any = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         except Exception as error:
+            misses = isinstance(error, TypeError) and "argument" in str(error)
+            advice = "write it as f(completions, **kwargs)" if misses else "it must cope with any text"
             raise RuntimeError(
                 f"{which} raised {type(error).__name__}: {error}. It was called with {len(prompts)} completions, the "
-                f"first {completions[0]!r}; it must take **kwargs and cope with any text."
+                f"first {completions[0]!r}; {advice}."
             ) from error
         scalar = not isinstance(returned, Iterable) or getattr(returned, "ndim", 1) == 0
         if scalar or isinstance(returned, (str, Mapping)):

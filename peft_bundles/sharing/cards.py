@@ -14,10 +14,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
 from ..core.basis import bundle_shapes, sizes_of_bundles, support_overlap
-from ..core.checkpoints import read_config
+from ..core.checkpoints import read_config, read_tensors, size_in_words
 from ..core.places import CHILD
 
 
@@ -75,8 +74,9 @@ def write_card(
     if figure is not None and (not Path(figure).is_file() or Path(figure).suffix.lower() not in PICTURES):
         raise ValueError(f"figure={str(figure)!r} is not a picture; give an existing file ({', '.join(PICTURES)}).")
     names, provenance = list(config.bundles), config.provenance or {}
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    tensors = read_tensors(str(weights), str(folder))[0] if weights.is_file() else {}
+    sizes = {key: tensor.numel() for key, tensor in tensors.items()}
     layers = len({key.rpartition(f".{CHILD}.")[0] for key in sizes})
     base_id = hub_id(config.base_model_name_or_path)
     # A local folder is named without its path, which is private.
@@ -115,6 +115,7 @@ def write_card(
         adapted=layers,
         digest=provenance.get("basis", {}).get("digest", "its own")[:16],
         basis_init=config.basis_init if config.basis_fingerprint else None,
+        size=size_in_words(tensors) if tensors else None,
         calibration=(
             f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "not calibrated"
         ),

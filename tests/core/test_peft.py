@@ -125,9 +125,19 @@ def test_module_filters(fields, tmp_path):
     assert torch.equal(logits(again, batch()), logits(model, batch()))
 
 
-def test_target_modules_that_match_nothing():
-    with pytest.raises(ValueError, match="nowhere"):
-        get_peft_model(TINY["llama"](), bundle_config(target_modules=["nowhere"]))
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["nowhere"]}, r"\['nowhere'\] fits no module of Llama\w+\. Leave it out"),
+        ({"target_modules": []}, r"\[\] fits no module of Llama\w+\. Leave it out"),
+        ({"target_modules": ["layers"]}, r"names model\.layers, a list of modules; .*r'\.\*\\\.layers\\\.\\d\+'"),
+        ({"layers_to_transform": []}, r"layers_to_transform=\[\] .* leave no decoder block of 2"),
+        ({"exclude_modules": ".*"}, r"exclude_modules='\.\*' leave no decoder block of 2"),
+    ],
+)
+def test_modules_that_leave_no_decoder_block(fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(TINY["llama"](), bundle_config(**fields))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.o_proj", "all-linear"])

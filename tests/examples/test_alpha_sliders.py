@@ -325,6 +325,10 @@ def test_texts_of_earlier_settings_are_marked(sized):
     expect(stale).to_contain_text("earlier settings", timeout=10_000)
     sized.locator("#go").click()
     expect(stale).to_have_text("", timeout=10_000)
+    moved.focus()
+    moved.press("ArrowLeft")  # while the texts are written: they belong to earlier settings as soon as they are there
+    sized.wait_for_timeout(3000)
+    expect(stale).to_contain_text("earlier settings")
 
 
 @pytest.mark.parametrize(("field", "value"), [("Prompt", ""), ("Seed", "-1")])

@@ -74,6 +74,7 @@ def test_judged_rows(on, kind, rows, message):
         (Contrastive([{**r, "document": "x"} for r in paraphrases()]), r"all 12 train rows are of one document"),
         (Temporal(changed_row(plans(), 4, segments=["one"])), r"row 4 has 1 segments; give at least two"),
         (Temporal(changed_row(plans(), 4, segments=["one", ""])), r"row 4: segments\[1\]='' is empty"),
+        (Temporal([{"segments": [["x"], ["y"]]}]), r"row 0: segments\[0\]=\['x'\]; give a string"),
         (Temporal([{"text": "abcdef"}]), r"rows of text need window="),
         (
             Temporal([{"text": "abcdefgh"}, {"text": "abcde"}], window=4),

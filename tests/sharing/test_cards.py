@@ -11,6 +11,7 @@ from folders import content, loaded, only
 from huggingface_hub import ModelCard
 from models import TINY, attached, batch, bundle_config, logits
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 import peft_bundles
 from peft_bundles.sharing.cards import _row
@@ -127,3 +128,22 @@ def test_bad_cards(given, message, tmp_path):
     assert content(tmp_path) == before
     with pytest.raises(ValueError, match="holds no adapter"):
         peft_bundles.write_card(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("fields", [{}, {"basis_init": "random", "save_basis": False}])
+def test_the_size_is_said(fields, tmp_path, caplog):
+    """Of the file, and of U in it, in both kinds of card and in the log; also when the folder is saved to again."""
+    model = attached(**fields)
+    caplog.set_level("INFO", "peft_bundles")
+    for folder in (tmp_path / "all", tmp_path / "all", tmp_path / "one"):
+        if folder.name == "all":
+            model.save_pretrained(folder)
+        else:
+            peft_bundles.save_bundle(model, "b_mlp", folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        U = sum(t.nbytes for key, t in tensors.items() if key.endswith(".bundle_basis"))
+        assert (U == 0) == (bool(fields) and folder.name == "all")
+        said = f"{sum(t.nbytes for t in tensors.values()) / 1e6:.2f} MB, of which U takes {U / 1e6:.2f} MB"
+        assert (folder / "README.md").read_text().count(said) == 1
+        assert caplog.messages[-1].endswith(said)
+    assert len(caplog.messages) == 3

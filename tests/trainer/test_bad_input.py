@@ -145,16 +145,28 @@ def wrong(kind: str):
     def reward(completions, **_):
         if kind == "raises":
             raise KeyError("answer")
+        if kind == "scalar":
+            return 1.0
         rewards = [1.0] * len(completions)
         return {"short": rewards[1:], "nan": [*rewards[:-1], float("nan")], "none": [*rewards[:-1], None]}[kind]
 
-    return reward
+    def strict(completions):
+        return [1.0] * len(completions)
+
+    strict.__name__ = "reward"
+    return strict if kind == "strict" else reward
 
 
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("raises", RuntimeError, r"reward function 'reward' raised KeyError: 'answer'.*called with 2 completions"),
+        (
+            "raises",
+            RuntimeError,
+            r"reward function 'reward' raised KeyError: 'answer'.*called with 2 completions.*cope with any text",
+        ),
+        ("strict", RuntimeError, r".*'reward' raised TypeError: .*argument.*write it as f\(completions, \*\*kwargs\)"),
+        ("scalar", ValueError, r"reward function 'reward' returned 1\.0, a float; return a list, one number per"),
         ("short", ValueError, r"reward function 'reward' returned 1 rewards for 2 completions"),
         ("nan", ValueError, r"reward function 'reward' gave row 1 the reward nan \(prompt '(a|bb)'"),
         ("none", ValueError, r"no reward function applies to row 1"),
