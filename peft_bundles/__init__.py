@@ -31,6 +31,7 @@ from .routing.routes import route
 from .sharing.cards import write_card
 from .sharing.composing import compose, composition, load_bundle, remove_bundle
 from .sharing.hub import pull_bundle, push_bundle, save_bundle
+from .sharing.lora import from_lora, to_lora
 from .sharing.merging import merge_bundles
 from .sharing.shared_basis import load_basis, push_basis, save_basis
 from .taxonomy import PRESETS
@@ -56,6 +57,7 @@ __all__ = [
     "conflicts",
     "distill_to_lora",
     "finalize_grads",
+    "from_lora",
     "load_basis",
     "load_bundle",
     "merge_bundles",
@@ -72,6 +74,7 @@ __all__ = [
     "save_bundle",
     "set_alphas",
     "set_norm_budget",
+    "to_lora",
     "write_card",
 ]
 

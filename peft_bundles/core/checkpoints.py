@@ -213,7 +213,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
             "again."
         )
     heads = {Site(number): head for number, head in zip(sorted(int(n) for n in prints), behind)}
-    heads |= {_linear_site(head, source): head for head in by_head if head not in behind}
+    heads |= {linear_site(head, source): head for head in by_head if head not in behind}
     config.weights_digest = None
     layers = {site: by_head[head] for site, head in sorted(heads.items())}
     checkpoint = Checkpoint(config, layers, heads, source)
@@ -225,7 +225,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def _linear_site(head: str, source: str) -> Site:
+def linear_site(head: str, source: str) -> Site:
     """The site of a linear layer by its path: the first number in it is that of the block."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", head)
     if match is None:

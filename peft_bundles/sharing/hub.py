@@ -89,6 +89,21 @@ def _download(source: Source, token: str | None, force: bool = False) -> str:
     return folder
 
 
+def lora_folder(source: str | Path, token: str | None = None) -> str:
+    """The local folder of a LoRA adapter, downloaded if it is a repository. Pickled weights are not downloaded.
+
+    Raises:
+        ValueError: neither a folder nor the name of a repository.
+        huggingface_hub.errors.HfHubHTTPError: the Hub's answer: no such repository or revision, or no access to it.
+    """
+    parsed = parse_source(source)
+    if parsed.folder is not None:
+        return parsed.folder
+    assert parsed.repo is not None
+    files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    return api_for(token).snapshot_download(parsed.repo, revision=parsed.revision, allow_patterns=files)
+
+
 def read_source(source: str | Path, token: str | None = None) -> tuple[Checkpoint, str]:
     """The checked checkpoint of a source, and the folder it came from. `source:bundle` gives that bundle only.
 
