@@ -17,15 +17,16 @@ from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import basis_rank, bundle_shapes, fingerprint
 from .core.calling import Calls
 from .core.checkpoints import plain_name, renamed, size_in_words, weights_digest
-from .core.dialling import alphas, bake_alphas, set_alphas
+from .core.dialling import alphas as set_for_block
+from .core.dialling import bake_alphas, set_alphas
 from .core.layer import BundleLayer
 from .core.linears import LinearBundles
+from .core.merge import check_mergeable
 from .core.packing import Packing
 from .core.penalty import loss_of_step, share_of_step
 from .core.places import CHILD, Site, signals_of
 from .core.recompute import recompute_with_call
 from .core.state import BundleState
-from .core.stored import MERGE_ERROR
 from .core.walking import bundle_layers, bundle_parameters
 from .reporting import BundleReport, report
 from .routing import backward, reduction, routes
@@ -223,6 +224,9 @@ class BundleModel(Calls):
                 "without bundles the base model itself was trained; disabling the adapter does not undo it.",
                 stacklevel=2,
             )
+        if self._state.merged:  # as PEFT's LoRA does
+            warnings.warn("Adapter cannot be disabled when it is merged: unmerging it.", stacklevel=2)
+            self.unmerge_adapter()
         super().disable_adapter_layers()
 
     def unload(self) -> nn.Module:
@@ -234,12 +238,53 @@ class BundleModel(Calls):
                 delattr(module, CHILD)
         return super().unload()
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_ERROR)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, alphas: Any = None
+    ) -> None:
+        """Merge adapters into the base model's linear layers, as in PEFT; `unmerge_adapter` undoes it, to rounding.
+
+        Everything that is on must be of kind "lora" at linear layers. Alphas are fixed until it is undone.
+
+        Args:
+            adapter_names: of the adapters; None: the active ones.
+            safe_merge: refuse weights that would not be finite.
+            alphas: alphas to merge at (see `peft_bundles.alphas`); None: the present ones.
+
+        Raises:
+            ValueError: a bundle that is on cannot be merged, or its alpha differs between rows or tokens. Nothing was
+                changed then.
+        """
+        state = self._state
+        before = state.before_merge if state.merged else state.set_alphas
+        try:
+            if alphas is not None:
+                set_alphas(self.model, alphas)
+            check_mergeable(state, self._layers, list(adapter_names or self.active_adapters))
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            state.set_alphas = before
+            raise
+        state.merged, state.before_merge = any(layer.merged_adapters for layer in self._layers), before
 
     def unmerge_adapter(self) -> None:
-        """Raises ValueError: bundles cannot be merged, so there is nothing to undo."""
-        raise ValueError(MERGE_ERROR)
+        """Undo `merge_adapter`, as in PEFT."""
+        for layer in self._layers:
+            if layer.merged_adapters or layer.site.path:
+                layer.unmerge()
+        if self._state.merged:
+            self._state.merged, self._state.set_alphas = False, self._state.before_merge
+            self._state.version += 1
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        alphas: Any = None,
+    ) -> nn.Module:
+        """The base model with adapters merged into it, without bundles; arguments and errors as in `merge_adapter`."""
+        self.merge_adapter(adapter_names, safe_merge, alphas)
+        return self.unload()
 
     # ---- checkpoints ----
 
@@ -366,7 +411,7 @@ class BundleModel(Calls):
 
     def alphas(self, values: Any = None, *, per: str = "row", **by_name: Any) -> AbstractContextManager[None]:
         """`with model.alphas(b_rl_policy=0.0):`; see `peft_bundles.alphas`."""
-        return alphas(self.model, values, per=per, **by_name)
+        return set_for_block(self.model, values, per=per, **by_name)
 
     def set_alphas(self, values: Any = None, *, per: str = "row", **by_name: Any) -> None:
         """Set alphas for all later forwards; see `peft_bundles.set_alphas`."""

@@ -105,6 +105,7 @@ def set_alphas(
         True
     """
     state = state_of(model)
+    state.check_unmerged()
     if values is None and not by_name:
         state.set_alphas = {}
     else:

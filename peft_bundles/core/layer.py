@@ -132,7 +132,7 @@ class BundleLayer(StoredBundles):
             for adapter in adapters:
                 if (adapter, self.index) in self.state.unchecked:
                     self.check_basis(adapter)
-        return [name for name in adapters if self.holds(name) and self.packing(name).names]
+        return [n for n in adapters if self.holds(n) and self.packing(n).names and n not in self.merged_adapters]
 
     def part(self, adapter: str, hidden: Tensor, dtype: torch.dtype) -> Part | None:
         """One adapter's part of a plan; None where all its bundles are off."""

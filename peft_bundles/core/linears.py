@@ -11,20 +11,23 @@ Shapes: I and O input and output features, r ranks, H hidden units of all bundle
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..config import BundleConfig
 from .basis import linear_shapes
 from .functional import BundleWeights
 from .layer import BundleLayer
+from .merge import add_to_weight, alpha_of, check_mergeable, update_of
 from .packing import JoinWeights, Layout
 from .places import Site, signals_of, sizes_of
-from .state import BundleState
+from .state import BundleState, CallAlphas
 
 
 class LinearPacking(Layout):
@@ -126,6 +129,7 @@ class LinearBundles(BundleLayer):
         self.in_features, self.out_features = sizes
         self.bundle_energy = BufferDict(persistent=False)
         self.names: dict[str, tuple[str, ...]] = {}  # adapter -> the bundles that sit here
+        self._merged: dict[str, dict[str, float]] = {}  # adapter -> the alphas at which its bundles are merged
 
     def update_layer(self, adapter: str, init_weights: bool, inference_mode: bool) -> None:
         """Create the weights of an adapter's bundles that sit here (`names`)."""
@@ -187,6 +191,40 @@ class LinearBundles(BundleLayer):
 
     def _mean(self, adapter: str) -> Tensor | None:
         return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the bundles of kind "lora" to the weight of the linear layer, at their present alphas, as in PEFT.
+
+        Raises:
+            ValueError: a bundle that is on is of another kind, its alpha differs between rows or tokens; or with
+                `safe_merge` the sum is not finite.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if not self.holds(adapter):
+                continue
+            check_mergeable(self.state, [self], [adapter])
+            update = update_of(self, adapter)
+            if update is not None:
+                add_to_weight(self.get_base_layer(), update, safe_merge, adapter)
+            self.merged_adapters.append(adapter)
+            self._merged[adapter] = {n: alpha_of(self.state, adapter, n, self.index) for n in self.names[adapter]}
+
+    def unmerge(self) -> None:
+        """Take what `merge` added off the weight again; to rounding, as in PEFT."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        call = self.state.call
+        before = call.own
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            call.own = CallAlphas(dict(self._merged.pop(adapter)))
+            try:
+                update = update_of(self, adapter) if self.holds(adapter) else None
+            finally:
+                call.own = before
+            if update is not None:
+                add_to_weight(self.get_base_layer(), -update, False, adapter)
 
     def keep_inputs(self, adapter: str, inputs: Tensor, energy: Tensor) -> None:
         """Keep inputs of calibration text, (N, I), and the mean squared length of W v there, for the quiet penalty."""

@@ -148,6 +148,8 @@ class BundleState:
         waiting: deferred routes whose forwards still wait for their losses. Layers add to it; `routed_backward` takes
             its routes out; `finalize_grads` raises an error while some are left.
         penalty: the quiet penalty of the step in progress.
+        merged: some adapters are merged into the base model, at alphas that are fixed.
+        before_merge: what `set_alphas` had set before.
         warned: adapters that train without the calibration that their `quiet` needs, after the warning.
     """
 
@@ -165,6 +167,20 @@ class BundleState:
     waiting: list[OpenRoute] = field(default_factory=list)
     penalty: Penalty = field(default_factory=Penalty)
     warned: set[str] = field(default_factory=set)
+    merged: bool = False
+    before_merge: dict[str, AlphaValue] = field(default_factory=dict)
+
+    def check_unmerged(self) -> None:
+        """Refuse alphas or a route for a merged model.
+
+        Raises:
+            ValueError: adapters are merged.
+        """
+        if self.merged:
+            raise ValueError(
+                "the bundles are merged into the base model at fixed alphas; call unmerge_adapter() before setting "
+                "alphas or a route."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
         # The configs go through the memo: they stay the very objects of the copied model's `peft_config`.

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 from .bases import Bases
 from .basis import FINGERPRINT_TOLERANCE, SHARED, fingerprint, weight_shapes
 from .inference import Slot
+from .merge import check_mergeable
 from .packing import Packing
 from .places import Site
 from .state import BundleState
-
-
-MERGE_ERROR = (
-    "Bundles behind decoder blocks cannot be merged: they act on the residual stream, through a non-linearity, and "
-    "no weight of the base model could hold them. Keep the adapter, or call unload() to drop it."
-)
 
 
 class StoredBundles(nn.Module, BaseTunerLayer):
@@ -271,11 +266,16 @@ class StoredBundles(nn.Module, BaseTunerLayer):
             # A copy: tensors that point into a file are not aligned, which changes the rounding of matrix products.
             getattr(self, what)[adapter_name] = getattr(self, what)[adapter_name].to(device, copy=True)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(MERGE_ERROR)
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Behind a block only bundles that are off can be merged, which changes nothing.
+
+        Raises:
+            ValueError: a bundle is on.
+        """
+        check_mergeable(self.state, [self], list(adapter_names or self.active_adapters))
 
     def unmerge(self) -> None:
-        raise ValueError(MERGE_ERROR)
+        """Nothing to undo."""
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the module."""

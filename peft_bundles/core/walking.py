@@ -57,13 +57,14 @@ def checked_layers(model: nn.Module) -> list[BundleLayer]:
     checkpoints get them back (`recompute_with_call`); blocks wrapped from outside are refused.
 
     Raises:
-        ValueError: the model has no bundle layer.
+        ValueError: the model has no bundle layer, or is merged.
         RuntimeError: gradients are on, and blocks are wrapped by torch's `checkpoint_wrapper`.
     """
     modules = list(down_to_blocks(model))
     layers = [module for module in modules if isinstance(module, BundleLayer)]
     if not layers:
         raise ValueError(_no_bundles(model))
+    layers[0].state.check_unmerged()
     if not torch.is_grad_enabled():
         return layers
     # By class: `isinstance` asks the wrapper's abstract base, which takes as long as the walk.

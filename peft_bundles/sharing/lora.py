@@ -21,10 +21,10 @@ from ..config import BundleConfig
 from ..core.base import PEFT_PREFIX, base_shape
 from ..core.checkpoints import Checkpoint, linear_site, plain_name, read_tensors, write
 from ..core.gates import parse_alphas
-from ..core.linears import LinearBundles
+from ..core.merge import check_linear
 from ..core.places import CHILD, Site
 from ..core.walking import active_adapters, adapter_layers, state_of
-from ..specs import BLOCK, BundleSpec
+from ..specs import BundleSpec
 from .cards import write_card
 from .hub import lora_folder
 
@@ -105,7 +105,7 @@ def to_lora(model: nn.Module, alphas: Mapping[str, Any] | None, folder: str | Pa
                 alpha = value[layer.index] if isinstance(value, tuple) else value
                 if not alpha:
                     continue
-                check_linear(layer, config, bundle)
+                check_linear(layer, config, bundle, "cannot be exported")
                 path = plain_name(modules[id(layer)]).removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
                 scale = layer.packing(adapter).scales[bundle] * float(alpha)
                 down.setdefault(path, []).append(layer.bundle_down[adapter][bundle].detach())
@@ -139,22 +139,6 @@ def to_lora(model: nn.Module, alphas: Mapping[str, Any] | None, folder: str | Pa
         for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
             os.replace(os.path.join(staging, name), os.path.join(folder, name))
     return Path(folder)
-
-
-def check_linear(layer: Any, config: BundleConfig, bundle: str) -> None:
-    """Refuse a bundle that no LoRA computes.
-
-    Raises:
-        ValueError: it is behind a block, or of another kind than "lora".
-    """
-    kind = config.kind_of(bundle, isinstance(layer, LinearBundles))
-    if isinstance(layer, LinearBundles) and kind == "lora":
-        return
-    where = f"is of kind {kind!r}" if isinstance(layer, LinearBundles) else f"acts behind blocks (place={BLOCK!r})"
-    raise ValueError(
-        f"bundle {bundle!r} {where}, which no LoRA computes; set its alpha to 0, or use distill_to_lora, which trains "
-        "a LoRA to do nearly the same."
-    )
 
 
 def from_lora(

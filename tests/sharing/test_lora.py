@@ -73,7 +73,11 @@ assert model.peft_config["default"].peft_type == "LORA" and "peft_bundles" not i
 
 REFUSED = {
     "another kind": ({"b_mlp": {"rank": 3, "place": "mlp", "kind": "mlp"}}, {}, "b_mlp.* kind 'mlp'"),
-    "behind blocks": ({"b_old": {"rank": 4, "sub_bases": ["a"]}}, {}, "b_old.* behind blocks .*distill_to_lora"),
+    "behind blocks": (
+        {"b_old": {"rank": 4, "sub_bases": ["a"]}},
+        {},
+        "b_old.* cannot be exported.* behind blocks.*distill_to_lora",
+    ),
     "all off": (BUNDLES, {"b_one": 0.0, "b_two": 0.0}, "all bundles are off"),
     "by row": (BUNDLES, {"b_one": torch.tensor([0.0, 1.0])}, "b_one.* differ between rows or tokens"),
     "unknown": (BUNDLES, {"b_three": 1.0}, "unknown bundle.*b_three"),
