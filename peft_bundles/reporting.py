@@ -33,7 +33,7 @@ class BundleReport:
     header: list[str]
 
     def __str__(self) -> str:
-        columns = ["bundle", "place", "kind", "rank", "hidden", "support", "parameters", "alpha", "signals"]
+        columns = ["bundle", "kind", "rank", "hidden", "support", "parameters", "alpha", "signals", "place"]
         cells = [[_text(row[c]) for c in columns] for row in self.rows]
         widths = [max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)]
         lines = [*self.header, "  ".join(c.ljust(w) for c, w in zip(columns, widths)).rstrip()]
@@ -87,8 +87,8 @@ def report(model: nn.Module, adapter: str | None = None, *, angles: bool = False
         adapter 'default': 1 bundles in 2 layers, 128 parameters
         basis: 8 of 32 directions, null
         calibrated: no: run peft_bundles.calibrate(model, texts, tokenizer)
-        bundle  place  kind  rank  hidden  support  parameters  alpha  signals
-        b_all   block  mlp   8     4       8        128         1.0    lm policy:0.3
+        bundle  kind  rank  hidden  support  parameters  alpha  signals        place
+        b_all   mlp   8     4       8        128         1.0    lm policy:0.3  block
     """
     adapter = resolve_adapter(model, adapter)
     config, layers = state_of(model).configs[adapter], adapter_layers(model, adapter)

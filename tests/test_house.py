@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peft_bundles"
 # Folders and modules of the package from the ground up: a module imports what stands before it, or its own folder.
 FLOORS = (
-    ("extras", "registration", "taxonomy", "config"),
+    ("extras", "registration", "taxonomy", "specs", "config"),
     ("core",),
     ("routing",),
     ("calibration", "reporting", "routers"),

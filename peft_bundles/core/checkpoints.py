@@ -100,7 +100,8 @@ def size_in_words(entries: Mapping[str, Tensor]) -> str:
     total, basis = (
         sum(t.nbytes for key, t in entries.items() if key.endswith(what)) / 1e6 for what in ("", "bundle_basis")
     )
-    return f"{total:,.2f} MB" + (f", of which U takes {basis:,.2f} MB" if basis else "")
+    behind_blocks = any(key.endswith("bundle_scale") for key in entries)
+    return f"{total:,.2f} MB" + (f", of which U takes {basis:,.2f} MB" if behind_blocks else "")
 
 
 def _update(total: Any, tensor: Tensor) -> None:
@@ -209,7 +210,7 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
     prints = config.basis_fingerprint or {}
     if not all(n.isdecimal() for n in prints) or len(prints) != len(behind):
         raise ValueError(
-            f"{source} has tensors behind {len(behind)} blocks, but its config lists {sorted(prints)}; get both files "
+            f"{source} has tensors of {len(behind)} layers, but its config lists {sorted(prints)}; get both files "
             "again."
         )
     heads = {Site(number): head for number, head in zip(sorted(int(n) for n in prints), behind)}

@@ -162,7 +162,7 @@ class BundleLayer(StoredBundles):
             live = [name for name, number in zip(live, numbers) if number]
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
-            gate = route.gate(adapter, packing, hidden)
+            gate = route.gate(adapter, hidden, packing)
             if route.deferred:
                 run = eager_bundle_forward
                 if route not in state.waiting and not state.call.again:

@@ -144,8 +144,8 @@ class Route:
             table[..., names.index(name)] *= torch.tensor(self._weights[name], dtype=torch.float64)[:, None]
         return table
 
-    def gate(self, adapter: str, packing: Layout, hidden: Tensor) -> Gate:
-        """The gate for a forward of `hidden` (B, T, d) in a layer with this layout.
+    def gate(self, adapter: str, hidden: Tensor, packing: Layout | None = None) -> Gate:
+        """The gate for a forward of `hidden` (B, T, d) in a layer with this layout; None: the adapter's only one.
 
         Raises:
             ValueError: the batch has another number of rows or tokens than the route.
@@ -161,12 +161,15 @@ class Route:
                 f"route() was given segments of {self.tokens} tokens a row, but the batch has {hidden.shape[1]}; give "
                 "segments that add up to the length of the rows."
             )
-        if (adapter, packing, hidden.device) not in self._gates:
+        if packing is None:
+            packing = next((layout for name, layout, _ in self._gates if name == adapter), None)
+        gate = None if packing is None else self._gates.get((adapter, packing, hidden.device))
+        if gate is None:
             raise RuntimeError(
                 f"the bundles of {adapter!r} were not on {hidden.device} when route() was entered; move the model "
                 "first."
             )
-        return self._gates[adapter, packing, hidden.device]
+        return gate
 
     def choose(self, signals: set[str] | None) -> None:
         """Set the gates of the graphs made under this route for a backward of these signals' losses; None: as made."""

@@ -244,9 +244,10 @@ def _fill(model: PeftModel, adapter: str, group: Checkpoint) -> None:
     tuner, sites = cast(BundleModel, model.base_model), {layer.site for layer in adapter_layers(model, adapter)}
     if sites != group.layers.keys():
         tuner.delete_adapter(adapter)
+        has, asked = ([str(site) if site.path else site.block for site in sorted(of)] for of in (group.layers, sites))
         raise ValueError(
-            f"{group.source} has tensors of layers {[str(site) for site in sorted(group.layers)]}, but its config asks "
-            f"for {[str(site) for site in sorted(sites)]}; it belongs to another base model, or a file was changed."
+            f"{group.source} has tensors of layers {has}, but its config asks for {asked}; one of its files was changed, "
+            "get both again."
         )
     tuner.fill(adapter, group.layers)
 
