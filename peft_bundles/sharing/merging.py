@@ -176,8 +176,8 @@ def _merge_linears(
             raise ValueError(f"{part.source} has bundles behind blocks and at linear layers, which cannot be merged.")
         if part.layers.keys() != first.layers.keys() or part.hidden_size != first.hidden_size:
             raise ValueError(
-                f"{part.source} and {first.source} are on other layers, so they cannot be merged; load them side by side "
-                "with compose(base_model, sources)."
+                f"{part.source} and {first.source} are on other layers, so they cannot be merged; load them side by "
+                "side with compose(base_model, sources)."
             )
         if kind != kinds[0] or (method != "cat" and rank != shapes[0][0]):
             raise ValueError(

@@ -11,7 +11,7 @@ from test_architectures import *  # noqa: F403
 from test_beside_others import *  # noqa: F403
 from test_call_alphas import *  # noqa: F403
 from test_checkpoints import *  # noqa: F403
-from test_compiled_swaps import *  # noqa: F403
+from test_compiled_swaps import test_compiled_generation, test_what_does_compile_again_does_so_once  # noqa: F401
 from test_dialling import *  # noqa: F403
 from test_inference import *  # noqa: F403
 from test_peft import *  # noqa: F403
@@ -19,9 +19,14 @@ from test_recompute import *  # noqa: F403
 from test_running import *  # noqa: F403
 
 
-# These count or look at blocks; test_places.py and test_linears.py have their likes. With LoRA on the same layers what
+pytestmark = pytest.mark.slow
+
+# These count or look at blocks, or take long; test_places.py and test_linears.py have their likes. With LoRA on the same layers what
 # is added first depends on the order, and with it the last bit.
 BEHIND_BLOCKS = """
+    test_block_with_its_hook_adds_no_graph_break test_an_exported_program_computes_the_same
+    test_continuous_batching_sees_set_alphas_only test_order_of_imports
+    test_models_that_are_no_causal_language_models_are_refused
     test_blocks_are_found test_two_lists_of_blocks_are_not_chosen_from
     test_bundles_sit_on_the_language_model_and_not_on_a_tower
     test_values_and_gradients_are_those_of_the_written_equations test_hook_compiles_without_graph_break
