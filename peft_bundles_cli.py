@@ -451,7 +451,7 @@ def export(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Save bundles at linear layers as one plain LoRA, exactly, at fixed alphas."""
+    """Save bundles at linear layers as a plain LoRA, exactly."""
     alphas = _numbers(alpha)
     from peft_bundles.sharing import commands
 
