@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import HIDDEN, LAYERS, TINY, batch, logits, perturb
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from peft_bundles import PRESETS, BundleConfig, calibrate
@@ -174,3 +174,31 @@ def test_quantised_linears(bits, tmp_path):
     assert (logits(model, ids) - plain).abs().max() > 1e-3
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.bundle_parameters("b_one"))
+
+
+def test_qlora_s_path(tmp_path):
+    """A 4-bit base, prepared as PEFT does it, trained with gradient checkpointing and merged in the end."""
+    TINY["llama"]().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    bundles = {n: {"rank": 4, "signals": {n: 1.0}} for n in ("lm", "policy", "idle")}
+    config = BundleConfig(place="all-linear", bundles=bundles, task_type="CAUSAL_LM", quiet=2.0)
+    model, ids = get_peft_model(base, config), batch()
+    calibrate(model, tokens=128, max_length=32, progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        with model.train().route(["lm", "policy", "lm"]):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.finalize_grads()
+        optimizer.step()
+        assert all(p.grad is None for p in model.bundle_parameters("idle"))
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    trained = logits(model.eval(), ids)
+    with pytest.warns(UserWarning, match="rounded with it"):
+        merged = model.merge_and_unload()
+    assert (logits(merged, ids) - trained).norm() < 0.3 * trained.norm()
