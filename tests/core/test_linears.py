@@ -290,3 +290,12 @@ def test_copies_act_on_their_own():
         parameter.data.zero_()
     assert torch.equal(logits(model, ids), wanted)
     assert torch.equal(logits(copied, ids), logits(TINY["llama"]().double(), ids))
+
+
+def test_inputs_by_keyword_and_of_one_token():
+    model = bundled()
+    linear, x = model.get_base_model().model.layers[0].mlp.down_proj, torch.randn(128, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = linear(x[None, None])
+        assert torch.equal(linear(input=x[None, None]), wanted)
+        torch.testing.assert_close(linear(x), wanted[0, 0], rtol=0, atol=1e-12)

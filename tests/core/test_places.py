@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import HIDDEN, LAYERS, TINY, batch, logits, perturb
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from peft_bundles import PRESETS, BundleConfig, calibrate
+from peft_bundles import PRESETS, BundleConfig, calibrate, load_basis, save_basis
 from peft_bundles.core.places import Site
 from peft_bundles.core.walking import bundle_layers
 
@@ -111,6 +111,43 @@ def test_a_regex_that_names_other_layers_in_the_next_block_is_refused():
         get_peft_model(TINY["llama"](), BundleConfig(**config))
     one = get_peft_model(TINY["llama"](), BundleConfig(**{**config, "target_modules": r".*\.1\..*k_proj"}))
     assert sites(one) == [Site(1, "self_attn.k_proj")]
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+@pytest.mark.parametrize("fields", [{"bundles": {"b_one": {"rank": 4, "place": "mlp"}}}, {"place": "mlp"}])
+def test_target_modules_that_no_bundle_would_use_are_refused(targets, fields):
+    config = BundleConfig(**{"bundles": {"b_one": {"rank": 4}}, **fields}, target_modules=targets)
+    with pytest.raises(ValueError, match="every bundle has one; leave target_modules out, or the place"):
+        get_peft_model(TINY["llama"](), config)
+
+
+def test_excluding_every_layer_of_a_place_is_refused():
+    with pytest.raises(ValueError, match="leave no decoder block of 2 and no linear layer for bundles"):
+        placed("q_proj", TINY["llama"](), exclude_modules=["q_proj"])
+
+
+def test_one_module_in_two_blocks_has_its_bundles_once(tmp_path):
+    def base():
+        model = TINY["llama"]()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    model = perturb(placed("mlp", base()), scale=0.1).eval()
+    assert {str(site) for site in sites(model)} == {f"0.mlp.{name}" for name in MLP}
+    ids = batch()
+    assert torch.equal(logits(model, ids, alphas={"b_one": 0.0}), logits(base(), ids))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path).eval(), ids), logits(model, ids))
+
+
+def test_an_adapter_without_bundles_behind_blocks_has_no_basis(tmp_path):
+    model = placed("mlp", TINY["llama"]())
+    behind = get_peft_model(TINY["llama"](), BundleConfig(bundles={"b": {"rank": 4, "sub_bases": ["a"]}},
+                                                          sub_bases={"a": 8}))  # fmt: skip
+    for use in (lambda: save_basis(model, tmp_path), lambda: load_basis(model, save_basis(behind, tmp_path / "b"))):
+        with pytest.raises(ValueError, match="sit at linear layers, and a basis serves bundles behind blocks only"):
+            use()
+    assert not (tmp_path / "basis.safetensors").exists()
 
 
 @pytest.mark.parametrize("place", ["q_prj", "lm_head", ["mlp", "nowhere"]])
