@@ -442,6 +442,28 @@ def distill(
 
 
 @app.command()
+def export(
+    sources: Sources,
+    lora: Annotated[Path, typer.Option(help="Folder to save the LoRA to.")],
+    alpha: Alphas = None,
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save bundles at linear layers as a plain LoRA, exactly."""
+    alphas = _numbers(alpha)
+    from peft_bundles.sharing import commands
+
+    commands.check_bundles(sources, alphas, rename, token)
+    model, _ = commands.load(sources, base, token, rename)
+    import peft_bundles
+
+    folder = peft_bundles.to_lora(model, alphas, lora)
+    _show(as_json, {"folder": str(folder), "alphas": alphas}, str(folder))
+
+
+@app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Adapter folder.")],
     results: Results = None,

@@ -334,6 +334,17 @@ def test_distill_writes_a_plain_lora(folders, tmp_path):
     refused("distill", folders / "one", "--text", folders / "a.txt", "--output", tmp_path / "lora", code=1)
 
 
+def test_export_writes_the_same_model_as_a_plain_lora(folders, tmp_path):
+    config = bundle_config(bundles={"b_code": {"rank": 3, "place": "mlp"}})
+    model = perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(folders / "base"), config)).eval()
+    model.save_pretrained(tmp_path / "placed")
+    values = said("export", tmp_path / "placed", "--alpha", "b_code=0.5", "--lora", tmp_path / "lora")
+    ids = torch.arange(3, 12)[None]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders / "base"), values["folder"]).eval()
+    torch.testing.assert_close(logits(plain, ids), logits(model, ids, alphas={"b_code": 0.5}), rtol=1e-4, atol=1e-5)
+    assert "behind blocks" in refused("export", folders / "one", "--lora", tmp_path / "no")
+
+
 def test_the_base_at_the_revision_that_the_bundles_were_trained_on(folders, hub, tmp_path):
     """The base moves on after the bundle was trained: its own revision is taken, and another can be given."""
     at_first = hub.add("org/base", content(folders / "base"))

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..config import BundleConfig
-from .places import CHILD, Site, bundles_at, linears_of, place_targets
+from .places import CHILD, Site, bundles_at, check_unplaced, linears_of, place_targets
 
 
 PEFT_PREFIX = "base_model.model."
@@ -156,6 +156,7 @@ class Injection:
             }  # linear layers that may get bundles
             leaves = [name for name in named if not any(True for _ in model.get_submodule(name).children())]
             if config.target_modules == "all-linear":
+                check_unplaced(config)
                 config.place, config.target_modules = "all-linear", None
             elif not named:
                 raise ValueError(
@@ -194,7 +195,7 @@ class Injection:
         if not taken:
             raise ValueError(
                 f"layers_to_transform={chosen} and exclude_modules={config.exclude_modules!r} leave no decoder block "
-                f"of {len(layers)} for bundles; leave them out, or let them keep a block."
+                f"of {len(layers)} and no linear layer for bundles; leave them out, or let them keep one."
             )
         ends = {
             name.removesuffix(f".{CHILD}")

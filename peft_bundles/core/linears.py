@@ -174,9 +174,11 @@ class LinearBundles(BundleLayer):
             for name in packing.names
         ]
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:  # type: ignore[override]
         """Forward hook of the linear layer: its output, with the bundles' update."""
-        inputs, shape = args[0], self.state.call.shape
+        inputs, shape = args[0] if args else kwargs["input"], self.state.call.shape
+        if inputs.dim() == 1:
+            return self(inputs[None, None], output[None, None])[0, 0]
         if inputs.dim() != 2:
             return self(inputs, output)
         # Some models (OPT) put all rows in one here. What an expert gets are tokens of any rows.

@@ -90,6 +90,8 @@ def add_to_weight(module: nn.Module, update: Tensor, safe: bool, adapter: str) -
         linear = linear.base_layer
     weight, quantised = linear.weight, type(linear.weight).__name__
     if quantised in ("Params4bit", "Int8Params"):
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            linear.state_dict()  # after a forward on some CPUs the weight is in an order of its own; this undoes that
         total = dequantize_bnb_weight(weight, state=getattr(linear, "state", None)).to(update) + update
     else:
         update = update.T if isinstance(linear, Conv1D) else update

@@ -128,8 +128,10 @@ def place_targets(config: BundleConfig, blocks: Mapping[str, int], names: Sequen
         names: the linear layers that `target_modules` names.
 
     Raises:
-        ValueError: linear layers outside the blocks, or other ones in one block than in the next.
+        ValueError: every bundle has a place; linear layers outside the blocks, or other ones in one block than in the
+            next.
     """
+    check_unplaced(config)
     by_block: dict[int, set[str]] = {}
     for name in names:
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
@@ -148,6 +150,16 @@ def place_targets(config: BundleConfig, blocks: Mapping[str, int], names: Sequen
     if len(by_block) < len(blocks) and config.layers_to_transform is None:
         config.layers_to_transform = sorted(by_block)
     config.place, config.target_modules = sorted(paths), None
+
+
+def check_unplaced(config: BundleConfig) -> None:
+    """Refuse `target_modules` that name linear layers where no bundle would sit at them."""
+    specs: dict[str, Any] = config.bundles or {}
+    if specs and (config.place is not None or all(spec.place is not None for spec in specs.values())):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} names linear layers for bundles without a place, and every "
+            "bundle has one; leave target_modules out, or the place."
+        )
 
 
 def signals_of(config: BundleConfig, names: Sequence[str]) -> dict[str, int]:

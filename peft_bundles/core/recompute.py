@@ -8,8 +8,8 @@ thread. So the forward's call is kept beside the block's inputs, through `contex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import transformers
@@ -39,19 +39,22 @@ class CheckpointWithCall:
         # `set_alphas` and `set_adapter` may come between the forward and the backward.
         kept = {"own": CallAlphas(call.alphas), "set_alphas": dict(state.set_alphas), "again": True}
         active = tuple(self.layer.active_adapters) if call.active is None else call.active
-        return nullcontext(), _with(state, {**vars(call), **kept, "active": active})
+        return nullcontext(), _With(state, {**vars(call), **kept, "active": active})
 
 
-@contextmanager
-def _with(state: BundleState, kept: dict[str, Any]) -> Iterator[None]:
-    """Run the block with these values of `state.call`, in the thread that runs the backward."""
-    call = state.call
-    before = dict(vars(call))
-    vars(call).update(kept)
-    try:
-        yield
-    finally:
-        vars(call).update(before)
+class _With:
+    """Run the block with these values of `state.call`, in the thread that runs the backward; again for every pass."""
+
+    def __init__(self, state: BundleState, kept: dict[str, Any]) -> None:
+        self.state, self.kept = state, kept
+        self.before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self.before = dict(vars(self.state.call))
+        vars(self.state.call).update(self.kept)
+
+    def __exit__(self, *error: object) -> None:
+        vars(self.state.call).update(self.before)
 
 
 def recompute_with_call(layers: Iterable[Layer], *, required: bool) -> None:

@@ -92,7 +92,9 @@ class StoredBundles(nn.Module, BaseTunerLayer):
     def attach(self) -> None:
         """Put the hook on the module, unless it is there."""
         if not self._handles:
-            self._handles.append(self.get_base_layer().register_forward_hook(self.hook, prepend=True))
+            self._handles.append(
+                self.get_base_layer().register_forward_hook(self.hook, prepend=True, with_kwargs=bool(self.site.path))
+            )
 
     def detach(self) -> None:
         """Remove the hook, so that the module runs without bundles."""

@@ -246,8 +246,8 @@ def _fill(model: PeftModel, adapter: str, group: Checkpoint) -> None:
         tuner.delete_adapter(adapter)
         has, asked = ([str(site) if site.path else site.block for site in sorted(of)] for of in (group.layers, sites))
         raise ValueError(
-            f"{group.source} has tensors of layers {has}, but its config asks for {asked}; one of its files was changed, "
-            "get both again."
+            f"{group.source} has tensors of layers {has}, but its config asks for {asked}; one of its files was "
+            "changed, get both again."
         )
     tuner.fill(adapter, group.layers)
 

@@ -24,8 +24,9 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import Tensor
 
-from ..core.basis import bundle_shapes
+from ..core.basis import bundle_shapes, linear_shapes
 from ..core.checkpoints import SHARED, Checkpoint, changed, write
+from ..specs import BLOCK
 from .cards import write_card
 from .hub import read_source
 from .parts import group_key, select
@@ -102,6 +103,8 @@ def merge_bundles(
 def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, density: float, seed: int) -> Checkpoint:
     """`merge_bundles` on checkpoints that hold one bundle each, all of the same name."""
     first, name = parts[0], parts[0].names[0]
+    if any(site.path for part in parts for site in part.layers):
+        return _merge_linears(parts, weights, method, density, seed)
     shape = bundle_shapes(first.config, first.hidden_size)[name]
     for other in parts[1:]:
         other_shape = bundle_shapes(other.config, other.hidden_size)[name]
@@ -158,6 +161,47 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
         provenance=provenance,
         basis_fingerprint=first.config.basis_fingerprint,
     )
+    return Checkpoint(config, layers, first.heads, f"a merge of {origin}")
+
+
+def _merge_linears(
+    parts: Sequence[Checkpoint], weights: Sequence[float], method: str, density: float, seed: int
+) -> Checkpoint:
+    """`merge` of bundles at linear layers; scales that differ from the first's are multiplied into `up`."""
+    first, name = parts[0], parts[0].names[0]
+    shapes = [linear_shapes(part.config, part.hidden_size).get(name, (0, 0.0)) for part in parts]
+    kinds = [part.config.kind_of(name, at_linears=True) for part in parts]
+    for part, (rank, _), kind in zip(parts, shapes, kinds):
+        if BLOCK in part.config.places(name):
+            raise ValueError(f"{part.source} has bundles behind blocks and at linear layers, which cannot be merged.")
+        if part.layers.keys() != first.layers.keys() or part.hidden_size != first.hidden_size:
+            raise ValueError(
+                f"{part.source} and {first.source} are on other layers, so they cannot be merged; load them side by "
+                "side with compose(base_model, sources)."
+            )
+        if kind != kinds[0] or (method != "cat" and rank != shapes[0][0]):
+            raise ValueError(
+                f"{part.source} is of kind {kind!r} and rank {rank}, {first.source} of kind {kinds[0]!r} and rank "
+                f"{shapes[0][0]}, so {method!r} cannot merge them; use "
+                + ('"cat".' if kind == kinds[0] else "bundles of one kind.")
+            )
+    if method != "cat":
+        _check_units(parts, name)
+    layers, rank, scale = {}, 0, shapes[0][1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for site in first.layers:
+            ups = [part.layers[site][f"bundle_up.{name}"].T * (s / scale) for part, (_, s) in zip(parts, shapes)]
+            downs = [part.layers[site][f"bundle_down.{name}"] for part in parts]
+            up, down = _merged(ups, downs, weights, method, density)
+            assert down is not None
+            layers[site] = {f"bundle_up.{name}": up.T.contiguous(), f"bundle_down.{name}": down.contiguous()}
+            rank = len(down)
+    assert first.config.bundles is not None
+    spec = replace(first.config.bundles[name], alpha=1.0, rank=rank, lora_alpha=rank * scale, use_rslora=False)
+    origin = ", ".join(f"{w:g} x {p.source}" for w, p in zip(weights, parts))
+    provenance = {**(first.config.provenance or {}), "summaries": {name: {"merged": origin, "method": method}}}
+    config = changed(first.config, bundles={name: spec}, provenance=provenance)
     return Checkpoint(config, layers, first.heads, f"a merge of {origin}")
 
 

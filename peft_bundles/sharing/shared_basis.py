@@ -44,7 +44,8 @@ def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = No
         The path of `basis.safetensors`.
 
     Raises:
-        ValueError: no such adapter, or one from `compose`, which has only a part of its basis.
+        ValueError: no such adapter, one without bundles behind blocks, which has no basis, or one from `compose`,
+            which has only a part of its basis.
 
     Example:
         >>> import copy, tempfile
@@ -64,6 +65,7 @@ def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = No
         >>> folder.cleanup()
     """
     adapter = resolve_adapter(model, adapter)
+    _check_has_basis(model, adapter)
     checkpoint = with_base(from_model(model, adapter), model)
     config, basis = checkpoint.config, basis_of(checkpoint)
     if _partition(checkpoint) != basis["sub_bases"]:
@@ -151,12 +153,14 @@ def load_basis(
         {"digest": of the basis, "sub_bases": [[name, columns], ...]}.
 
     Raises:
-        ValueError: no file or a damaged one; a basis of another base model or with other sub-bases or layers.
+        ValueError: an adapter without bundles behind blocks; no file or a damaged one; a basis of another base model
+            or with other sub-bases or layers.
         RuntimeError: the adapter has been trained in another basis.
 
     Example: see `save_basis`.
     """
     adapter = resolve_adapter(model, adapter)
+    _check_has_basis(model, adapter)
     about, layers = _read(source, token)
     config = state_of(model).configs[adapter]
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -195,6 +199,15 @@ def load_basis(
     config.basis_fingerprint = {str(layer.index): fingerprint(layer.bundle_basis[adapter]) for layer in adapted}
     config.provenance = about["provenance"]
     return {"digest": about["digest"], "sub_bases": about["sub_bases"]}
+
+
+def _check_has_basis(model: nn.Module, adapter: str) -> None:
+    """Refuse an adapter whose bundles all sit at linear layers."""
+    if not basis_layers(model, adapter):
+        raise ValueError(
+            f"all bundles of adapter {adapter!r} sit at linear layers, and a basis serves bundles behind blocks only; "
+            'there is none to save or load. Use place="block" for a bundle that needs one.'
+        )
 
 
 def _partition(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import models
 import pytest
+import test_compiled_swaps
 from test_architectures import *  # noqa: F403
 from test_beside_others import *  # noqa: F403
 from test_call_alphas import *  # noqa: F403
@@ -19,9 +20,14 @@ from test_recompute import *  # noqa: F403
 from test_running import *  # noqa: F403
 
 
-# These count or look at blocks; test_places.py and test_linears.py have their likes. With LoRA on the same layers what
-# is added first depends on the order, and with it the last bit.
+pytestmark = pytest.mark.slow
+
+# These look at blocks, or compile for long; test_places.py and test_linears.py have their likes. With LoRA on the same
+# layers what is added first depends on the order, and with it the last bit.
 BEHIND_BLOCKS = """
+    test_block_with_its_hook_adds_no_graph_break test_an_exported_program_computes_the_same
+    test_continuous_batching_sees_set_alphas_only test_order_of_imports
+    test_models_that_are_no_causal_language_models_are_refused
     test_blocks_are_found test_two_lists_of_blocks_are_not_chosen_from
     test_bundles_sit_on_the_language_model_and_not_on_a_tower
     test_values_and_gradients_are_those_of_the_written_equations test_hook_compiles_without_graph_break
@@ -34,7 +40,8 @@ BEHIND_BLOCKS = """
     test_injection_where_a_state_dict_says test_several_active_adapters_add_up test_adapters_on_different_layers
     test_status test_only_adapter_weights_train_and_are_counted test_layers_to_transform test_module_filters
 """
-for each in BEHIND_BLOCKS.split():
+COMPILED = {name for name in dir(test_compiled_swaps) if name.startswith("test_")} - {"test_compiled_generation"}
+for each in {*BEHIND_BLOCKS.split(), *COMPILED}:
     del globals()[each]
 
 

@@ -131,8 +131,8 @@ def test_module_filters(fields, tmp_path):
         ({"target_modules": ["nowhere"]}, r"\['nowhere'\] fits no module of Llama\w+\. Leave it out"),
         ({"target_modules": []}, r"\[\] fits no module of Llama\w+\. Leave it out"),
         ({"target_modules": ["layers"]}, r"names model\.layers, a list of modules; .*r'\.\*\\\.layers\\\.\\d\+'"),
-        ({"layers_to_transform": []}, r"layers_to_transform=\[\] .* leave no decoder block of 2"),
-        ({"exclude_modules": ".*"}, r"exclude_modules='\.\*' leave no decoder block of 2"),
+        ({"layers_to_transform": []}, r"layers_to_transform=\[\] .* leave no decoder block of 2 and no linear layer"),
+        ({"exclude_modules": ".*"}, r"exclude_modules='\.\*' leave no decoder block of 2 and no linear layer"),
     ],
 )
 def test_modules_that_leave_no_decoder_block(fields, message):
