@@ -103,6 +103,8 @@ class BundleConfig(PeftConfig):
         modules_to_save: further modules to train in full and to save, as in other PEFT methods. Alphas do not turn
             them off; `disable_adapter` does.
         save_basis: store U in the checkpoint. False draws it again from the seed (`basis_init="random"` only).
+        basis_source: where U, mu and sigma are stored once for several adapters, and not in each: a folder or Hub
+            repository that `save_basis` or `push_basis` wrote. It is read when the adapter is loaded.
         init_weights: True: a fresh adapter changes nothing, bit for bit. False: random weights, for tests.
         task_type: set it to "CAUSAL_LM", as in other PEFT methods. Without a task type PEFT calls the base model
             directly, which leaves out the `quiet` penalty and `generate(..., alphas=)`.
@@ -157,6 +159,7 @@ class BundleConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     save_basis: bool = True
+    basis_source: str | None = None
     init_weights: bool = True
     base_shape: list[int] | None = None
     base_fingerprint: dict[str, str] | None = None
@@ -213,6 +216,10 @@ class BundleConfig(PeftConfig):
             raise ValueError(
                 f"{owner}: target_parameters={self.target_parameters!r} cannot be used; bundles sit on decoder "
                 "blocks, which are found automatically. Leave it out."
+            )
+        if self.basis_source is not None and not (isinstance(self.basis_source, str) and self.basis_source):
+            raise ValueError(
+                f"{owner}: basis_source={self.basis_source!r} must be the folder or repository of a basis, or None."
             )
         if not self.save_basis and self.basis_init != "random":
             raise ValueError(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import BundleConfig
-from .core.attaching import basis_brought, borrow_basis, check_loaded, check_saved
+from .core.attaching import basis_brought, borrow_basis, check_loaded, check_saved, with_shared_basis
 from .core.base import Injection, base_fingerprint, base_shape, check_base
-from .core.basis import basis_rank, bundle_shapes, fingerprint
+from .core.basis import SHARED, basis_rank, bundle_shapes, fingerprint
 from .core.calling import Calls
 from .core.checkpoints import plain_name, renamed, size_in_words, weights_digest
 from .core.dialling import alphas as set_for_block
@@ -297,6 +297,8 @@ class BundleModel(Calls):
         check_saved(model, config, adapter_name)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         entries = {k: v for k, v in entries.items() if config.save_basis or ".bundle_basis." not in k}
+        if config.basis_source is not None:
+            entries = {k: v for k, v in entries.items() if not any(f".{what}." in k for what in SHARED)}
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
         config.digest_to_save, config.size_to_save = weights_digest(named), size_in_words(named)
         return entries
@@ -320,7 +322,9 @@ class BundleModel(Calls):
         Raises:
             ValueError: tensors missing, of another shape, left over, not finite or changed; another basis.
         """
-        with basis_brought(model, adapter_name) if config.save_basis else nullcontext():
+        brings = config.save_basis or config.basis_source is not None
+        with basis_brought(model, adapter_name) if brings else nullcontext():
+            state_dict = with_shared_basis(model, config, adapter_name, state_dict)
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             inside = {plain_name(n): n for n, m in model.named_modules() if isinstance(m, BundleLayer)}
             remapped = {renamed(key, inside): tensor for key, tensor in remapped.items()}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..config import BundleConfig
 from .base import PEFT_PREFIX, other_base
+from .basis import SHARED
+from .basis_files import of_block, read_basis
 from .checkpoints import by_layer, check_digest, check_tensors
 from .layer import BundleLayer
 from .walking import adapter_layers, state_of
@@ -70,6 +72,25 @@ def basis_brought(model: nn.Module, adapter: str) -> Iterator[None]:
         raise
 
 
+def with_shared_basis(
+    model: nn.Module, config: BundleConfig, adapter: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a file, and U, mu and sigma of every block from the file that `basis_source` names, if any.
+
+    Raises:
+        ValueError: that file is missing or damaged, or has no basis for a block.
+    """
+    if config.basis_source is None or not config.bundles:
+        return dict(state_dict)
+    bases, added = read_basis(config.basis_source)[1], {}
+    names = {name: m for name, m in model.named_modules() if isinstance(m, BundleLayer) and adapter in m.bundle_basis}
+    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in state_dict) else ""
+    for name, layer in names.items():
+        for what, tensor in of_block(bases, layer.index, config.basis_source).items():
+            added[f"{prefix}{name.removeprefix(PEFT_PREFIX)}.{what}"] = tensor
+    return {**state_dict, **added}
+
+
 def check_loaded(
     model: nn.Module,
     config: BundleConfig,
@@ -100,7 +121,9 @@ def check_loaded(
                 "belongs to another base model or another config."
             )
     for name, layer in layers.items():
-        if not config.save_basis and not layer.site.path:  # drawn from the seed when the adapter was attached
+        if not (
+            config.save_basis or config.basis_source or layer.site.path
+        ):  # drawn from the seed when the adapter was attached
             basis = remapped[f"{name}.bundle_basis.{adapter}"] = layer.bundle_basis[adapter]
             tensors[layer.site]["bundle_basis"] = basis
         check_linear(layer, adapter, tensors[layer.site], source)
@@ -144,6 +167,16 @@ def check_saved(model: nn.Module, config: BundleConfig, adapter: str) -> None:
                 "before offloading it, or after accelerate.hooks.remove_hook_from_submodules(model)."
             )
         layer.check_basis(adapter)
+    if config.basis_source is not None:
+        bases = read_basis(config.basis_source)[1]
+        for layer in adapter_layers(model, adapter):
+            if adapter in layer.bundle_basis:
+                kept = of_block(bases, layer.index, config.basis_source)
+                if not all(torch.equal(getattr(layer, what)[adapter].cpu().float(), kept[what]) for what in SHARED):
+                    raise ValueError(
+                        f"basis_source={config.basis_source!r} is not the basis of adapter {adapter!r}; save its own "
+                        "with save_basis, or set basis_source=None."
+                    )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.base_fingerprint and other_base(config.base_fingerprint, base) is not None:
         config.base_fingerprint = None

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def weights_digest(entries: Mapping[str, Tensor]) -> str:
         head, child, tail = key.rpartition(f".{CHILD}.")
         if child:
             where = ".".join(part for part in head.split(".") if part.isdigit())
-            if head not in behind:  # a linear layer
+            if head not in behind and not head.rpartition(".")[2].isdigit():  # a linear layer
                 where = re.sub(r"^.*?\b(\d+\.)", r"\1", head)
             parts.append((f"{where}:{tail}:{tensor.dtype}", tensor))
     for name, tensor in sorted(parts, key=lambda part: part[0]):
@@ -181,8 +181,17 @@ def _is_provenance(value: Any) -> bool:
     )
 
 
-def read(folder: str | Path, source: str | None = None) -> Checkpoint:
+def read(
+    folder: str | Path,
+    source: str | None = None,
+    basis: Callable[[str], tuple[dict[str, Any], dict[int, dict[str, Tensor]]]] | None = None,
+) -> Checkpoint:
     """Read a bundle folder. Only safetensors are read, every tensor is checked, and the tensors are copies in memory.
+
+    Args:
+        folder: the folder.
+        source: how messages call it.
+        basis: reads the file that `basis_source` of the config names (`basis_files.read_basis`).
 
     Raises:
         ValueError: a file is missing, damaged or changed, or the adapter is of another type. The message names the
@@ -206,6 +215,8 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
             )
         by_head.setdefault(head, {})[tail] = tensor
     behind = [head for head, layer in by_head.items() if "bundle_scale" in layer]  # behind a block
+    if config.basis_source is not None:
+        behind = [head for head in by_head if head.rpartition(".")[2].isdigit()]
     behind.sort(key=lambda head: [int(n) for n in re.findall(r"\d+", head)])
     prints = config.basis_fingerprint or {}
     if not all(n.isdecimal() for n in prints) or len(prints) != len(behind):
@@ -219,7 +230,13 @@ def read(folder: str | Path, source: str | None = None) -> Checkpoint:
     layers = {site: by_head[head] for site, head in sorted(heads.items())}
     checkpoint = Checkpoint(config, layers, heads, source)
     d = checkpoint.hidden_size
-    if not config.save_basis:
+    if config.basis_source is not None:
+        if basis is None:
+            raise ValueError(f"{source} needs the basis of {config.basis_source!r}; load it with PeftModel or compose.")
+        bases = basis(config.basis_source)[1]
+        for number, layer in checkpoint.behind_blocks().items():
+            layer.update(bases.get(number, {}))
+    elif not config.save_basis:
         for number, layer in checkpoint.behind_blocks().items():
             layer["bundle_basis"] = draw_basis(d, basis_rank(config, d), config.basis_seed, number)
     check_tensors(layers, config, d, source)
@@ -303,6 +320,8 @@ def check_digest(config: BundleConfig, tensors: Mapping[str, Tensor], source: st
     Raises:
         ValueError: the config has a digest, and the tensors have another.
     """
+    if config.basis_source is not None:  # its basis is in another file, with a digest of its own
+        tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[2] not in SHARED}
     if config.weights_digest is not None and config.weights_digest != weights_digest(tensors):
         raise ValueError(
             f"{source}: the tensors are not those that were saved with its config; the folder is half-written, damaged "
@@ -398,7 +417,13 @@ def write(checkpoint: Checkpoint, folder: str | Path) -> None:
     os.makedirs(folder, exist_ok=True)
     # Copies: safetensors refuses tensors that share memory, as bundles of one basis do.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in checkpoint.state_dict().items()}
-    config = changed(checkpoint.config, weights_digest=weights_digest(tensors), inference_mode=True, save_basis=True)
+    config = changed(
+        checkpoint.config,
+        weights_digest=weights_digest(tensors),
+        inference_mode=True,
+        save_basis=True,
+        basis_source=None,
+    )
     logger.info("%s: %s", ", ".join(checkpoint.names), size_in_words(tensors))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})

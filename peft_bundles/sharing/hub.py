@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..core.basis_files import read_basis
 from ..core.checkpoints import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Checkpoint, read, read_config, write
 from ..core.walking import resolve_adapter
 from .cards import CARD, PICTURES, with_sections, write_card
@@ -116,12 +117,12 @@ def read_source(source: str | Path, token: str | None = None) -> tuple[Checkpoin
     parsed = parse_source(source)
     folder = _download(parsed, token)
     try:
-        checkpoint = read(folder, parsed.text)
+        checkpoint = read(folder, parsed.text, read_basis)
     except ValueError:
         if parsed.repo is None:
             raise
         folder = _download(parsed, token, force=True)
-        checkpoint = read(folder, parsed.text)
+        checkpoint = read(folder, parsed.text, read_basis)
     return (select(checkpoint, parsed.bundle) if parsed.bundle else checkpoint), folder
 
 

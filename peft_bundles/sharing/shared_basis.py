@@ -21,15 +21,12 @@ from ..config import BundleConfig
 from ..core.attaching import own_config
 from ..core.base import check_base
 from ..core.basis import fingerprint, sub_basis_columns
-from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, read_tensors
+from ..core.basis_files import BASIS, read_basis
+from ..core.checkpoints import SHARED, Checkpoint, basis_of, read_tensors
 from ..core.walking import basis_layers, resolve_adapter, state_of
 from .cards import CARD, hub_id
-from .hub import api_for, parse_source, upload
+from .hub import parse_source, upload
 from .parts import from_model, with_base
-
-
-BASIS = "basis.safetensors"
-_FIELDS = ("sub_bases", "digest", "base_shape", "base_model_name_or_path", "provenance", "basis_init", "input_norm")
 
 
 def save_basis(model: nn.Module, folder: str | Path, *, adapter: str | None = None) -> Path:
@@ -216,34 +213,7 @@ def _partition(checkpoint: Checkpoint) -> list[list[Any]]:
 
 
 def _read(source: str | Path, token: str | None) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-    """Metadata and tensors by layer of a basis file, checked against its digest."""
-    path = str(source)
-    if not os.path.isfile(path):
-        parsed = parse_source(source)
-        if parsed.bundle is not None:
-            raise ValueError(f"source {path!r} names a bundle; give the folder or repository of a basis.")
-        if parsed.folder is not None:
-            path = os.path.join(parsed.folder, BASIS)
-        else:
-            assert parsed.repo is not None
-            path = api_for(token).hf_hub_download(parsed.repo, BASIS, revision=parsed.revision)
-    if not os.path.isfile(path):
-        raise ValueError(f"{source} has no {BASIS}; give a file or folder that save_basis wrote.")
-    tensors, metadata = read_tensors(path, str(source))
-    try:
-        about = json.loads(metadata["peft_bundles"])
-        if lacking := [field for field in _FIELDS if field not in about]:
-            raise KeyError(lacking[0])
-        layers: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            number, what = key.split(".")
-            layers.setdefault(int(number), {})[what] = tensor
-        standardised = about["input_norm"] == "standard" and about.get("calibration") is not None
-        whole = basis_digest(layers, about["sub_bases"], standardised) == about["digest"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} is not a basis file; give one that save_basis wrote.") from error
-    if not whole:
-        raise ValueError(
-            f"{source}: U, mu and sigma do not match the digest in the file; it was damaged, get it again."
-        )
-    return about, layers
+    """`read_basis` of a source that names no bundle."""
+    if not os.path.isfile(source) and parse_source(source).bundle is not None:
+        raise ValueError(f"source {str(source)!r} names a bundle; give the folder or repository of a basis.")
+    return read_basis(str(source), token)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from models import TINY, attached, batch, bundle_config, layers, logits, perturb
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import peft_bundles
-from peft_bundles.core.checkpoints import read
+from peft_bundles import compose, save_basis, save_bundle
+from peft_bundles.core.checkpoints import SHARED, read
 
 
 def calibrated(**fields):
@@ -92,3 +93,36 @@ def test_calibrating_again_is_another_basis(tmp_path):
     peft_bundles.calibrate(model, tokens=200, max_length=16, progress=False, seed=5)
     peft_bundles.save_bundle(model, "b_mlp", tmp_path / "b")
     assert read(tmp_path / "b").config.provenance["basis"]["digest"] != named
+
+
+def test_adapters_of_one_basis_store_it_once(tmp_path):
+    """U, mu and sigma are in one file, read when an adapter is loaded; the adapters' files have weights alone."""
+    model = attached()
+    whole = model.save_pretrained(tmp_path / "whole") or tmp_path / "whole"
+    source = save_basis(model, tmp_path / "basis")
+    model.peft_config["default"].basis_source = str(tmp_path / "basis")
+    model.save_pretrained(tmp_path / "small")
+    kept = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert not any(what in key for key in kept for what in SHARED) and kept
+    ids = batch()
+    wanted = logits(model, ids)
+    for load in (
+        lambda: PeftModel.from_pretrained(TINY["llama"](), tmp_path / "small"),
+        lambda: compose(TINY["llama"](), [tmp_path / "small"]),
+        lambda: PeftModel.from_pretrained(TINY["llama"](), whole),
+    ):
+        assert torch.equal(logits(load().eval(), ids), wanted)
+    one = compose(TINY["llama"](), [save_bundle(model, "b_mlp", tmp_path / "one")])  # has its columns of U itself
+    others = dict.fromkeys(set(model.peft_config["default"].bundles) - {"b_mlp"}, 0.0)
+    torch.testing.assert_close(logits(one, ids), logits(model, ids, alphas=others))
+    other = attached(basis_seed=7)
+    other.peft_config["default"].basis_source = str(tmp_path / "basis")
+    with pytest.raises(ValueError, match="is not the basis of adapter 'default'"):
+        other.save_pretrained(tmp_path / "other")
+    source.write_bytes(source.read_bytes()[:-7] + b"changed")
+    for load in (PeftModel.from_pretrained, lambda base, folder: compose(base, [folder])):
+        with pytest.raises(ValueError, match="do not match the digest"):
+            load(TINY["llama"](), tmp_path / "small")
+    source.unlink()
+    with pytest.raises(ValueError, match=r"has no basis\.safetensors"):
+        PeftModel.from_pretrained(TINY["llama"](), tmp_path / "small")
