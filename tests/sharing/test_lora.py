@@ -185,7 +185,7 @@ def test_a_lora_on_a_base_of_its_own_is_refused_until_it_is_converted(init, tmp_
 @pytest.mark.parametrize("scale", [{"lora_alpha": 11}, {"use_rslora": True}, {"lora_alpha": 0}, {"lora_alpha": -3}])
 def test_maps_in_bfloat16_keep_their_values(scale, tmp_path):
     """The scale is the bundle's, so B is not rounded again: the float64 model is that of PEFT, which upcasts too."""
-    lora_saved(tmp_path / "lora", TINY["llama"]().bfloat16(), r=4, target_modules=["q_proj"], **scale)
+    lora_saved(tmp_path / "lora", TINY["llama"]().bfloat16(), r=3, target_modules=["q_proj"], **scale)
     folder = from_lora(tmp_path / "lora", tmp_path / "bundle", name="b", base_model=double("llama"))
     lora = PeftModel.from_pretrained(double("llama"), tmp_path / "lora").double().eval()
     bundle = compose(double("llama"), [folder]).double()
@@ -202,9 +202,13 @@ def test_there_and_back_gives_the_same_tensors(tmp_path):
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-def test_a_fresh_bundle_is_exported_and_changes_nothing(tmp_path):
-    config = BundleConfig(bundles=BUNDLES, task_type="CAUSAL_LM")
-    lora = plain(to_lora(get_peft_model(double("llama"), config), {}, tmp_path))
+@pytest.mark.parametrize("weights", ["fresh", "zeros"])
+def test_a_bundle_that_adds_nothing_is_exported(weights, tmp_path):
+    model = get_peft_model(double("llama"), BundleConfig(bundles=BUNDLES, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if weights == "zeros" and ".bundle_" in name:
+            parameter.data.zero_()
+    lora = plain(to_lora(model, {}, tmp_path))
     assert torch.equal(logits(lora, batch()), logits(double("llama"), batch()))
 
 
