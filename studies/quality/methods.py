@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import IA3Config, LoraConfig, OSFConfig, ShiraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 from peft_bundles import BundleConfig, BundleSpec, calibrate
+from peft_bundles.core.places import at_place, linears_of, sizes_of
 from studies.quality.forms import Form, Statistics, attach, measure, penalty
+from studies.quality.local import LocalPenalty
 from studies.training import final_states
 
 
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = "20000"  # of calibration text, for every local penalty
+# "lora:targets=o_proj+down_proj,r=50,local=10" and "bundles:place=mlp,quiet=10,kl=1": options and their defaults.
+LORA_OPTIONS = {"targets": "all-linear", "r": "16", "local": "0", "kl": "0", "source": "both", "tokens": TOKENS}
+BUNDLE_OPTIONS = {"place": "block", "kind": "", "r": "", "bundles": "1", "routed": "", "owners": "", "kl": "0"}
+BUNDLE_OPTIONS |= {"rank": "0.75", "source": "both", "tokens": TOKENS}
 # One trunk of SmolLM2-135M: `key` and `value` have 192 rows, everything else 576 or more. OSF's trainable rank is what
 # its frozen one leaves, so these give rank 16 everywhere.
 OSF_RANKS = {"k_proj": 192 - 16, "v_proj": 192 - 16}
@@ -38,7 +50,6 @@ PEFT_METHODS: dict[str, Callable[[], Any]] = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
 }
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -75,6 +86,34 @@ def form_of(method: str) -> dict[str, Any] | None:
 _measured: dict[tuple[Any, ...], list[Statistics]] = {}
 
 
+def options_of(text: str, defaults: dict[str, str], more: tuple[str, ...] = ()) -> dict[str, str]:
+    """The options "name=value,name=value" over their defaults.
+
+    Raises:
+        ValueError: an option that is neither in `defaults` nor in `more`, or has no value.
+
+    Example:
+        >>> options_of("r=26,local=10", {"r": "16", "local": "0", "kl": "0"})
+        {'r': '26', 'local': '10', 'kl': '0'}
+    """
+    options = dict(defaults)
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in (*defaults, *more) or not value:
+            raise ValueError(f"{item!r} is no option; write name=value with a name of {[*defaults, *more]}.")
+        options[name] = value
+    return options
+
+
+def equal_rank(base: Any, place: list[str]) -> int:
+    """The rank at which LoRA at a place has about the parameters of LoRA r16 on all linear layers."""
+    block = base.model.layers[0]
+    linears = linears_of(block)
+    sizes = {path: sum(sizes_of(module) or ()) for path, module in linears.items()}
+    there = {path for name in place for path in at_place(name, block, list(linears))}
+    return round(16 * sum(sizes.values()) / sum(sizes[path] for path in there))
+
+
 def build_bundles(
     options: dict[str, str],
     base: nn.Module,
@@ -83,33 +122,40 @@ def build_bundles(
     seed: int,
     kinds: list[str],
 ) -> Built:
-    """The package's own bundles. `options`: fields of BundleConfig, and source, tokens, bundles, routed, owners, kl.
+    """The package's own bundles. `options`: fields of BundleConfig, and those of BUNDLE_OPTIONS.
 
-    bundles: so many, of equal size. routed: each learns from one kind of row, every kind has as many or one more; at
-    least one a kind. owners: while training, a row sees the bundles of its own kind only.
+    place: "block", or a place at linear layers, several joined by "+". kind, r: of the bundles there; r is by default
+    what gives the parameters of LoRA r16 on all linear layers. bundles: so many, of equal size. routed: each learns
+    from one kind of row, every kind has as many or one more; at least one a kind. owners: while training, a row sees
+    the bundles of its own kind only.
     """
-    options = {"source": "both", "tokens": "20000", "bundles": "1", "routed": "", "owners": "", "kl": "", **options}
-    source, tokens, count = options.pop("source"), int(options.pop("tokens")), int(options.pop("bundles"))
-    owners, kl = bool(options.pop("owners")), float(options.pop("kl") or 0)
-    routed = bool(options.pop("routed")) or owners
+    options = dict(options)
+    own = {name: options.pop(name) for name in BUNDLE_OPTIONS}
+    place, kind, kl = own["place"].split("+"), own["kind"] or None, float(own["kl"])
+    source, tokens = own["source"], int(own["tokens"])
+    owners = bool(own["owners"])
+    routed = bool(own["routed"]) or owners
     fields: dict[str, Any] = {
         name: value if isinstance(getattr(BundleConfig(), name), str) else float(value)
         for name, value in options.items()
     }
     signals = sorted(set(kinds)) if routed else ["all"]
     owner: dict[str, str] = {}  # bundle -> what it learns from
-    for n in range(max(count, len(signals))):
-        again, place = divmod(n, len(signals))
-        name = f"b_{signals[place]}" + (f"_{again}" if again else "") if routed else f"b_{n}"
-        owner[name] = signals[place]
-    rank = fields.pop("rank", 0.75)
-    # 189 hidden units of 432 columns, in all: 4.90 M parameters, as LoRA r16 on all linears has.
+    for n in range(max(int(own["bundles"]), len(signals))):
+        again, which = divmod(n, len(signals))
+        name = f"b_{signals[which]}" + (f"_{again}" if again else "") if routed else f"b_{n}"
+        owner[name] = signals[which]
     # Trained together, all learn from one signal: the penalty then takes them together too.
-    bundles = {
-        name: BundleSpec(rank, ["main"], bottleneck=189 // len(owner), signals={signal: 1.0})
-        for name, signal in owner.items()
-    }
-    config = BundleConfig(bundles=bundles, sub_bases={"main": rank}, basis_seed=seed, task_type="CAUSAL_LM", **fields)
+    if place == ["block"]:
+        rank = float(own["rank"])
+        # 189 hidden units of 432 columns, in all: 4.90 M parameters, as LoRA r16 on all linears has.
+        of_each: dict[str, Any] = {"rank": rank, "sub_bases": ["main"], "bottleneck": 189 // len(owner), "kind": kind}
+        fields["sub_bases"] = {"main": rank}
+    else:
+        rank_there = int(own["r"] or equal_rank(base, place))
+        of_each = {"rank": max(1, rank_there // len(owner)), "place": place, "kind": kind or "lora"}
+    bundles = {name: BundleSpec(**of_each, signals={signal: 1.0}) for name, signal in owner.items()}
+    config = BundleConfig(bundles=bundles, basis_seed=seed, task_type="CAUSAL_LM", **fields)
     model = get_peft_model(copy.deepcopy(base), config)
     texts = tokenizer.batch_decode(calibration[source][: tokens // 128 + 1])
     calibrate(model, texts, tokenizer, tokens=tokens, max_length=128, batch_size=32, progress=False)
@@ -136,14 +182,14 @@ def build(
     """A copy of the base with the method on it.
 
     Args:
-        method: a key of PEFT_METHODS, "form:field=value,...", "bundles:field=value,...", "full", or
-            "lora_r16_kl<weight>".
+        method: a key of PEFT_METHODS, also with "_kl<weight>", "_local<weight>" or both behind it; "corda_r16",
+            "full", "lora:option=value,...", "bundles:option=value,..." or "form:field=value,...".
         calibration: source -> token rows (N, T).
         kinds: what each row of a training batch is.
     """
     torch.manual_seed(seed)
     if method.startswith("bundles:"):
-        options = dict(item.split("=") for item in method[8:].split(",") if item)
+        options = options_of(method[8:], BUNDLE_OPTIONS, tuple(BundleConfig.__dataclass_fields__))
         return build_bundles(options, base, calibration, tokenizer, seed, kinds)
     model = copy.deepcopy(base)
     fields = form_of(method)
@@ -165,15 +211,101 @@ def build(
         )
     if method == "full":
         return Built(model, lambda ids: final_states(model, ids), list(model.parameters()))
-    name, _, weight = method.partition("_kl")
-    peft_model = get_peft_model(model, PEFT_METHODS[name]())
+    name, options = lora_options(method)
+    if name == "corda_r16":
+        config = prepare_corda(model, base, calibration[CORDA_SOURCE])
+    elif name == "lora":
+        targets, rank = options["targets"], int(options["r"])
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets if targets == "all-linear" else targets.split("+"),
+            task_type="CAUSAL_LM",
+        )
+    else:
+        config = PEFT_METHODS[name]()
+    with full_precision():
+        peft_model = get_peft_model(model, config)
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     built = Built(
         peft_model, lambda ids: final_states(model, ids), parameters, graph=name not in ("osf_r16", "shira_r16")
     )
-    if weight:
-        built.extra = kl_to_base(model, base, calibration["own"], float(weight))
+    extras: list[Callable[[], Tensor]] = []
+    if kl := float(options["kl"]):
+        extras.append(kl_to_base(model, base, calibration["own"], kl))
+    if local := float(options["local"]):
+        rows = calibration[options["source"]]
+        rows = rows[: max(1, int(options["tokens"]) // rows.shape[1])]
+        extras.append(LocalPenalty(peft_model, built.trunk, rows, local))
+    if extras:
+        built.extra = lambda: torch.stack([extra() for extra in extras]).sum()
     return built
+
+
+def lora_options(method: str) -> tuple[str, dict[str, str]]:
+    """The name of a PEFT method and its options, from "lora:r=26,local=10" or "lora_r16_kl1_local10".
+
+    Raises:
+        ValueError: a method that this file does not know.
+
+    Example:
+        >>> name, options = lora_options("lora_r16_kl1.0_local10")
+        >>> name, options["kl"], options["local"]
+        ('lora_r16', '1.0', '10')
+    """
+    if method.startswith("lora:"):
+        return "lora", options_of(method[5:], LORA_OPTIONS)
+    found = re.fullmatch(r"(\w+?)(?:_kl([\d.]+))?(?:_local([\d.]+))?", method)
+    if found is None or found[1] not in (*PEFT_METHODS, "corda_r16"):
+        raise ValueError(f"method={method!r} is unknown; see `build`.")
+    return found[1], {**LORA_OPTIONS, "kl": found[2] or "0", "local": found[3] or "0"}
+
+
+CORDA_SOURCE, CORDA_ROWS = "mixture", 8  # rows that pass as one: its authors use long ones
+_eigens: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # base -> by name of the linear layer
+
+
+def prepare_corda(model: Any, base: nn.Module, rows: Tensor) -> LoraConfig:
+    """Knowledge-preserving CorDA (arXiv 2406.05223): gives `model` what PEFT then reads, and returns its config.
+
+    LoRA starts as the smallest components of W C, C the covariance of the inputs on `rows` (N, T), and W keeps the
+    rest. So many rows as PEFT's page asks for, and lora_alpha = r as there.
+    """
+    config = LoraConfig(
+        r=16,
+        lora_alpha=16,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm"),
+        target_modules=LINEARS,
+        task_type="CAUSAL_LM",
+    )
+    linears = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in LINEARS}
+    if base not in _eigens:
+        together = CORDA_ROWS * rows.shape[1]
+        count = max(1, min(128 * model.config.hidden_size, rows.numel()) // together)
+        chosen = rows.flatten()[: count * together].view(count, -1)
+
+        def run() -> None:
+            for row in chosen:
+                final_states(model, row[None])
+
+        with full_precision():
+            preprocess_corda(model, config, run_model=run)
+        _eigens[base] = {name: module.eigens for name, module in linears.items()}
+    for name, module in linears.items():
+        module.eigens = copy.deepcopy(_eigens[base][name])  # `get_peft_model` writes into them
+    return config
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products without TF32: an initialisation that takes something out of W must put the same in."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def kl_to_base(model: Any, base: Any, rows: Tensor, weight: float) -> Callable[[], Tensor]:

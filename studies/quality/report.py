@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,9 @@ from studies.tables import Table, mean_sd, write_tables
 
 HERE = Path(__file__).parent
 CELLS, SWEEPS = HERE / "results" / "cells.jsonl", HERE / "sweeps.json"
+# Places, and controls with the same penalty; and the second data file, with other families and domains.
+PLACES = (HERE / "results" / "places.jsonl", ("places", "front"))
+CONFIRM = (HERE / "results" / "confirm.jsonl", ("confirm",))
 DOMAINS = ("chat", "code", "licences", "manual", "news", "wiki")
 FAMILIES = ("chain_sum", "family_relationships", "number_sequence", "products", "simple_equations")
 KINDS = ("biographies", "codes", "reasoning", "gsm", "plays")
@@ -42,11 +46,14 @@ Cell = dict[str, Any]
 class Results:
     """Attributes:
     base: the base model's measures.
+    families, domains: of reasoning, and of text that nobody trained on.
     cells: key -> its cells, a seed each, with "score", "reasoning", "rise" and the rise of every domain at each step.
     diverged, failed: the cells without measures.
     """
 
     base: dict[str, float]
+    families: tuple[str, ...]
+    domains: tuple[str, ...]
     cells: dict[Key, list[Cell]]
     diverged: dict[Key, list[Cell]]
     failed: dict[Key, list[Cell]]
@@ -85,7 +92,12 @@ def read(path: Path = CELLS) -> Results:
     bases = [r["300"] for r in found if r["method"] == "base"]
     if not bases:
         raise ValueError(f"{path}: no cell of method 'base'; `python -m studies.quality.run` measures it first.")
-    results = Results(bases[-1], {}, {}, {})
+    base = bases[-1]
+    learnt, domains = (
+        tuple(sorted(name.split("/")[1] for name in base if name.startswith(start))) for start in ("learn/", "domain/")
+    )
+    families = tuple(name for name in learnt if name not in KINDS)
+    results = Results(base, families, domains, {}, {}, {})
     for record in found:
         key = record["method"], record["lr"]
         if "error" in record:
@@ -94,10 +106,10 @@ def read(path: Path = CELLS) -> Results:
             results.diverged[key] = [record]
         elif record["method"] != "base":
             for step in (record["150"], record["300"]):
-                step["reasoning"] = fmean(step[f"learn/{family}"] for family in FAMILIES)
+                step["reasoning"] = fmean(step[f"learn/{family}"] for family in families)
                 step["score"] = (step["learn/biographies"] + step["learn/codes"] + 2 * step["reasoning"]) / 4
-                step |= {name: step[f"domain/{name}"] - results.base[f"domain/{name}"] for name in DOMAINS}
-                step["rise"] = fmean(step[name] for name in DOMAINS)
+                step |= {name: step[f"domain/{name}"] - results.base[f"domain/{name}"] for name in domains}
+                step["rise"] = fmean(step[name] for name in domains)
             results.cells.setdefault(key, []).append(record)
     return results
 
@@ -191,13 +203,41 @@ def separate(results: Results) -> Table:
     return Table("A bundle for every kind of row", head.split("|"), rows)
 
 
-def missing(results: Results) -> Table:
-    """The cells of sweeps.json without a result."""
+def against_lora(results: Results, heading: str) -> Table:
+    """Every method beside LoRA r16 at its own rate: what it learns, and what share of LoRA's rise is left.
+
+    The share of the worst domain is the largest one. Known facts, kind by kind, are of the base's where it is named.
+    Seconds are of the training alone, over LoRA's; cells ran side by side, so they compare roughly.
+    """
+    known = sorted(name for name in results.base if name.startswith("known/"))
+    rows = [["base", "", "", "", "", "", "", "", "0", *(f"{results.base[name]:.2f}" for name in known), ""]]
+    for key in sorted(results.cells):
+        cells = results.cells[key]
+        row = [f"`{key[0]}`", f"{key[1]:g}", str(len(cells)), f"{cells[0]['trainable'] / 1e6:.2f}"]
+        row += [seeds(results, key, "score", 3), seeds(results, key, "rise", 3)]
+        if LORA in results.cells:
+            shares = [results.mean(key, name) / results.mean(LORA, name) for name in results.domains]
+            row += [f"{results.mean(key, 'rise') / results.mean(LORA, 'rise'):.2f}", f"{max(shares):.2f}"]
+            of_lora = fmean(cell["seconds"] for cell in results.cells[LORA])
+            seconds_ratio = f"{fmean(cell['seconds'] for cell in cells) / of_lora:.2f}"
+        else:
+            row, seconds_ratio = [*row, "-", "-"], "-"
+        row += [seeds(results, key, "kl/samples", 3), *(seeds(results, key, name) for name in known), seconds_ratio]
+        rows.append(row)
+    head = "method|lr|seeds|trainable, M|learning|rise|of LoRA's rise|in the worst domain|KL"
+    names = [name.split("/")[1] for name in known]
+    return Table(heading, [*head.split("|"), *names, "seconds over LoRA's"], rows)
+
+
+def missing(results: Results, sweeps: Sequence[str] = (), heading: str = "Not run") -> Table:
+    """The cells without a result of these sweeps of sweeps.json; of none: of all that have no file of their own."""
     have = {
         (*key, cell["seed"]) for d in (results.cells, results.diverged) for key, cells in d.items() for cell in cells
     }
     lacking: dict[Key, set[str]] = {}
-    for blocks in [blocks for name, blocks in json.loads(SWEEPS.read_text()).items() if name != "tiny"]:
+    elsewhere = {"tiny", *PLACES[1], *CONFIRM[1]}
+    known = json.loads(SWEEPS.read_text())
+    for blocks in [known[name] for name in sweeps or [name for name in known if name not in elsewhere]]:
         for method, lr, seed in (
             (m, lr, s) for b in blocks for m in b["methods"] for lr in b["lrs"] for s in b["seeds"]
         ):
@@ -207,7 +247,7 @@ def missing(results: Results) -> Table:
         [f"`{method}`", f"{lr:g}", ", ".join(sorted(some)), "failed" if (method, lr) in results.failed else ""]
         for (method, lr), some in lacking.items()
     ]
-    return Table("Not run", ["method", "lr", "seeds", ""], rows)
+    return Table(heading, ["method", "lr", "seeds", ""], rows)
 
 
 # ---- the figure ----
@@ -243,5 +283,10 @@ if __name__ == "__main__":
     results = read()
     made_from = f"`python -m studies.quality.report` from `results/{CELLS.name}` (`python -m studies.quality.run`)."
     tables = [make(results) for make in (methods, domains, separate, forms, missing)]
+    headings = ("Places and controls with the same penalty", "The second data file")
+    for heading, (path, sweeps) in zip(headings, (PLACES, CONFIRM)):
+        if path.exists():
+            found = read(path)
+            tables += [against_lora(found, heading), missing(found, sweeps, f"{heading}: not run")]
     write_tables(HERE / "tables.md", made_from, tables)
     draw(results, HERE / "front.svg")

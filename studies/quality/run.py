@@ -22,6 +22,7 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def training_batches(data: dict[str, Any], tokenizer: Any, steps: int, seed: int
     pools["plays"] = [tokens_of(tokenizer, text) for text in train["plays"]]
     draws = Draws(pools, dict.fromkeys(pools, random.Random(seed)))
     return draws.batches(KINDS, steps, LENGTH)
+
+
+def full_rows(texts: Iterable[str], tokenizer: Any) -> Tensor:
+    """Rows of DOMAIN_LENGTH tokens, filled with the texts and an end after each; a shorter rest is dropped."""
+    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"] + [0]]
+    return torch.tensor(ids[: len(ids) // DOMAIN_LENGTH * DOMAIN_LENGTH]).view(-1, DOMAIN_LENGTH)
+
+
+def prompt_rows(data: dict[str, Any], tokenizer: Any) -> Tensor:
+    """Rows filled with the training questions in chat format, without answers; as many of every kind."""
+    train, rng = data["train"], random.Random(0)
+    pools = {kind: train[kind] for kind in ("biographies", "codes", "gsm")}
+    pools["reasoning"] = [pair for family in train["reasoning"].values() for pair in family]
+    count = min(map(len, pools.values()))
+    asked = [question for pairs in pools.values() for question, _ in rng.sample(pairs, count)]
+    return full_rows((PROMPT.format(question) for question in rng.sample(asked, len(asked))), tokenizer)
 
 
 def evaluation_sets(data: dict[str, Any], tokenizer: Any, own: Tensor) -> dict[str, Rows]:
@@ -261,8 +278,7 @@ def prepare(args: argparse.Namespace) -> None:
     data = load(args.data)
     rows = {}
     for name, texts in data["calibration"].items():
-        ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"] + [0]]
-        rows[name] = torch.tensor(ids[: len(ids) // DOMAIN_LENGTH * DOMAIN_LENGTH]).view(-1, DOMAIN_LENGTH)
+        rows[name] = full_rows(texts, tokenizer)
     least = min(map(len, rows.values()))
     rows["mixture"] = torch.stack([r[:least] for r in rows.values()], 1).flatten(0, 1)
     torch.manual_seed(0)
@@ -274,6 +290,9 @@ def prepare(args: argparse.Namespace) -> None:
     rows["own"] = torch.stack([rows[f"own_{name}"] for name in starts], 1).flatten(0, 1)
     most = min(len(rows["own"]) - OWN_HELD_OUT, len(rows["mixture"]))
     rows["both"] = torch.stack([rows["own"][:most], rows["mixture"][:most]], 1).flatten(0, 1)
+    prompts = prompt_rows(data, tokenizer)
+    most = min(len(prompts), len(rows["mixture"]))
+    rows["chat"] = torch.stack([prompts[:most], rows["mixture"][:most]], 1).flatten(0, 1)
     save_file(rows, args.calibration)
     sets = {name: r.to(device) for name, r in evaluation_sets(data, tokenizer, rows["own"]).items()}
     built = Built(base, lambda ids: final_states(base, ids), list(base.parameters()))

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from studies.quality import report
+from studies.quality import methods, report
+from studies.quality.run import cells_of
 
 
 pytestmark = pytest.mark.studies
@@ -76,6 +77,46 @@ def test_tables_have_a_row_of_every_cell(results):
     for table in (report.methods, report.domains, report.separate, report.forms, report.missing):
         made = table(results)
         assert all(len(row) == len(made.columns) for row in made.rows)
+
+
+def test_shares_of_loras_rise_need_no_name_of_a_family_or_domain(tmp_path):
+    """The second data file has others than the first."""
+
+    def other(rises):
+        learn = {f"learn/{name}": 0.5 for name in ("biographies", "codes", "gsm", "lcm")}
+        domains = {f"domain/{name}": 1.0 + rise for name, rise in zip(("headers", "tutorials"), rises)}
+        return {**learn, **domains, "known/cities": 0.7, "text/plays": 3.0, "kl/samples": 0.1}
+
+    def row(method, rises, seconds):
+        steps = {"150": other(rises), "300": other(rises)}
+        return {"method": method, "lr": 2e-3, "seed": 0, "trainable": 10**6, "seconds": seconds, **steps}
+
+    cells = [
+        {"method": "base", "lr": 0.0, "seed": 0, "300": other((0.0, 0.0))},
+        row("lora_r16", (0.1, 0.3), 50.0),
+        row("lora_r16_local10", (0.02, 0.02), 60.0),
+    ]
+    path = tmp_path / "confirm.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    results = report.read(path)
+    assert results.families == ("lcm",) and results.domains == ("headers", "tutorials")
+    table = report.against_lora(results, "x")
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    [base, lora, gentle] = [dict(zip(table.columns, row)) for row in table.rows]
+    assert base["cities"] == "0.70" and lora["of LoRA's rise"] == lora["in the worst domain"] == "1.00"
+    assert gentle["of LoRA's rise"] == "0.10" and gentle["in the worst domain"] == "0.20"
+    assert gentle["seconds over LoRA's"] == "1.20" and gentle["learning"] == "0.500"
+
+
+def test_sweeps_of_the_second_file_and_of_places_are_well_formed():
+    cells = {name: cells_of([name]) for name in ("places", "front", "confirm")}
+    assert len(cells["places"]) <= 24 and {seed for _, _, seed in cells["places"]} == {0}
+    assert {seed for _, _, seed in cells["front"]} == {0, 1, 2}
+    for method, _, _ in {cell for some in cells.values() for cell in some}:
+        if method.startswith("bundles:"):
+            methods.options_of(method[8:], methods.BUNDLE_OPTIONS, ("quiet",))
+        else:
+            methods.lora_options(method)
 
 
 def test_without_a_base_nothing_can_be_said(tmp_path):
