@@ -259,7 +259,7 @@ class BundleModel(Calls):
         try:
             if alphas is not None:
                 set_alphas(self.model, alphas)
-            check_mergeable(state, self._layers, list(adapter_names or self.active_adapters))
+            check_mergeable(state, self._layers, list(adapter_names or self.active_adapters), safe_merge)
             super().merge_adapter(adapter_names, safe_merge)
         except Exception:
             state.set_alphas = before
@@ -354,6 +354,8 @@ class BundleModel(Calls):
             ValueError: alphas of unknown bundles or of a wrong shape, or unknown adapter names.
         """
         state = self._state
+        if self.training and torch.is_grad_enabled():
+            state.check_unmerged()  # nothing would learn
         before, state.seen = state.seen, set()
         if self.training:
             recompute_with_call((layer for layer in self._layers if not layer.site.path), required=False)

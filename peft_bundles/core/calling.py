@@ -53,6 +53,7 @@ class Calls(BaseTuner):
         """Run the block as one call, with its own alphas and adapter names if they are given."""
         call = self._state.call
         if adapter_names is not None:
+            self._state.check_unmerged()
             if self.training:
                 raise ValueError("adapter_names cannot be used in training mode; call model.eval() or set_adapter.")
             if unknown := sorted(set(adapter_names) - set(self.peft_config) - {"__base__"}):

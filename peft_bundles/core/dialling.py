@@ -167,7 +167,7 @@ def set_norm_budget(model: nn.Module, tau: float | None) -> None:
         tau: a share of the residual norm, such as 0.2; None, the initial state of a model, removes the limit.
 
     Raises:
-        ValueError: tau is not a positive number, or the model has no bundles.
+        ValueError: tau is not a positive number, the model has no bundles, or they are merged.
 
     Example:
         >>> import torch
@@ -189,4 +189,7 @@ def set_norm_budget(model: nn.Module, tau: float | None) -> None:
     """
     if tau is not None and not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 0):
         raise ValueError(f"tau={tau!r} must be a positive number (a share of the residual norm, such as 0.2) or None.")
-    state_of(model).budget = tau
+    state = state_of(model)
+    if tau is not None:
+        state.check_unmerged()
+    state.budget = tau

@@ -15,12 +15,15 @@ from ..config import BundleConfig
 from .state import BundleState
 
 
-def check_mergeable(state: BundleState, layers: Iterable[Any], adapters: Sequence[str]) -> None:
+BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # as PEFT says it
+
+
+def check_mergeable(state: BundleState, layers: Iterable[Any], adapters: Sequence[str], safe: bool = False) -> None:
     """Refuse what no linear layer could hold, before anything is changed.
 
     Raises:
         ValueError: a bundle that is on is behind a block or not linear, its alpha differs between rows or tokens, or a
-            norm budget is set.
+            norm budget is set; or with `safe` an update is not finite.
     """
     if state.budget is not None:
         raise ValueError(
@@ -31,6 +34,9 @@ def check_mergeable(state: BundleState, layers: Iterable[Any], adapters: Sequenc
             for bundle in layer.packing(adapter).names if layer.holds(adapter) else ():
                 if alpha_of(state, adapter, bundle, layer.index):
                     check_linear(layer, state.configs[adapter], bundle)
+            update = update_of(layer, adapter) if safe and layer.site.path and layer.holds(adapter) else None
+            if update is not None and not bool(torch.isfinite(update).all()):
+                raise ValueError(BROKEN.format(adapter))
 
 
 def check_linear(layer: Any, config: BundleConfig, bundle: str, what: str = "cannot be merged") -> None:
@@ -98,7 +104,7 @@ def add_to_weight(module: nn.Module, update: Tensor, safe: bool, adapter: str) -
         wide = torch.promote_types(weight.dtype, update.dtype)
         total = weight.to(wide) + update.to(weight.device, wide)
     if safe and not bool(torch.isfinite(total).all()):
-        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        raise ValueError(BROKEN.format(adapter))
     if quantised not in ("Params4bit", "Int8Params"):
         weight.copy_(total)
         return

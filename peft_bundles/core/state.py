@@ -171,7 +171,7 @@ class BundleState:
     before_merge: dict[str, AlphaValue] = field(default_factory=dict)
 
     def check_unmerged(self) -> None:
-        """Refuse alphas or a route for a merged model.
+        """Refuse what a merged model cannot do: dial, route, train, mix adapters, exchange or save bundles.
 
         Raises:
             ValueError: adapters are merged.
@@ -179,7 +179,7 @@ class BundleState:
         if self.merged:
             raise ValueError(
                 "the bundles are merged into the base model at fixed alphas; call unmerge_adapter() before setting "
-                "alphas or a route."
+                "alphas, a route, adapter_names or a norm budget, and before training, exchanging or saving bundles."
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleState:
@@ -187,6 +187,7 @@ class BundleState:
         configs = copy.deepcopy(self.configs, memo)
         memo[id(self)] = new = BundleState(configs, dict(self.packings), self.num_layers, dict(self.set_alphas))
         new.budget, new.use.built, new.unchecked = self.budget, self.use.built, set(self.unchecked)
+        new.merged, new.before_merge = self.merged, dict(self.before_merge)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def load_bundle(
         >>> folder.cleanup()
     """
     state = _state(model)
+    state.check_unmerged()  # before the base model is compared, which would look like another one
     checkpoint, _ = read_source(source, token)
     if len(checkpoint.names) != 1:
         raise ValueError(
@@ -198,6 +199,7 @@ def _state(model: PeftModel) -> BundleState:
 def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> None:
     """Build the next set of adapters while the current one stays in use, then switch."""
     tuner, state = cast(BundleModel, model.base_model), _state(model)
+    state.check_unmerged()  # unmerging would take other weights off the base model than were added
     active = list(tuner.active_adapters)
     parts = {adapter: from_model(model, adapter) for adapter in active_adapters(model)}
     groups: dict[str, list[Checkpoint]] = {}  # adapter -> the parts that replace it

@@ -37,8 +37,13 @@ OTHER_LORA = {
     "target_parameters": "target_parameters",
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "activated LoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
     "layer_replication": "layer_replication",
 }
+ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base
 
 
 def to_lora(model: nn.Module, alphas: Mapping[str, Any] | None, folder: str | Path) -> Path:
@@ -88,7 +93,8 @@ def to_lora(model: nn.Module, alphas: Mapping[str, Any] | None, folder: str | Pa
     by_layer = {n: v for n, v in (alphas or {}).items() if isinstance(v, (list, tuple))}
     given = parse_alphas({n: v for n, v in (alphas or {}).items() if n not in by_layer}, state)
     given |= parse_alphas(by_layer, state, per="layer")
-    current = {name: given.get(name, state.set_alphas.get(name)) for name in state.bundle_names()}
+    given = {**state.set_alphas, **state.call.alphas, **given}
+    current = {name: given.get(name) for name in state.bundle_names()}
     if varying := [name for name, value in current.items() if isinstance(value, Tensor)]:
         raise ValueError(
             f"the alphas of {varying} differ between rows or tokens; give one number, or one for each layer."
@@ -108,8 +114,11 @@ def to_lora(model: nn.Module, alphas: Mapping[str, Any] | None, folder: str | Pa
                 check_linear(layer, config, bundle, "cannot be exported")
                 path = plain_name(modules[id(layer)]).removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
                 scale = layer.packing(adapter).scales[bundle] * float(alpha)
-                down.setdefault(path, []).append(layer.bundle_down[adapter][bundle].detach())
-                up.setdefault(path, []).append(layer.bundle_up[adapter][bundle].detach().T * scale)
+                reads, writes = layer.bundle_down[adapter][bundle].detach(), layer.bundle_up[adapter][bundle].detach()
+                used = reads.any(1) | writes.any(1)
+                used[0] |= not used.any()  # ranks of zeros, as from_lora pads with, are left out, but one is kept
+                down.setdefault(path, []).append(reads[used])
+                up.setdefault(path, []).append(writes[used].T * scale)
     if not down:
         raise ValueError(
             f"all bundles are off, so there is nothing to export; give alphas such as {{{next(iter(current))!r}: 1.0}}."
@@ -194,27 +203,33 @@ def from_lora(
         if tail not in ("lora_A", "lora_B") or tensor.dim() != 2 or not key.endswith(".weight"):
             raise ValueError(f"{source} has {key!r}, which is no map of a linear layer; a bundle cannot hold it.")
         maps.setdefault(head, {})[tail] = tensor
-    largest = max(len(of["lora_A"]) for of in maps.values())
+    if not maps:
+        raise ValueError(f"{source} has no tensors in {SAFETENSORS_WEIGHTS_NAME}; the file is damaged.")
+    ranks = {head: len(of.get("lora_A", ())) for head, of in maps.items()}
+    largest = max(ranks.values())
+    scales = {head: _scale(config, head.removeprefix(PEFT_PREFIX), rank) for head, rank in ranks.items() if rank}
+    usual = next((scale for scale in scales.values() if 1e-6 <= scale * largest <= 1e6), 1.0)  # the bundle's
     layers, heads = {}, {}
     for head, of in maps.items():
         if of.keys() != {"lora_A", "lora_B"} or len(of["lora_A"]) != of["lora_B"].shape[1]:
             raise ValueError(f"{source}: lora_A and lora_B of {head!r} do not fit; the file is damaged.")
-        site, rank = linear_site(head, str(source)), len(of["lora_A"])
-        scale = _scale(config, head.removeprefix(PEFT_PREFIX), rank)
-        pad = (0, 0, 0, largest - rank)  # a spec has one rank: rows of zeros change nothing
+        site, up = linear_site(head, str(source)), of["lora_B"].T
+        if (factor := scales.get(head, usual) / usual) != 1.0:  # in float32 at least: PEFT's product is, too
+            up = up.to(torch.promote_types(up.dtype, torch.float32)) * factor
+        pad = (0, 0, 0, largest - ranks[head])  # a spec has one rank: rows of zeros change nothing
         layers[site] = {
             f"bundle_down.{name}": nn.functional.pad(of["lora_A"], pad),
-            f"bundle_up.{name}": nn.functional.pad(of["lora_B"].T * scale, pad).contiguous(),
+            f"bundle_up.{name}": nn.functional.pad(up, pad).contiguous(),
         }
         heads[site] = head if head.startswith(PEFT_PREFIX) else PEFT_PREFIX + head
-    shape = _shape_of(config, base_model)
+    shape = _shape_of(config, base_model, token)
     bundle = BundleConfig(
         bundles={
             name: BundleSpec(
                 largest,
                 place=sorted({site.path for site in layers}),
                 kind="lora",
-                lora_alpha=float(largest),  # the scale is in `up`
+                lora_alpha=usual * largest,
                 signals=dict(signals or {}),
             )
         },
@@ -245,6 +260,13 @@ def _lora_config(folder: str, source: str) -> Any:
         parts.append("bias")
     if parts:
         raise ValueError(f"{source} has {', '.join(parts)}, which bundles do not have; merge it into its base model.")
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(ON_ANOTHER_BASE):
+        raise ValueError(
+            f"{source} has init_lora_weights={init!r}, which changes the weights of the base model that its maps are "
+            "added to; save it again with PEFT's path_initial_model_for_weight_conversion, or merge it into its base "
+            "model."
+        )
     return config
 
 
@@ -258,12 +280,12 @@ def _scale(config: Any, path: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _shape_of(config: Any, base_model: nn.Module | None) -> list[int]:
+def _shape_of(config: Any, base_model: nn.Module | None, token: str | None) -> list[int]:
     if base_model is not None:
         return base_shape(base_model)
     if not config.base_model_name_or_path:
         raise ValueError("the LoRA does not name its base model; give it as base_model=.")
-    base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision, token=token)
     text = base.get_text_config(decoder=True)
     return [text.hidden_size, text.num_hidden_layers]
 

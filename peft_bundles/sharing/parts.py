@@ -20,6 +20,7 @@ from ..core.basis import basis_rank, bundle_shapes, fingerprint, linear_shapes, 
 from ..core.checkpoints import SHARED, Checkpoint, basis_digest, basis_of, changed
 from ..core.layer import BundleLayer
 from ..core.places import CHILD, Site
+from ..core.walking import state_of
 from ..specs import BLOCK, BundleSpec, SubBasis
 
 
@@ -58,6 +59,7 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
 
 def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     """The checkpoint with its basis and its present base model noted in the provenance."""
+    state_of(model).check_unmerged()  # the base model that is noted would be the merged one
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     provenance = {
         **(checkpoint.config.provenance or {}),

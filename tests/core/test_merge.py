@@ -10,7 +10,8 @@ import torch
 from models import TINY, batch, logits, perturb
 from peft import LoraConfig, get_peft_model
 
-from peft_bundles import BundleConfig, alphas, set_alphas
+from peft_bundles import BundleConfig, alphas, load_bundle, remove_bundle, save_bundle, set_alphas, set_norm_budget
+from peft_bundles.core.layer import BundleLayer
 from peft_bundles.core.merge import add_to_weight
 
 
@@ -58,6 +59,32 @@ def test_alphas_of_a_merge():
         pass
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model, ids), present, rtol=0, atol=1e-10)
+
+
+def test_what_would_go_past_merged_weights_is_refused(tmp_path):
+    """Each would compute something else than it says, or leave other weights in the base model than it had."""
+    model, ids = bundled(), batch()
+    saved = save_bundle(model, "b_one", tmp_path / "saved")
+    model.merge_adapter()
+    wanted, layers = logits(model, ids), [m for m in model.modules() if isinstance(m, BundleLayer)]
+    refused = (
+        lambda: model(ids, adapter_names=["__base__"] * len(ids)),
+        lambda: set_norm_budget(model, 0.1),
+        lambda: model.train()(ids),
+        lambda: load_bundle(model, saved, "b_one", replace=True),
+        lambda: load_bundle(model, saved, "b_new"),
+        lambda: remove_bundle(model, "b_one"),
+        lambda: save_bundle(model, "b_one", tmp_path / "new"),  # it would note the merged weights as its base
+        lambda: copy.deepcopy(model).set_alphas(b_one=0.5),
+    )
+    for attempt in refused:
+        with pytest.raises(ValueError, match=r"merged .* call unmerge_adapter\(\)"):
+            attempt()
+        model.eval()
+    assert list(model.peft_config) == ["default"] and not (tmp_path / "new").exists()
+    assert torch.equal(logits(model, ids), wanted) and all(m.active_adapters == ["default"] for m in layers)
+    model.unmerge_adapter()
+    assert load_bundle(model, saved, "b_one", replace=True) == "b_one"
 
 
 def test_merge_and_unload():
@@ -109,9 +136,12 @@ def test_alphas_by_row_and_a_norm_budget_are_refused():
 
 def test_safe_merge_finds_a_broken_adapter():
     model = bundled()
-    next(p for n, p in model.named_parameters() if ".bundle_up." in n).data.fill_(float("nan"))
+    [p for n, p in model.named_parameters() if ".bundle_up." in n][-1].data.fill_(float("nan"))
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
+    base = {key: tensor for key, tensor in model.state_dict().items() if ".bundle_" not in key}
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.items())  # of the layers before it, too
 
 
 def test_a_merge_equals_that_of_lora():

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from models import BLOCKS, TINY, batch, logits, perturb
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_bundles import BundleConfig, compose, from_lora, to_lora
@@ -148,6 +148,7 @@ def test_a_lora_beside_a_bundle_adds_up(tmp_path):
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)}, "BD-LoRA"),
         ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.* no map of a linear layer"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.* no map of a linear layer"),
@@ -158,6 +159,65 @@ def test_parts_that_bundles_do_not_have_are_refused_by_name(fields, called, tmp_
     lora_saved(tmp_path / "lora", double("llama"), **{"r": 2, "target_modules": ["q_proj"], **fields})
     with pytest.raises(ValueError, match=called):
         from_lora(tmp_path / "lora", tmp_path / "bundle", name="b", base_model=double("llama"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_a_lora_on_a_base_of_its_own_is_refused_until_it_is_converted(init, tmp_path):
+    base, ids = TINY["llama"](), batch()
+    torch.manual_seed(0)
+    model = lora_saved(tmp_path / "lora", copy.deepcopy(base), r=2, target_modules=["q_proj"], init_lora_weights=init)
+
+    def load(folder):
+        return compose(copy.deepcopy(base), [from_lora(folder, tmp_path / "bundle", name="b", base_model=base)])
+
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}', which changes the weights of the base model"):
+        load(tmp_path / "lora")
+    torch.manual_seed(0)
+    first = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    )
+    first.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+    first.save_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    torch.testing.assert_close(logits(load(tmp_path / "plain"), ids), logits(model, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [{"lora_alpha": 11}, {"use_rslora": True}, {"lora_alpha": 0}, {"lora_alpha": -3}])
+def test_maps_in_bfloat16_keep_their_values(scale, tmp_path):
+    """The scale is the bundle's, so B is not rounded again: the float64 model is that of PEFT, which upcasts too."""
+    lora_saved(tmp_path / "lora", TINY["llama"]().bfloat16(), r=3, target_modules=["q_proj"], **scale)
+    folder = from_lora(tmp_path / "lora", tmp_path / "bundle", name="b", base_model=double("llama"))
+    lora = PeftModel.from_pretrained(double("llama"), tmp_path / "lora").double().eval()
+    bundle = compose(double("llama"), [folder]).double()
+    torch.testing.assert_close(logits(bundle, batch()), logits(lora, batch()), rtol=0, atol=1e-10)
+
+
+def test_there_and_back_gives_the_same_tensors(tmp_path):
+    """With other ranks at other sites: the ranks of zeros that a bundle needs are not exported."""
+    once = to_lora(bundled(), {"b_one": 0.5, "b_two": -1.25}, tmp_path / "once")
+    bundle = from_lora(once, tmp_path / "bundle", name="b", base_model=double("llama"))
+    again = to_lora(compose(double("llama"), [bundle]), {}, tmp_path / "again")
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (once, again))
+    assert first.keys() == second.keys() and len({len(t) for key, t in first.items() if "lora_A" in key}) == 2
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("weights", ["fresh", "zeros"])
+def test_a_bundle_that_adds_nothing_is_exported(weights, tmp_path):
+    model = get_peft_model(double("llama"), BundleConfig(bundles=BUNDLES, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if weights == "zeros" and ".bundle_" in name:
+            parameter.data.zero_()
+    lora = plain(to_lora(model, {}, tmp_path))
+    assert torch.equal(logits(lora, batch()), logits(double("llama"), batch()))
+
+
+def test_present_alphas_are_those_of_the_block_around(tmp_path):
+    model, ids = bundled(), batch()
+    model.set_alphas(b_one=2.0)
+    with model.alphas(b_one=0.25, b_two=0.0):
+        folder, wanted = to_lora(model, {}, tmp_path), logits(model, ids)
+    torch.testing.assert_close(logits(plain(folder), ids), wanted, rtol=0, atol=1e-10)
 
 
 def test_damaged_loras_are_refused(tmp_path):
