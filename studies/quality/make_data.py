@@ -98,7 +98,7 @@ def build(path: Path) -> None:
         "domains": domains,
         "calibration": {
             name: choose(filter(harmless, texts), 400, tokenizer, TEXT_TOKENS, taken)
-            for name, texts in calibration_texts().items()
+            for name, texts in calibration_texts(docstrings()).items()
         },
     }
     check(data)
@@ -136,7 +136,7 @@ def build_confirming(path: Path, first: dict[str, Any]) -> None:
             name: choose(
                 (t for t in texts if not re.search(confirm_data.TELLING, t)), 400, tokenizer, TEXT_TOKENS, taken
             )
-            for name, texts in calibration_texts().items()
+            for name, texts in calibration_texts(docstrings("transformers", confirm_data.DOCUMENTED)).items()
         },
     }
     check(data)
@@ -292,10 +292,10 @@ def library_code() -> Iterator[str]:
             yield first_piece(source[found.start() :])
 
 
-def calibration_texts() -> dict[str, Iterable[str]]:
-    """Generic text by source, in pieces."""
+def calibration_texts(documented: dict[str, str]) -> dict[str, Iterable[str]]:
+    """Generic text by source, in pieces; `documented` are docstrings by file."""
     return {
-        "docstrings": shuffled(p for text in docstrings().values() for p in pieces(text, 600)),
+        "docstrings": shuffled(p for text in documented.values() for p in pieces(text, 600)),
         "milton": shuffled(p for text in milton() for p in pieces(text, 600)),
         "foldoc": shuffled(pieces(dictionary("foldoc"), 600)),
         "gcide": shuffled(pieces(dictionary("gcide"), 600)),
