@@ -288,7 +288,7 @@ def _measuring(model: nn.Module, measures: Mapping[nn.Module, _Moments | _Inputs
     mask: list[Tensor] = []
 
     def measure(kept: _Moments | _Inputs) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if not mask:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
@@ -297,13 +297,14 @@ def _measuring(model: nn.Module, measures: Mapping[nn.Module, _Moments | _Inputs
             if isinstance(kept, _Moments):
                 kept.add(hidden[chosen])
             elif len(hidden) == len(chosen):  # not of an expert, which sees some of the tokens only
-                kept.add(args[0][chosen], hidden[chosen])
+                inputs = args[0] if args else kwargs["input"]
+                kept.add(inputs[chosen], hidden[chosen])
 
         return hook
 
     every = bundle_layers(model)  # other adapters may sit on other layers
     off, training = [layer._disable_adapters for layer in every], {m: m.training for m in model.modules()}
-    handles = [module.register_forward_hook(measure(kept)) for module, kept in measures.items()]
+    handles = [module.register_forward_hook(measure(kept), with_kwargs=True) for module, kept in measures.items()]
     for layer in every:
         layer._disable_adapters = True
     model.eval()

@@ -47,6 +47,7 @@ class StoredBundles(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bundle_weight", "bundle_down", "bundle_up")
     other_param_names = SHARED
 
+    hook: Any  # the forward hook on the module, which a subclass has
     # ModuleDict of ParameterDict, and BufferDict, by adapter
     bundle_weight: Any
     bundle_down: Any
@@ -278,7 +279,3 @@ class StoredBundles(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing to undo."""
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the module."""
-        raise NotImplementedError

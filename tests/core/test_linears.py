@@ -298,4 +298,10 @@ def test_inputs_by_keyword_and_of_one_token():
     with torch.no_grad():
         wanted = linear(x[None, None])
         assert torch.equal(linear(input=x[None, None]), wanted)
+    called = model.get_base_model().model.layers[0].mlp
+    called.forward = lambda h: called.down_proj(
+        input=called.act_fn(called.gate_proj(input=h)) * called.up_proj(input=h)
+    )
+    assert calibrate(model, tokens=64, max_length=16, progress=False)["tokens"] >= 64
+    with torch.no_grad():
         torch.testing.assert_close(linear(x), wanted[0, 0], rtol=0, atol=1e-12)
