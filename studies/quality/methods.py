@@ -129,7 +129,7 @@ def build_bundles(
     from one kind of row, every kind has as many or one more; at least one a kind. owners: while training, a row sees
     the bundles of its own kind only.
     """
-    options = dict(options)
+    options = {**BUNDLE_OPTIONS, **options}
     own = {name: options.pop(name) for name in BUNDLE_OPTIONS}
     place, kind, kl = own["place"].split("+"), own["kind"] or None, float(own["kl"])
     source, tokens = own["source"], int(own["tokens"])
