@@ -23,8 +23,10 @@ from .core.layer import BundleLayer
 from .evaluation import alpha_sweep
 from .evaluation.distillation import distill_to_lora
 from .evaluation.interference import conflicts, orthogonality
+from .keys import learn_keys, learn_null
 from .model import BundleModel
 from .reporting import BundleReport, report
+from .routers.keys import KeyRouter, Null
 from .routing.backward import routed_backward
 from .routing.reduction import clip_bundle_grads, finalize_grads
 from .routing.routes import route
@@ -46,6 +48,8 @@ __all__ = [
     "BundleModel",
     "BundleReport",
     "BundleSpec",
+    "KeyRouter",
+    "Null",
     "SubBasis",
     "alpha_sweep",
     "alphas",
@@ -58,6 +62,8 @@ __all__ = [
     "distill_to_lora",
     "finalize_grads",
     "from_lora",
+    "learn_keys",
+    "learn_null",
     "load_basis",
     "load_bundle",
     "merge_bundles",

@@ -333,13 +333,13 @@ def _tokenised(
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows += [ids] if len(ids) else []
         if len(rows) == batch_size:
-            yield _padded(rows, pad, device)
+            yield padded(rows, pad, device)
             rows = []
     if rows:
-        yield _padded(rows, pad, device)
+        yield padded(rows, pad, device)
 
 
-def _padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+def padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

@@ -44,6 +44,7 @@ NOTES: dict[str, Any] = {
     "basis_fingerprint": (int, float),
     "calibration": object,
     "provenance": object,
+    "keys": Mapping,
 }
 PEFT_TITLE = "# Model Card for Model ID"  # of the empty form that PEFT writes
 FORMAT_VERSION = 2  # of checkpoints; this version writes it, and reads it and all earlier ones
@@ -111,8 +112,9 @@ class BundleConfig(PeftConfig):
 
     The library fills in the other fields, and they are saved: `base_shape` ([hidden size, number of layers]),
     `base_fingerprint` (a few weights of the base model, by which another one is refused), `basis_fingerprint` (layer ->
-    a number that tells bases apart), `calibration` (what `calibrate` returned),
-    `provenance` (of bundles that `save_bundle` wrote: their basis, their base model, a summary of their training),
+    a number that tells bases apart), `calibration` (what `calibrate` returned), `keys` (bundle -> the rows and tokens
+    that its key was made of), `provenance` (of bundles that `save_bundle` wrote: their basis, their base model, a
+    summary of their training),
     `weights_digest` (in files: SHA-256 of the tensors) and `format_version` (of the files; 1 where it is missing, as in
     files of version 0.1; 2 since bundles have places).
 
@@ -166,6 +168,7 @@ class BundleConfig(PeftConfig):
     basis_fingerprint: dict[str, float] | None = None
     calibration: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
+    keys: dict[str, dict[str, int]] | None = None
     weights_digest: str | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     adapter: str | None = None  # the name of `kind` in version 0.1

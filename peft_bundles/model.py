@@ -16,7 +16,7 @@ from .core.attaching import basis_brought, borrow_basis, check_loaded, check_sav
 from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import SHARED, basis_rank, bundle_shapes, fingerprint
 from .core.calling import Calls
-from .core.checkpoints import plain_name, renamed, size_in_words, weights_digest
+from .core.checkpoints import KEYS, plain_name, renamed, size_in_words, split_keys, weights_digest
 from .core.dialling import alphas as set_for_block
 from .core.dialling import bake_alphas, set_alphas
 from .core.layer import BundleLayer
@@ -26,13 +26,14 @@ from .core.packing import Packing
 from .core.penalty import loss_of_step, share_of_step
 from .core.places import CHILD, Site, signals_of
 from .core.recompute import recompute_with_call
-from .core.state import BundleState
-from .core.walking import bundle_layers, bundle_parameters
+from .core.state import OF_MODEL, BundleState
+from .core.walking import bundle_layers, bundle_parameters, state_of
 from .reporting import BundleReport, report
+from .routers.using import Routed
 from .routing import backward, reduction, routes
 
 
-class BundleModel(Calls):
+class BundleModel(Routed, Calls):
     """The BUNDLE tuner, made by `get_peft_model(model, BundleConfig(...))`.
 
     Its methods are reached through the `PeftModel`: `model.route(...)`, `model.alphas(...)`, `model.bundle_report()`.
@@ -231,6 +232,8 @@ class BundleModel(Calls):
 
     def unload(self) -> nn.Module:
         """The base model, without hooks and bundles."""
+        if self._hooks is not None:
+            self._hooks.remove()
         for module in list(self.model.modules()):
             layer = getattr(module, CHILD, None)
             if isinstance(layer, BundleLayer):
@@ -300,12 +303,16 @@ class BundleModel(Calls):
         if config.basis_source is not None:
             entries = {k: v for k, v in entries.items() if not any(f".{what}." in k for what in SHARED)}
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
+        keys = {f"{KEYS}.{name}": key for (owner, name), key in state_of(model).keys.items() if owner == adapter_name}
+        named.update(keys)
         config.digest_to_save, config.size_to_save = weights_digest(named), size_in_words(named)
-        return entries
+        return {**entries, **keys}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # "...bundles.bundle_weight.<adapter>.<bundle>" and "...bundles.bundle_basis.<adapter>"
+        if key.startswith(f"{KEYS}."):
+            return key
         head, child, tail = plain_name(key).rpartition(f".{CHILD}.")
         if not child:
             return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -324,13 +331,15 @@ class BundleModel(Calls):
         """
         brings = config.save_basis or config.basis_source is not None
         with basis_brought(model, adapter_name) if brings else nullcontext():
-            state_dict = with_shared_basis(model, config, adapter_name, state_dict)
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            keys, rest = split_keys(state_dict, config, f"the checkpoint of adapter {adapter_name!r}")
+            rest = with_shared_basis(model, config, adapter_name, rest)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
             inside = {plain_name(n): n for n, m in model.named_modules() if isinstance(m, BundleLayer)}
             remapped = {renamed(key, inside): tensor for key, tensor in remapped.items()}
             if not config.bundles:
                 return remapped
-            check_loaded(model, config, adapter_name, state_dict, remapped)
+            check_loaded(model, config, adapter_name, rest, keys, remapped)
+            state_of(model).take_keys(adapter_name, keys)
         config.weights_digest = None  # state dicts that are set later are not checked against it
         return remapped
 
@@ -386,13 +395,30 @@ class BundleModel(Calls):
         """
         return loss_of_step(self._state, bundle_layers(self.model), next(self.model.parameters()).device)
 
-    def generate(self, *args: Any, alphas: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        alphas: Any = None,
+        adapter_names: Any = None,
+        router: Any = OF_MODEL,
+        return_gates: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's `generate`, with its result. The bundles are folded once for the whole call.
 
         Args:
             alphas: alphas for this call (see `peft_bundles.alphas`); a row is a prompt, with all of its beams.
             adapter_names: one adapter name for each prompt.
+            router: router of this call, as in `set_router`; left out: the model's.
+            return_gates: return (result, `Gates`): which bundles were on while each token was read. Without beams.
         """
+        if router is not OF_MODEL:
+            with self.router(router):
+                return self.generate(
+                    *args, alphas=alphas, adapter_names=adapter_names, return_gates=return_gates, **kwargs
+                )
+        if return_gates:
+            return self._with_gates(*args, alphas=alphas, adapter_names=adapter_names, **kwargs)
         call = self._state.call
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         before = call.prompts, call.uncached

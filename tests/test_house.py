@@ -25,7 +25,7 @@ FLOORS = (
     ("core",),
     ("routing",),
     ("calibration", "reporting", "routers"),
-    ("model",),
+    ("keys", "model"),
     ("objectives",),
     ("evaluation", "sharing", "trainer"),
     ("",),  # peft_bundles/__init__.py

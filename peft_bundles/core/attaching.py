@@ -15,7 +15,7 @@ from ..config import BundleConfig
 from .base import PEFT_PREFIX, other_base
 from .basis import SHARED
 from .basis_files import of_block, read_basis
-from .checkpoints import by_layer, check_digest, check_tensors
+from .checkpoints import KEYS, by_layer, check_digest, check_tensors
 from .layer import BundleLayer
 from .walking import adapter_layers, state_of
 
@@ -96,6 +96,7 @@ def check_loaded(
     config: BundleConfig,
     adapter: str,
     state_dict: Mapping[str, Tensor],
+    keys: Mapping[str, Tensor],
     remapped: dict[str, Tensor],
 ) -> None:
     """Check that the tensors of a file are what its config says.
@@ -104,7 +105,8 @@ def check_loaded(
         model: with the adapter.
         config: of the adapter.
         adapter: its name.
-        state_dict: the file.
+        state_dict: the file, without keys.
+        keys: bundle -> its key for routers, from the file.
         remapped: its tensors under the model's keys. A basis that the file does not hold is added.
 
     Raises:
@@ -129,7 +131,7 @@ def check_loaded(
         check_linear(layer, adapter, tensors[layer.site], source)
         check_tensors({layer.site: tensors[layer.site]}, config, layer.hidden_size, source)
         layer.state.unchecked.discard((adapter, layer.index))
-    check_digest(config, state_dict, source)
+    check_digest(config, {**state_dict, **{f"{KEYS}.{name}": key for name, key in keys.items()}}, source)
 
 
 def check_linear(layer: BundleLayer, adapter: str, tensors: Mapping[str, Tensor], source: str) -> None:

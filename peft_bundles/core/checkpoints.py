@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .places import CHILD, Site
 
 
 logger = logging.getLogger(__name__)
+KEYS = "bundle_keys"  # a key of a router is under "bundle_keys.<bundle>"
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
@@ -47,12 +48,14 @@ class Checkpoint:
         layers: site -> key ("bundle_up.<bundle>", "bundle_basis", ...) -> tensor (`tensor_shapes`).
         heads: site -> path of its module in the keys of PEFT's files.
         source: where it came from, for messages.
+        keys: bundle -> its key for routers, (P, d); those that have one.
     """
 
     config: BundleConfig
     layers: dict[Site, dict[str, Tensor]]
     heads: dict[Site, str]
     source: str
+    keys: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +73,7 @@ class Checkpoint:
             f"{self.heads[site]}.{CHILD}.{tail}": tensor
             for site, layer in self.layers.items()
             for tail, tensor in layer.items()
-        }
+        } | {f"{PEFT_PREFIX}{KEYS}.{bundle}": key for bundle, key in self.keys.items()}
 
     def behind_blocks(self) -> dict[int, dict[str, Tensor]]:
         """Number of the block -> its tensors, for the blocks with bundles behind them."""
@@ -89,10 +92,40 @@ def weights_digest(entries: Mapping[str, Tensor]) -> str:
             if head not in behind and not head.rpartition(".")[2].isdigit():  # a linear layer
                 where = re.sub(r"^.*?\b(\d+\.)", r"\1", head)
             parts.append((f"{where}:{tail}:{tensor.dtype}", tensor))
+        elif bundle := key_owner(key):
+            parts.append((f"{KEYS}:{bundle}:{tensor.dtype}", tensor))
     for name, tensor in sorted(parts, key=lambda part: part[0]):
         total.update(name.encode())
         _update(total, tensor)
     return total.hexdigest()
+
+
+def key_owner(name: str) -> str | None:
+    """The bundle whose key a tensor is, by its name in a file; None for other tensors."""
+    head, _, bundle = name.rpartition(f"{KEYS}.")
+    return bundle if bundle != name and head in ("", PEFT_PREFIX) else None
+
+
+def split_keys(
+    tensors: Mapping[str, Tensor], config: BundleConfig, source: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(bundle -> its key, the other tensors) of a file.
+
+    Raises:
+        ValueError: the keys are not those that the config lists, or not finite numbers of the base model's shape.
+    """
+    keys = {bundle: tensor for name, tensor in tensors.items() if (bundle := key_owner(name))}
+    listed, shape = set(config.keys or ()), config.base_shape or [0, 0]
+    if keys.keys() != listed:
+        raise ValueError(f"{source} has keys of {sorted(keys)}, but its config lists {sorted(listed)}; get both again.")
+    for bundle, key in keys.items():
+        size = (shape[1] + 1, shape[0])
+        if tuple(key.shape) != size or not key.is_floating_point() or not bool(torch.isfinite(key).all()):
+            raise ValueError(
+                f"{source}: the key of {bundle!r} must hold finite numbers of shape {size}, one state a depth, and has "
+                f"{tuple(key.shape)}; it belongs to another base model, or is damaged."
+            )
+    return keys, {name: tensor for name, tensor in tensors.items() if key_owner(name) is None}
 
 
 def size_in_words(entries: Mapping[str, Tensor]) -> str:
@@ -206,6 +239,7 @@ def read(
         raise ValueError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}{pickle if pickled else ': it is half-written.'}")
     tensors = read_tensors(path, source)[0]
     check_digest(config, tensors, source)
+    keys, tensors = split_keys(tensors, config, source)
     by_head: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         head, child, tail = key.rpartition(f".{CHILD}.")
@@ -228,7 +262,7 @@ def read(
     heads |= {linear_site(head, source): head for head in by_head if head not in behind}
     config.weights_digest = None
     layers = {site: by_head[head] for site, head in sorted(heads.items())}
-    checkpoint = Checkpoint(config, layers, heads, source)
+    checkpoint = Checkpoint(config, layers, heads, source, keys)
     d = checkpoint.hidden_size
     if config.basis_source is not None:
         if basis is None:

@@ -92,8 +92,17 @@ class BundleLayer(StoredBundles):
                 module._hf_hook.post_forward(module, None)
 
     def _bundled(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        if self.state.call.reading is not None:
+            return self._gated(hidden, residual)
         if not torch.is_grad_enabled() and (plan := self._plan(hidden)) is not None:
             return run_plan(plan, hidden, residual)
+        return self._training_forward(hidden, residual)
+
+    @torch.compiler.disable
+    def _gated(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """With a router: it reads the output of a block before the bundles behind it act."""
+        if not self.site.path:
+            self.state.call.reading.read(self.index + 1, hidden)  # type: ignore[union-attr]
         return self._training_forward(hidden, residual)
 
     def _plan(self, hidden: Tensor) -> Plan | None:
@@ -157,6 +166,11 @@ class BundleLayer(StoredBundles):
         numbers, alpha = self._alphas(adapter, hidden, dtype)
         if numbers is not None and not any(numbers):
             return residual
+        if state.call.reading is not None:
+            gates = state.call.reading.gates(adapter, self, hidden)[..., packing.index(hidden.device)["owner"]].to(
+                dtype
+            )
+            alpha = gates if alpha is None else alpha * gates
         live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
         if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
             live = [name for name, number in zip(live, numbers) if number]

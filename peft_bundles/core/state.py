@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -24,6 +24,7 @@ from .penalty import Penalty
 
 # The alpha of one bundle: a number, a tensor of shape (B,), (B, T) or (), or one number for each layer.
 AlphaValue: TypeAlias = float | Tensor | tuple[float, ...]
+OF_MODEL = "of the model"  # the router of a call that has none of its own
 
 
 class OpenRoute(Protocol):
@@ -37,6 +38,14 @@ class OpenRoute(Protocol):
     def rows_of(self, adapter: str, bundle: str) -> int: ...
 
     def gate(self, adapter: str, hidden: Tensor, packing: Layout) -> Gate: ...
+
+
+class OpenPass(Protocol):
+    """What a bundle layer asks of the router in a forward (`routers.passes.Pass`)."""
+
+    def read(self, depth: int, hidden_BTd: Tensor) -> None: ...
+
+    def gates(self, adapter: str, layer: Any, hidden_BTd: Tensor) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -68,6 +77,9 @@ class Call(threading.local):
         set_alphas: the model's, as they were in the forward that runs again; None: those of now.
         again: gradient checkpointing runs a block's forward again, in backward: what it noted the first time stands.
         offered: alphas that `PeftModel` has set for this call and may pass on to the tuner too.
+        router: the router of this call, or None for none; `OF_MODEL`: that of `set_router`.
+        reading: what the router has read in the forward that runs now; None without a router.
+        heard: the evidence of the last forward with a router.
     """
 
     def __init__(self) -> None:
@@ -82,6 +94,9 @@ class Call(threading.local):
         self.set_alphas: dict[str, AlphaValue] | None = None
         self.again = False
         self.offered: Any = None
+        self.router: Any = OF_MODEL
+        self.reading: OpenPass | None = None
+        self.heard: Any = None
 
     @property
     def alphas(self) -> dict[str, AlphaValue]:
@@ -150,6 +165,9 @@ class BundleState:
         penalty: the quiet penalty of the step in progress.
         merged: some adapters are merged into the base model, at alphas that are fixed.
         before_merge: what `set_alphas` had set before.
+        keys: (adapter, bundle) -> its key: the mean state of its rows at every depth, (P, d) in float32, on the CPU.
+        null: what `learn_null` measured; None before.
+        router: of `set_router`; None: alphas alone decide.
         warned: adapters that train without the calibration that their `quiet` needs, after the warning.
     """
 
@@ -169,6 +187,9 @@ class BundleState:
     warned: set[str] = field(default_factory=set)
     merged: bool = False
     before_merge: dict[str, AlphaValue] = field(default_factory=dict)
+    keys: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    null: Any = None
+    router: Any = None
 
     def check_unmerged(self) -> None:
         """Refuse what a merged model cannot do: dial, route, train, mix adapters, exchange or save bundles.
@@ -188,10 +209,21 @@ class BundleState:
         memo[id(self)] = new = BundleState(configs, dict(self.packings), self.num_layers, dict(self.set_alphas))
         new.budget, new.use.built, new.unchecked = self.budget, self.use.built, set(self.unchecked)
         new.merged, new.before_merge = self.merged, dict(self.before_merge)
+        new.keys, new.null, new.router = dict(self.keys), self.null, copy.copy(self.router)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "waiting": []}
+
+    def take_keys(self, adapter: str, keys: Mapping[str, Tensor]) -> None:
+        """Take the keys of an adapter's bundles, in place of those it had."""
+        kept = {name: key for name, key in self.keys.items() if name[0] != adapter}
+        self.keys = {**kept, **{(adapter, bundle): key.float().cpu() for bundle, key in keys.items()}}
+        self.version += 1
+
+    def router_in_use(self) -> Any:
+        """The router of this thread's call, or else the model's; None: alphas alone decide."""
+        return self.router if self.call.router is OF_MODEL else self.call.router
 
     def bundle_names(self) -> list[str]:
         """Names of the bundles of all adapters, each once."""

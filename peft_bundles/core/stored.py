@@ -164,6 +164,8 @@ class StoredBundles(nn.Module, BaseTunerLayer):
         self.state.warned.discard(adapter_name)
         self.state.unchecked.discard((adapter_name, self.index))
         self.state.configs.pop(adapter_name, None)
+        if any(owner == adapter_name for owner, _ in self.state.keys):
+            self.state.take_keys(adapter_name, {})
         for key in [key for key in self.state.packings if key[0] == adapter_name]:
             del self.state.packings[key]
 

@@ -235,6 +235,7 @@ def _attach(model: PeftModel, group: Checkpoint) -> str:
     group.config.inference_mode = True
     if {layer.site for layer in bundle_layers(model)} >= group.layers.keys():
         cast(BundleModel, model.base_model).adopt(name, group.config, group.layers)
+        _state(model).take_keys(name, group.keys)
     else:
         model.add_adapter(name, group.config)
         _fill(model, name, group)
@@ -252,6 +253,7 @@ def _fill(model: PeftModel, adapter: str, group: Checkpoint) -> None:
             "changed, get both again."
         )
     tuner.fill(adapter, group.layers)
+    _state(model).take_keys(adapter, group.keys)
 
 
 # ---- describing a composed model ----

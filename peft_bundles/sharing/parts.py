@@ -37,11 +37,12 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
         ValueError: the adapter has no bundles, or trains other modules too (a bundle alone would not be what was
             trained).
     """
-    layers, heads, config = {}, {}, None
+    layers, heads, config, keys = {}, {}, None, {}
     for name, module in model.named_modules():
         if not (isinstance(module, BundleLayer) and module.holds(adapter)):
             continue
         config = module.state.configs[adapter]
+        keys = {bundle: key for (owner, bundle), key in module.state.keys.items() if owner == adapter}
         heads[module.site] = PEFT_PREFIX + name.removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}")
         tensors = {} if module.site.path else {what: getattr(module, what)[adapter] for what in SHARED}
         for what in module.adapter_layer_names:
@@ -54,7 +55,7 @@ def from_model(model: nn.Module, adapter: str) -> Checkpoint:
             f"adapter {adapter!r} also trains {config.modules_to_save} (modules_to_save), so a single bundle is only a "
             "part of what was trained; save the whole adapter with save_pretrained."
         )
-    return Checkpoint(config, layers, heads, f"adapter {adapter!r}")
+    return Checkpoint(config, layers, heads, f"adapter {adapter!r}", keys)
 
 
 def with_base(checkpoint: Checkpoint, model: Any) -> Checkpoint:
@@ -105,6 +106,7 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
         basis_rank=None,
         save_basis=True,
         provenance={**provenance, "basis": basis, "summaries": {name: summaries.get(bundle, {})}},
+        keys={name: config.keys[bundle]} if config.keys and bundle in config.keys else None,
     )
     width = basis_rank(cut, d)
     layers = {}
@@ -121,7 +123,8 @@ def select(checkpoint: Checkpoint, bundle: str, name: str | None = None) -> Chec
         if tensors:
             layers[site] = tensors
     heads = {site: checkpoint.heads[site] for site in layers}
-    return _fingerprinted(Checkpoint(cut, layers, heads, checkpoint.source))
+    keys = {name: checkpoint.keys[bundle]} if bundle in checkpoint.keys else {}
+    return _fingerprinted(Checkpoint(cut, layers, heads, checkpoint.source, keys))
 
 
 def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
@@ -133,7 +136,10 @@ def without(checkpoint: Checkpoint, bundle: str) -> Checkpoint:
     }
     layers = {site: layer for site, layer in layers.items() if layer}
     provenance = {**(checkpoint.config.provenance or {}), "basis": basis_of(checkpoint)}
-    return replace(checkpoint, config=changed(checkpoint.config, bundles=bundles, provenance=provenance), layers=layers)
+    noted = {name: counts for name, counts in (checkpoint.config.keys or {}).items() if name != bundle}
+    keys = {name: key for name, key in checkpoint.keys.items() if name != bundle}
+    config = changed(checkpoint.config, bundles=bundles, provenance=provenance, keys=noted or None)
+    return replace(checkpoint, config=config, layers=layers, keys=keys)
 
 
 def group_key(checkpoint: Checkpoint) -> tuple[Any, ...]:
@@ -170,6 +176,7 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
         basis_rank=None,
         save_basis=True,
         provenance={**(first.config.provenance or {}), "basis": basis, "summaries": summaries},
+        keys={name: counts for m in members for name, counts in (m.config.keys or {}).items()} or None,
     )
     width = basis_rank(config, d)
     whole = next(  # a member that has all columns: then its U is used and nothing is copied
@@ -208,7 +215,8 @@ def join(members: Sequence[Checkpoint]) -> Checkpoint:
             tensors["bundle_basis"] = _padded(bases[0], pieces, width)
         layers[site] = tensors
     heads = {site: head for m in members for site, head in m.heads.items()}
-    return _fingerprinted(Checkpoint(config, layers, heads, " and ".join(m.source for m in members)))
+    keys = {name: key for m in members for name, key in m.keys.items()}
+    return _fingerprinted(Checkpoint(config, layers, heads, " and ".join(m.source for m in members), keys))
 
 
 def _resolved(config: BundleConfig, bundle: str, hidden_size: int) -> BundleSpec:

@@ -1,0 +1,216 @@
+"""`KeyRouter`: every bundle has a key, and the one whose key fits what is being read is on.
+
+The key of a bundle is the mean state m_k of its own training rows at every depth. The null class is text that is
+nobody's, with a mean m_0 for each kind of it and one covariance C. A token with state x is evidence for class k by
+
+    s_k = w (m_k - c)^T C^-1 (x - (m_k + c) / 2)        c: the mean of the null's kinds, w: a weight of the depth
+
+which compares the likelihoods of x under two normal distributions (linear discriminant analysis). Evidence is summed
+over depths, and over tokens with weights decay^age. The bundle with most evidence is on, if no kind of null text has
+more.
+
+Shapes: P depths, d hidden size, K kinds of null text, r rank of the covariance, C classes (the K kinds, then keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.state import BundleState
+
+
+DECAY = 0.9
+CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
+
+
+@dataclass(eq=False)
+class Null:
+    """What `learn_null` measured on text that belongs to no bundle.
+
+    Attributes:
+        kinds: names of the kinds of text.
+        mean_PKd: mean state of each kind at every depth.
+        diagonal_Pd, factor_Pdr: the covariance of a state, diag(diagonal) + factor factor^T.
+        limit_P: a longer state is an attention sink, and gives no evidence.
+        sample_PNd: states averaged over tokens with weights decay^age, at N tokens of the text.
+        tokens: number of tokens that were measured.
+        base: fingerprint of the base model.
+    """
+
+    kinds: tuple[str, ...]
+    mean_PKd: Tensor
+    diagonal_Pd: Tensor
+    factor_Pdr: Tensor
+    limit_P: Tensor
+    sample_PNd: Tensor
+    tokens: int
+    base: dict[str, str]
+
+    def solve(self, depth: int, right_dn: Tensor) -> Tensor:
+        """C^-1 right, (d, n), in float64."""
+        diagonal, factor = self.diagonal_Pd[depth].double()[:, None], self.factor_Pdr[depth].double()
+        scaled_dn, scaled_dr = right_dn.double() / diagonal, factor / diagonal
+        inner_rr = torch.eye(factor.shape[1], dtype=torch.float64) + factor.T @ scaled_dr
+        return scaled_dn - scaled_dr @ torch.linalg.solve(inner_rr, factor.T @ scaled_dn)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file, for `Null.load`."""
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        words = {
+            "kinds": "\n".join(self.kinds),
+            "tokens": str(self.tokens),
+            **{f"base.{k}": v for k, v in self.base.items()},
+        }
+        save_file(tensors, path, words)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Null:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+            if not set(_TENSORS) <= set(file.keys()) or "kinds" not in words:
+                raise ValueError(f"{path} was not written by Null.save; measure the null again with learn_null.")
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        base = {key.removeprefix("base."): value for key, value in words.items() if key.startswith("base.")}
+        return cls(tuple(words["kinds"].split("\n")), **tensors, tokens=int(words["tokens"]), base=base)
+
+
+_TENSORS = ("mean_PKd", "diagonal_Pd", "factor_Pdr", "limit_P", "sample_PNd")
+
+
+@dataclass
+class KeyRouter:
+    """Turns on, token by token, the bundle whose key fits what is being read; none where null text fits better.
+
+    Args:
+        always_on: bundles that are on everywhere and need no key, such as a style.
+        follows: bundle -> the bundle whose key it uses, for bundles that learnt together, such as a policy's value.
+
+    Raises:
+        ValueError: when it is used: a bundle without a key; a null or a key of another base model; a key that wins
+            more than 5% of the null's tokens.
+
+    Example: see `peft_bundles.learn_keys`.
+    """
+
+    always_on: Sequence[str] = ()
+    follows: Mapping[str, str] | None = None
+    _made: tuple[Any, FoldedKeys] | None = None
+
+    def folded(self, state: BundleState) -> FoldedKeys:
+        """Ready for the adapters that are active in this thread's call."""
+        active = state.call.active
+        active = tuple(state.configs) if active is None else active
+        key = active, state.version, state.null
+        made = self._made
+        if made is None or made[0][:2] != key[:2] or made[0][2] is not key[2]:
+            made = self._made = key, FoldedKeys(self, state, active)
+        return made[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyRouter:
+        return KeyRouter(self.always_on, self.follows)
+
+
+class FoldedKeys:
+    """Keys and null of a call's adapters as one linear map a depth.
+
+    Attributes:
+        classes: the K kinds of null text, then (adapter, bundle) of every key.
+        claims: (adapter, bundle) -> share of the null's tokens that its key wins.
+        maps: (d, C) for each depth. offsets: (C,) for each depth.
+    """
+
+    decay = DECAY
+
+    def __init__(self, router: KeyRouter, state: BundleState, active: Sequence[str]) -> None:
+        self.router, null = router, state.null
+        if null is None:
+            raise ValueError(
+                "keys are compared with text that is nobody's, which was not measured yet; call "
+                "peft_bundles.learn_null(model, texts, tokenizer) before the router is used."
+            )
+        self.key_of = _keys_in_use(router, state, active)
+        self.always_on = set(router.always_on)
+        self._columns: dict[Any, Tensor] = {}
+        self.classes: list[Any] = [*null.kinds, *dict.fromkeys(self.key_of.values())]
+        means_PCd = torch.cat([null.mean_PKd, *(state.keys[k][:, None] for k in self.classes[len(null.kinds) :])], 1)
+        self.limits, self.maps, self.offsets = null.limit_P, list[Tensor](), list[Tensor]()
+        for depth, mean_Cd in enumerate(means_PCd.double()):
+            centre_d = null.mean_PKd[depth].double().mean(0)
+            apart_dC = (mean_Cd - centre_d).T
+            map_dC = null.solve(depth, apart_dC).float()
+            # Of the rounded map: states and means then cancel exactly.
+            offset_C = -(map_dC.double() * (apart_dC / 2 + centre_d[:, None])).sum(0)
+            self.maps.append(map_dC)
+            self.offsets.append(offset_C.float())
+        self.claims = self._claims(null)
+        loud = {name: round(share, 3) for (_, name), share in self.claims.items() if share > CLAIMS}
+        if loud:
+            raise ValueError(
+                f"keys win these shares of the tokens of text that is nobody's: {loud}; at most {CLAIMS} is allowed. "
+                "Leave these bundles out, make them always_on, or measure the null on other text."
+            )
+
+    def _claims(self, null: Null) -> dict[tuple[str, str], float]:
+        total: Tensor | float = 0.0
+        for depth, sample_Nd in enumerate(null.sample_PNd):
+            total = total + sample_Nd.float() @ self.maps[depth] + self.offsets[depth]
+        winners_N = total.argmax(-1) if isinstance(total, Tensor) else torch.zeros(0)
+        kinds = len(null.kinds)
+        return {name: float((winners_N == kinds + n).float().mean()) for n, name in enumerate(self.classes[kinds:])}
+
+    def scores(self, depth: int, hidden_BTd: Tensor) -> Tensor:
+        """The evidence of every token for every class, (B, T, C) in float32; 0 for attention sinks."""
+        if self.maps[depth].device != hidden_BTd.device:
+            self.maps[depth], self.offsets[depth] = (
+                each.to(hidden_BTd.device) for each in (self.maps[depth], self.offsets[depth])
+            )
+        x_BTd = hidden_BTd.float()
+        with torch.autocast(hidden_BTd.device.type, enabled=False):
+            scores_BTC = torch.addmm(self.offsets[depth], x_BTd.flatten(0, 1), self.maps[depth])
+        inside = torch.linalg.vector_norm(x_BTd, dim=-1, keepdim=True) <= float(self.limits[depth])
+        return scores_BTC.view(*hidden_BTd.shape[:2], -1) * inside
+
+    def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
+        """The class of each bundle, (M,); -1 for one that is always on."""
+        if (adapter, names, device) not in self._columns:
+            numbers = [-1 if n in self.always_on else self.classes.index(self.key_of[adapter, n]) for n in names]
+            self._columns[adapter, names, device] = torch.tensor(numbers, device=device)
+        return self._columns[adapter, names, device]
+
+
+def _keys_in_use(
+    router: KeyRouter, state: BundleState, active: Sequence[str]
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """(adapter, bundle) -> that of the key it uses, for all bundles that have to be gated."""
+    follows = router.follows or {}
+    owners = {
+        name: adapter for adapter in active if adapter in state.configs for name in state.configs[adapter].bundles or ()
+    }
+    if unknown := sorted({*router.always_on, *follows, *follows.values()} - owners.keys()):
+        raise ValueError(
+            f"the router names {unknown}, and the model has the bundles {sorted(owners)}; name some of these."
+        )
+    used = {}
+    for name, adapter in owners.items():
+        if name not in router.always_on:
+            leader = follows.get(name, name)
+            used[adapter, name] = owners[leader], leader
+    if missing := sorted({leader for adapter, leader in used.values() if (adapter, leader) not in state.keys}):
+        raise ValueError(
+            f"bundles {missing} have no key; make one with peft_bundles.learn_keys(model, {{{missing[0]!r}: rows}}, "
+            "tokenizer), or name them in KeyRouter(always_on=[...])."
+        )
+    return used

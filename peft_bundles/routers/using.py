@@ -1,0 +1,150 @@
+"""Which router a model uses, and what it did: set for all later forwards, or for a block of code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.base import base_fingerprint
+from ..core.evidence import EvidenceLayer
+from ..core.state import BundleState
+from .keys import KeyRouter, Null
+from .passes import RouterHooks
+
+
+ROUTERS = {"keys": KeyRouter}
+
+
+@dataclass
+class Gates:
+    """What a router turned on, token by token.
+
+    Attributes:
+        bundles: names of the M bundles.
+        values: (B, T, M): 1 where the bundle was on, at the last depth, while the token was read.
+    """
+
+    bundles: list[str]
+    values: Tensor
+
+
+class Routed:
+    """The part of `BundleModel` that has to do with routers."""
+
+    model: Any
+    _state: BundleState
+    _hooks: RouterHooks | None = None
+
+    def set_router(self, router: Any) -> None:
+        """Let a router gate the bundles in all later forwards in eval mode, in every thread.
+
+        A router's gate multiplies the bundle's alpha: 0 stays off. In training mode it does nothing: there alphas and
+        the trainer's tables say what is on. It reads hidden states, so compiled models run with graph breaks.
+
+        Args:
+            router: "keys" (a `KeyRouter`), a router, or None for none.
+
+        Raises:
+            ValueError: an unknown router; a bundle without a key, or no null (`learn_null`).
+        """
+        state = self._state
+        made = self._ready(router)
+        state.router = made
+        state.version += 1
+        if made is None and self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    @contextmanager
+    def router(self, router: Any) -> Iterator[None]:
+        """Run the block with another router, in this thread only; arguments and errors as in `set_router`."""
+        call = self._state.call
+        before, call.router = call.router, self._ready(router)
+        try:
+            yield
+        finally:
+            call.router = before
+
+    def set_null(self, null: Null) -> None:
+        """Use a null that was measured before, by `learn_null` of the same base model.
+
+        Raises:
+            ValueError: it was measured on another base model.
+        """
+        if null.base and null.base != base_fingerprint(self.model):
+            raise ValueError("the null was measured on another base model; measure it on this one with learn_null.")
+        self._state.null = null
+        self._state.version += 1
+
+    @torch.no_grad()
+    def gates(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Gates:
+        """What the router turns on while it reads some rows.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T); None: all ones.
+
+        Raises:
+            ValueError: the model has no router.
+        """
+        state = self._state
+        if state.router_in_use() is None:
+            raise ValueError("the model has no router; call model.set_router('keys') first.")
+        training = self.model.training
+        self.model.eval()
+        try:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        finally:
+            self.model.train(training)
+        return self._heard()
+
+    def _with_gates(self, *args: Any, **kwargs: Any) -> Any:
+        """(result, gates) of `generate`."""
+        call = self._state.call
+        if self._state.router_in_use() is None:
+            raise ValueError("return_gates=True needs a router; call model.set_router('keys'), or pass router='keys'.")
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        if beams > 1:
+            raise ValueError("return_gates=True cannot follow beams; call model.gates(sequences) on the result.")
+        call.heard = None
+        result = self.generate(*args, **kwargs)  # type: ignore[attr-defined]
+        return result, self._heard()
+
+    def _heard(self) -> Gates:
+        """The gates of this thread's last forward and of what its cache held."""
+        state, call = self._state, self._state.call
+        kept = call.heard
+        assert isinstance(kept, EvidenceLayer) and kept.spoke is not None
+        folded = kept.router.folded(state)
+        names: list[str] = []
+        numbers: list[Tensor] = []
+        active = tuple(state.configs) if call.active is None else call.active
+        for adapter in active:
+            if adapter in state.configs:
+                of_adapter = tuple(state.configs[adapter].bundles or ())
+                names += of_adapter
+                numbers.append(folded.columns(adapter, of_adapter, kept.spoke.device))
+        columns_M = torch.cat(numbers)
+        return Gates(names, ((kept.spoke[..., None] == columns_M) | (columns_M < 0)).float())
+
+    def _ready(self, router: Any) -> Any:
+        """The router itself, with the hooks that it needs, after a check that it can be used."""
+        state = self._state
+        if router is None:
+            return None
+        if isinstance(router, str):
+            if router not in ROUTERS:
+                raise ValueError(f"router={router!r} is unknown; write one of {sorted(ROUTERS)}, or None.")
+            router = ROUTERS[router]()
+        if not hasattr(router, "folded"):
+            raise ValueError(f"router={router!r} is not a router; write 'keys', KeyRouter(...) or None.")
+        state.check_unmerged()
+        router.folded(state)
+        if self._hooks is None:
+            self._hooks = RouterHooks(self.model, state)
+        return router

@@ -1,0 +1,443 @@
+"""Routing by keys: the gates of one pass, in every kind of forward that generation has."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import LINEAR, PAD, TINY, attached, batch, bundle_config, every, generated, logits, perturb, reference
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import DynamicCache
+
+import peft_bundles
+from peft_bundles import KeyRouter, Null, learn_keys, learn_null
+from peft_bundles.core.evidence import CHUNK, KEPT, EvidenceLayer, attended_tokens, running_sum
+from peft_bundles.routers import keys as keys_module
+
+
+RANGES = {"b_mlp": (3, 20), "b_linear": (40, 58), "b_diag": (75, 92)}  # of token ids, by bundle
+PLACES = {"block": {}, "linears": {"bundles": LINEAR}}
+places = pytest.mark.parametrize("place", list(PLACES))
+
+
+def ids_of(bundle: str, rows: int = 4, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(*RANGES[bundle], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def nobodys(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Ids of no bundle."""
+    free = torch.tensor([n for n in range(3, 100) if not any(low <= n < high for low, high in RANGES.values())])
+    return free[torch.randint(len(free), (rows, length), generator=torch.Generator().manual_seed(seed))]
+
+
+def mixed(seed: int = 9, part: int = 6) -> Tensor:
+    """Rows that go from the ids of one bundle to those of another, or to those of none."""
+    order = [("b_mlp", "b_diag"), ("b_linear", "b_mlp"), ("b_diag", "b_linear")]
+    rows = [torch.cat([ids_of(name, 1, part, seed + n) for name in names], 1) for n, names in enumerate(order)]
+    return torch.cat([*rows, nobodys(1, 2 * part, seed=seed)])
+
+
+def routed(name: str = "llama", place: str = "block", **fields: object) -> object:
+    """A tiny model whose three bundles have keys, with the router on."""
+    # Gentle bundles: a wrong, loud one moves the states that later depths read.
+    model = perturb(
+        get_peft_model(TINY[name](), bundle_config(**PLACES[place], **fields)), scale=0.05 if place == "block" else 0.01
+    ).eval()
+    learn_keys(model, {b: [{"input_ids": r} for r in ids_of(b, 16).tolist()] for b in RANGES}, progress=False)
+    texts = [{"input_ids": row} for row in nobodys(64, 16, seed=3).tolist()]
+    learn_null(model, texts, tokens=1024, progress=False)
+    model.set_router("keys")
+    return model
+
+
+# ---- the sums ----
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK + 1, 2 * CHUNK + 5])
+def test_evidence_adds_up_as_written(length):
+    scores = torch.randn(2, length, 3, dtype=torch.float64)
+    past = torch.randn(2, 3, dtype=torch.float64)
+    for before in (None, past):
+        expected, last = [], torch.zeros(2, 3, dtype=torch.float64) if before is None else before
+        for t in range(length):
+            last = scores[:, t] + 0.9 * last
+            expected.append(last)
+        assert torch.allclose(running_sum(scores, 0.9, before), torch.stack(expected, 1), atol=1e-10)
+
+
+def test_masks_of_every_form_say_the_same():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
+    added = torch.zeros(causal.shape).masked_fill(~causal, -torch.inf)
+    for form in (mask, causal, added, {"sliding_attention": None, "full_attention": causal}):
+        assert torch.equal(attended_tokens(form, 5, 0), mask.bool())
+        assert torch.equal(attended_tokens(form, 2, 3), mask[:, 3:].bool())
+    assert attended_tokens(None, 5, 0) is None
+    with pytest.raises(ValueError, match="attention_mask of type str"):
+        attended_tokens("flex", 5, 0)
+
+
+def test_the_null_solves_with_its_covariance():
+    model = attached()
+    null = learn_null(model, [{"input_ids": r} for r in batch(64, 16).tolist()], tokens=1024, progress=False)
+    covariance = torch.diag(null.diagonal_Pd[1].double()) + null.factor_Pdr[1].double() @ null.factor_Pdr[1].double().T
+    right = torch.randn(64, 3, dtype=torch.float64)
+    assert torch.allclose(covariance @ null.solve(1, right), right, atol=1e-8)
+
+
+def test_a_full_factor_is_the_covariance(monkeypatch):
+    states = torch.randn(200, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    covariance = torch.cov(states.T)
+    diagonal, factor = peft_bundles.keys.low_rank(covariance, 8)
+    shrunk = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(8)
+    assert torch.allclose(torch.diag(diagonal) + factor @ factor.T, shrunk, atol=1e-10)
+
+
+# ---- gates ----
+
+
+@places
+@every
+def test_the_bundle_whose_rows_are_read_is_on(name, place):
+    model = routed(name, place)
+    for bundle in RANGES:
+        gates = model.gates(ids_of(bundle, 16, seed=5))
+        share = dict(zip(gates.bundles, gates.values[:, 4:].mean((0, 1)).tolist()))
+        assert max(share, key=share.get) == bundle and share[bundle] > 0.6, share  # of random models; by chance 0.25
+        assert gates.values.sum(-1).max() <= 1
+
+
+def test_gates_act_as_alphas(monkeypatch):
+    """One class for all depths: then the router's forward is that with its gates as alphas."""
+    ids = mixed()
+    for place in PLACES:
+        model = routed(place=place)
+        folded = model.base_model._state.router.folded(model.base_model._state)
+        only = [0] * (model.base_model._state.num_layers + 1)
+        for depth in range(1, len(only)):  # evidence from the embeddings alone
+            folded.maps[depth].zero_()
+            folded.offsets[depth].zero_()
+        gates = model.gates(ids)
+        assert 0 < gates.values.mean() < 1
+        routed_logits = logits(model, ids)
+        with model.router(None):
+            expected = logits(model, ids, alphas={n: gates.values[..., k] for k, n in enumerate(gates.bundles)})
+            assert not torch.allclose(logits(model, ids), expected, atol=1e-3)
+        assert torch.allclose(routed_logits, expected, atol=1e-5)
+
+
+@places
+def test_where_null_text_wins_the_model_is_the_base_bit_for_bit(place):
+    model = routed(place=place)
+    folded = model.base_model._state.router.folded(model.base_model._state)
+    for offset in folded.offsets:
+        offset[1:] -= 1e6
+    ids = mixed()
+    assert torch.equal(logits(model, ids), logits(reference("llama"), ids))
+    assert torch.equal(generated(model, ids), generated(reference("llama"), ids))
+
+
+@places
+def test_alphas_multiply_gates(place):
+    model, ids = routed(place=place), mixed()
+    on = logits(model, ids)
+    assert torch.equal(logits(model, ids, alphas=dict.fromkeys(RANGES, 0.0)), logits(reference("llama"), ids))
+    half = logits(model, ids, alphas={"b_mlp": 0.5})
+    assert not torch.equal(half, on)
+    row = torch.ones(len(ids))
+    row[0] = 0.0
+    mixed_rows = logits(model, ids, alphas=dict.fromkeys(RANGES, row))
+    assert torch.allclose(mixed_rows[1:], on[1:], atol=1e-5)
+    assert torch.allclose(mixed_rows[0], logits(reference("llama"), ids)[0], atol=1e-5)
+
+
+def test_a_router_changes_nothing_in_training_mode():
+    model, ids = routed(), mixed()
+    trained = model.train()(input_ids=ids, labels=ids).logits
+    model.base_model.set_router(None)
+    assert torch.equal(trained, model(input_ids=ids, labels=ids).logits)
+
+
+def test_gradients_in_eval_mode_are_those_of_the_gated_forward():
+    model, ids = routed(), mixed()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    with torch.no_grad():
+        assert torch.allclose(loss, model(input_ids=ids, labels=ids).loss, atol=1e-6)
+
+
+# ---- one pass, many forms of it ----
+
+
+@places
+@every
+def test_prefill_and_decoding_agree(name, place):
+    model, ids = routed(name, place), mixed()
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=True)
+        spoke = model.base_model._state.call.heard.spoke
+        out, pieces, cache = None, [], None
+        name_of = "cache_params" if name == "mamba" else "past_key_values"
+        for start, end in ((0, 5), (5, 8), (8, 9), (9, 10), (10, 12)) if name != "mamba" else ((0, 11), (11, 12)):
+            out = model(input_ids=ids[:, start:end], use_cache=True, **({name_of: cache} if cache is not None else {}))
+            cache = getattr(out, name_of)
+            pieces.append(out.logits)
+        assert torch.equal(model.base_model._state.call.heard.spoke, spoke)
+        assert len(spoke.unique()) > 2
+    assert torch.allclose(torch.cat(pieces, 1), whole.logits, atol=1e-4)
+
+
+@places
+def test_generation_is_the_same_in_every_way(place):
+    model, ids = routed(place=place), mixed()
+    plain = generated(model, ids)
+    for ways in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"past_key_values": DynamicCache()},
+    ):
+        assert torch.equal(generated(model, ids, **ways), plain), ways
+    for row, expected in zip(ids, plain):
+        assert torch.equal(generated(model, row[None], prompt_lookup_num_tokens=3)[0], expected)
+
+
+def test_an_assistant_changes_nothing():
+    model, ids = routed(), mixed()
+    assistant = TINY["llama"](seed=0)
+    for row in ids:
+        expected = generated(model, row[None])
+        assert torch.equal(generated(model, row[None], assistant_model=assistant), expected)
+
+
+@places
+def test_beams_keep_their_evidence(place):
+    model, ids = routed(place=place), mixed()
+    cached = generated(model, ids, num_beams=3)
+    assert torch.equal(cached, generated(model, ids, num_beams=3, use_cache=False))
+
+
+@places
+@pytest.mark.parametrize("ways", [{}, {"cache_implementation": "static"}])
+def test_padding_on_the_left_changes_nothing(place, ways):
+    model, ids = routed(place=place), mixed()
+    padded = torch.cat([torch.full((len(ids), 4), PAD), ids], 1)
+    mask = (torch.arange(padded.shape[1]) >= 4).long().expand(len(ids), -1)
+    result, gates = generated(model, padded, attention_mask=mask, return_gates=True, **ways)
+    assert torch.equal(result[:, 4:], generated(model, ids))
+    assert torch.equal(gates.values[:, 4:], model.gates(result[:, 4:-1]).values)
+
+
+def test_return_gates_are_those_of_a_fresh_prefill():
+    model, ids = routed(), mixed()
+    result, gates = generated(model, ids, return_gates=True)
+    fresh = model.gates(result[:, :-1])
+    assert gates.bundles == fresh.bundles and torch.equal(gates.values, fresh.values)
+    with pytest.raises(ValueError, match="cannot follow beams"):
+        generated(model, ids, return_gates=True, num_beams=2)
+    with pytest.raises(ValueError, match="needs a router"):
+        generated(model, ids, return_gates=True, router=None)
+
+
+def test_a_cache_without_evidence_is_refused():
+    model, ids = routed(), mixed()
+    with torch.no_grad(), model.router(None):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="read without a router"):
+        logits(model, ids[:, :1], past_key_values=cache)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    with model.router(KeyRouter()), pytest.raises(ValueError, match="evidence of another router"):
+        logits(model, ids[:, :1], past_key_values=cache)
+
+
+def test_tokens_are_taken_back_as_far_as_they_are_kept():
+    kept = EvidenceLayer(None)
+    for n in range(KEPT + 8):
+        kept.add(torch.full((2, 1, 3, 4), float(n)), torch.ones(2, dtype=torch.bool), torch.full((2, 1), n))
+    assert kept.kept.shape[1] == KEPT and kept.get_seq_length() == KEPT + 8
+    kept.crop(-3)
+    assert kept.spoke[0, -1] == KEPT + 4 == kept.kept[0, -1, 0, 0]
+    with pytest.raises(ValueError, match="70 tokens are to be taken off"):
+        EvidenceLayer.crop(_long(), 70)
+    kept.reorder_cache(torch.tensor([1, 1]))
+    kept.batch_repeat_interleave(2)
+    assert kept.kept.shape[0] == 4
+    kept.crop(1000)
+    assert kept.kept is None and kept.get_seq_length() == 0
+
+
+def _long() -> EvidenceLayer:
+    kept = EvidenceLayer(None)
+    kept.add(torch.zeros(1, KEPT, 1, 1), torch.ones(1, dtype=torch.bool), torch.zeros(1, 2 * KEPT))
+    return kept
+
+
+def test_threads_have_routers_of_their_own():
+    model, ids = routed(), mixed()
+    with model.router(None):
+        off = logits(model, ids)
+    on = logits(model, ids)
+
+    def run(number: int) -> bool:
+        if number % 2:
+            with model.router(None):
+                return torch.equal(logits(model, ids), off)
+        return torch.equal(logits(model, ids), on)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, range(12)))
+
+
+def test_a_copy_of_the_model_has_a_router_of_its_own():
+    model, ids = routed(), mixed()
+    on = logits(model, ids)
+    other = copy.deepcopy(model)
+    model.set_router(None)
+    assert not torch.equal(logits(model, ids), on)
+    assert torch.equal(logits(other, ids), on)
+    assert not any("_read" in str(hook) for block in model.modules() for hook in block._forward_hooks.values())
+
+
+def test_a_compiled_model_computes_the_same():
+    model, ids = routed(), mixed()
+    expected = logits(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
+
+
+def test_disabled_adapters_are_the_base():
+    model, ids = routed(), mixed()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(reference("llama"), ids))
+
+
+# ---- always on, shared keys, refusals ----
+
+
+def test_always_on_and_followers():
+    model, ids = routed(), ids_of("b_mlp")
+    model.set_router(KeyRouter(always_on=["b_diag"], follows={"b_linear": "b_mlp"}))
+    gates = model.gates(ids)
+    values = dict(zip(gates.bundles, gates.values.unbind(-1)))
+    assert values["b_diag"].min() == 1 and torch.equal(values["b_linear"], values["b_mlp"])
+    assert values["b_mlp"][:, 4:].mean() > 0.9
+
+
+def test_what_cannot_be_routed_is_refused(tmp_path):
+    model = attached()
+    with pytest.raises(ValueError, match=r"call peft_bundles\.learn_null"):
+        model.set_router("keys")
+    rows = [{"input_ids": row} for row in batch(32, 16).tolist()]
+    null = learn_null(model, rows, tokens=512, progress=False)
+    with pytest.raises(ValueError, match=r"have no key; make one with peft_bundles.learn_keys"):
+        model.set_router("keys")
+    with pytest.raises(ValueError, match="router='kays' is unknown"):
+        model.set_router("kays")
+    with pytest.raises(ValueError, match="is not a router"):
+        model.set_router(3)
+    with pytest.raises(ValueError, match="names \\['b_x'\\]"):
+        model.set_router(KeyRouter(always_on=["b_x"]))
+    with pytest.raises(ValueError, match="has no router"):
+        model.gates(batch())
+    for bad, message in (
+        ({}, "at least one bundle"),
+        ({"b_x": rows}, "no bundles \\['b_x'\\]"),
+        ({"b_mlp": []}, "has no rows"),
+        ({"b_mlp": ["text"]}, "tokenizer is None"),
+        ({"b_mlp": [{"input_ids": [4]}]}, "no token besides the first"),
+        ({"b_mlp": [{"ids": [4]}]}, "tokenizer is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learn_keys(model, bad, progress=False)
+    with pytest.raises(ValueError, match="one string"):
+        learn_null(model, "text", progress=False)
+    null.save(tmp_path / "null.safetensors")
+    loaded = Null.load(tmp_path / "null.safetensors")
+    assert loaded.kinds == null.kinds and torch.equal(loaded.factor_Pdr, null.factor_Pdr)
+    attached().set_null(loaded)
+    with pytest.raises(ValueError, match="another base model"):
+        attached("gpt2").set_null(loaded)
+    safe = tmp_path / "other.safetensors"
+    peft_bundles.routers.keys.save_file({"a": torch.zeros(1)}, safe)
+    with pytest.raises(ValueError, match=r"not written by Null\.save"):
+        Null.load(safe)
+
+
+def test_a_key_that_wins_null_text_is_refused():
+    model = routed()
+    state = model.base_model._state
+    state.keys["default", "b_mlp"] = state.null.mean_PKd[:, 0] * 1.01
+    model.base_model.set_router(None)
+    with pytest.raises(ValueError, match=r"'b_mlp': 0\.\d+"):
+        model.set_router("keys")
+
+
+def test_states_that_are_not_finite_are_refused():
+    model = attached()
+    model.get_base_model().model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        learn_keys(model, {"b_mlp": [{"input_ids": [3, 4, 5]}]}, progress=False)
+
+
+def test_the_first_token_gives_no_evidence():
+    model = routed()
+    ids = ids_of("b_mlp")
+    ids[:, 0] = ids_of("b_diag")[:, 0]
+    changed = ids.clone()
+    changed[:, 0] = ids_of("b_linear")[:, 0]
+    state = model.base_model._state
+    model.gates(ids)
+    first = state.call.heard.kept[:, 0, 0]
+    model.gates(changed)
+    assert torch.equal(first, torch.zeros_like(first)) and torch.equal(state.call.heard.kept[:, 0, 0], first)
+    assert keys_module.DECAY == 0.9
+
+
+# ---- keys travel ----
+
+
+def test_keys_are_saved_loaded_cut_and_joined(tmp_path):
+    model, ids = routed(), mixed()
+    expected, null = logits(model, ids), model.base_model._state.null
+    model.save_pretrained(tmp_path / "whole")
+    loaded = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "whole").eval()
+    loaded.set_null(null)
+    loaded.set_router("keys")
+    assert torch.equal(logits(loaded, ids), expected)
+    parts = [peft_bundles.save_bundle(model, bundle, tmp_path / bundle) for bundle in RANGES]
+    composed = peft_bundles.compose(TINY["llama"](), parts)
+    composed.set_null(null)
+    composed.set_router("keys")
+    assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
+    peft_bundles.remove_bundle(composed, "b_mlp")
+    assert composed.gates(ids).bundles == ["b_linear", "b_diag"]
+    peft_bundles.load_bundle(composed, tmp_path / "b_mlp")
+    assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
+
+
+def test_a_changed_key_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = routed()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = (
+        "base_model.model.bundle_keys.b_mlp" if "base_model.model.bundle_keys.b_mlp" in tensors else "bundle_keys.b_mlp"
+    )
+    for change, message in (
+        ({key: tensors[key] + 1}, "not those that were saved"),
+        ({key: None}, "has keys of|not those that were saved"),
+    ):
+        save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, path)
+        for load in (
+            lambda: PeftModel.from_pretrained(TINY["llama"](), tmp_path),
+            lambda: peft_bundles.compose(TINY["llama"](), [tmp_path]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                load()
