@@ -354,6 +354,7 @@ def own_samples(
     max_length: int = 256,
     batch_size: int = 8,
     seed: int = 0,
+    start: list[int] | None = None,
 ) -> list[dict[str, list[int]]]:
     """Sample text from the base model, with bundles off and at temperature 1.
 
@@ -367,6 +368,7 @@ def own_samples(
         max_length: tokens per row.
         batch_size: the number of rows is a multiple of it.
         seed: seed of the sampling.
+        start: token ids that every sample starts with. None: the start token.
 
     Returns:
         A list of rows `{"input_ids": [...]}`.
@@ -388,7 +390,7 @@ def own_samples(
     state_of(model)  # raises ValueError if there are no bundles
     device = next(model.parameters()).device
     with _measuring(model, {}):
-        batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device))
+        batches = list(_own_samples(model, tokenizer, tokens, max_length, batch_size, seed, device, start=start))
     return [{"input_ids": row} for batch in batches for row in batch["input_ids"].tolist()]
 
 
@@ -438,17 +440,18 @@ def _own_samples(
     seed: int,
     device: torch.device,
     progress: bool = False,
+    start: list[int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of text that the base model generates from its start token."""
+    """Batches of text that the base model generates from its start token, or from given ones."""
     config = model.config.get_text_config(decoder=True)
     starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), config.eos_token_id)
-    start = next((t for t in starts if t is not None), 0)
-    start = start[0] if isinstance(start, list) else start
+    first_token = next((t for t in starts if t is not None), 0)
+    start = start or [first_token[0] if isinstance(first_token, list) else first_token]
     cuda = [device] if device.type == "cuda" else []
     rows = math.ceil(tokens / (batch_size * max_length)) * batch_size
     together = max(SAMPLED // batch_size, 1) * batch_size
     for first in range(0, rows, together):
-        prompts = torch.full((min(together, rows - first), 1), start, device=device)
+        prompts = torch.tensor([start] * min(together, rows - first), device=device)
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed + first)
             samples = plain_samples(model, prompts, max_length, progress)

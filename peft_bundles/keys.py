@@ -16,25 +16,32 @@ from tqdm.auto import tqdm
 from .calibration import OUTLIER, own_samples, padded
 from .core.base import base_fingerprint, find_blocks
 from .core.evidence import running_sum
+from .core.state import Key
 from .core.walking import bundle_layers, resolve_adapter, state_of
-from .routers.keys import DECAY, Null
+from .routers.keys import DECAY, Null, remembered_at
 
 
 RANK = 128  # of the null's covariance, beside its diagonal
 SHRINK = 0.1  # share of the mean variance that is added to every direction
 SAMPLE = 1024  # tokens of the null on which every key is tried
+REMEMBERED = 1024  # states of its rows that a key remembers
+CANDIDATES = 8192  # states that they are chosen from
 
 
 class _States:
     """Sums over the states of every depth, from the hooks of one forward.
 
     Attributes:
-        sum_Pd, count_P: over the tokens that are not outliers, in float64. outer_Pdd: of outer products, or None.
+        sums, counts: by depth, over the tokens that are not outliers, in float64. outers: of outer products.
+        limits: by depth, lengths above which a state is an outlier: of every batch.
+        samples: by depth, states averaged over tokens as evidence is, at a share of the tokens.
+        states: at the depth that is remembered: every `stride`-th state.
         rows, tokens: numbers of those that were read.
-        limits: lengths above which a state is an outlier, by depth: of every batch.
     """
 
     def __init__(self, depths: int, outer: bool, sampled: float = 0.0) -> None:
+        self.states: list[Tensor] = []
+        self.stride = 1
         self.sums: list[Any] = [0.0] * depths
         self.outers: list[Any] = [0.0] * depths
         self.counts: list[Any] = [0.0] * depths
@@ -63,6 +70,10 @@ class _States:
         kept_Nd = x_BTd[inside_BT]
         self.sums[depth] = self.sums[depth] + kept_Nd.sum(0)
         self.counts[depth] += len(kept_Nd)
+        if depth == remembered_at(len(self.sums)) and not self.outer:
+            self.states.append(kept_Nd[:: self.stride].bfloat16())
+            if sum(map(len, self.states)) > 2 * CANDIDATES:
+                self.states, self.stride = [torch.cat(self.states)[::2]], 2 * self.stride
         if self.outer:
             self.outers[depth] = self.outers[depth] + kept_Nd.T @ kept_Nd
         if self.sampled:
@@ -130,10 +141,10 @@ def learn_keys(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, dict[str, int]]:
-    """Make the keys of bundles: the mean state of their rows at every depth of the base model. Nothing is trained.
+    """Make the keys of bundles from the hidden states of their rows in the base model. Nothing is trained.
 
     A key travels in the bundle's checkpoint; with it `model.set_router("keys")` turns the bundle on where text like
-    its rows is read. It holds means of hidden states of the rows, so do not share keys of secret rows.
+    its rows is read. It holds hidden states of the rows, so do not share keys of secret rows.
     `BundleTrainer` makes keys by itself.
 
     Args:
@@ -200,10 +211,11 @@ def keys_from_batches(
     keys, counts = {}, {}
     for name, of_bundle in tqdm(batches.items(), desc="keys", unit="bundle", disable=not progress):
         states = _run(model, of_bundle, _States(state.num_layers + 1, False), always_on, device)
-        mean_Pd = states.means().float()
         if states.tokens - states.rows < 1:
             raise ValueError(f"bundle {name!r}: its rows have no token besides the first of each; give longer rows.")
-        keys[adapter, name], counts[name] = mean_Pd, {"rows": states.rows, "tokens": states.tokens}
+        remembered = spread_out(torch.cat(states.states), REMEMBERED)
+        keys[adapter, name] = Key(states.means().bfloat16(), remembered.cpu())
+        counts[name] = {"rows": states.rows, "tokens": states.tokens}
     state.keys.update(keys)
     config.keys = {**(config.keys or {}), **counts}
     state.version += 1
@@ -227,9 +239,10 @@ def learn_null(
     Args:
         model: a model with bundles.
         texts: strings (or rows as in `learn_keys`) that no bundle should speak in, as varied as possible; or a dict of
-            kind of text -> its texts, such as raw text, chat and code. Strings in a list are measured twice: as they
-            are, and, if the tokenizer has a chat template, as the question of a user. None: text that the base model
-            generates.
+            kind of text -> its texts, such as raw text, chat and code. For strings in a list and a tokenizer with a
+            chat template there are three kinds: the texts as they are; as the question of a user; and questions that
+            the base model samples as a user (and its answers), as in Magpie (arXiv 2406.08464). None: text that the
+            base model generates.
         tokenizer: the model's.
         tokens: number of tokens to measure, shared by the kinds of text.
         max_length: tokens per sequence.
@@ -287,6 +300,22 @@ def learn_null(
     return state.null
 
 
+def spread_out(states_Nd: Tensor, count: int) -> Tensor:
+    """`count` states that lie as far apart as possible, so that every state is near one of them (k-centre, greedy).
+
+    Distances are measured in the standard deviations of the states.
+    """
+    if len(states_Nd) <= count:
+        return states_Nd
+    x_Nd = states_Nd.float()
+    x_Nd = x_Nd / x_Nd.std(0).clamp_min(1e-6)
+    chosen, nearest_N = [0], torch.full((len(x_Nd),), math.inf, device=x_Nd.device)
+    for _ in range(count - 1):
+        nearest_N = torch.minimum(nearest_N, (x_Nd - x_Nd[chosen[-1]]).square().sum(1))
+        chosen.append(int(nearest_N.argmax()))
+    return states_Nd[torch.tensor(chosen, device=states_Nd.device)]
+
+
 def low_rank(covariance_dd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(diagonal (d,), factor (d, rank)): a covariance, shrunk towards its mean variance, as diag + factor factor^T."""
     variance_d = covariance_dd.diagonal()
@@ -333,9 +362,9 @@ def _kinds(
     seed: int,
 ) -> dict[str, Iterable[Mapping[str, Tensor]]]:
     """Kind of text -> its batches."""
+    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
     if texts is None:
-        options = {"tokens": tokens, "max_length": max_length, "batch_size": batch_size, "seed": seed}
-        texts = {"own samples": own_samples(model, tokenizer, **options)}
+        texts = {"own samples": own_samples(model, tokenizer, tokens=tokens, **options)}
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of texts.")
     kinds = texts if isinstance(texts, Mapping) else {"raw": texts}
@@ -347,12 +376,21 @@ def _kinds(
         and getattr(tokenizer, "chat_template", None)
         and isinstance(kinds["raw"][0], str)
     ):
+        start = _question_start(tokenizer)
         asked = [{"messages": [{"role": "user", "content": text[: 4 * max_length]}]} for text in kinds["raw"]]
-        kinds["chat"] = asked
+        kinds["as questions"] = asked
+        kinds["own questions"] = own_samples(model, tokenizer, tokens=tokens // 3, start=start, **options)
     return {
         kind: token_batches(of_kind, tokenizer, max_length, batch_size, f"texts of kind {kind!r}")
         for kind, of_kind in kinds.items()
     }
+
+
+def _question_start(tokenizer: Any) -> list[int]:
+    """The tokens of a chat before the first word of a user."""
+    mark = "QUESTION"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    return tokenizer(text[: text.index(mark)], add_special_tokens=False)["input_ids"]
 
 
 def token_batches(

@@ -16,7 +16,7 @@ from .core.attaching import basis_brought, borrow_basis, check_loaded, check_sav
 from .core.base import Injection, base_fingerprint, base_shape, check_base
 from .core.basis import SHARED, basis_rank, bundle_shapes, fingerprint
 from .core.calling import Calls
-from .core.checkpoints import KEYS, plain_name, renamed, size_in_words, split_keys, weights_digest
+from .core.checkpoints import KEYS, named_keys, plain_name, renamed, size_in_words, split_keys, weights_digest
 from .core.dialling import alphas as set_for_block
 from .core.dialling import bake_alphas, set_alphas
 from .core.layer import BundleLayer
@@ -303,10 +303,10 @@ class BundleModel(Routed, Calls):
         if config.basis_source is not None:
             entries = {k: v for k, v in entries.items() if not any(f".{what}." in k for what in SHARED)}
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in entries.items()}
-        keys = {f"{KEYS}.{name}": key for (owner, name), key in state_of(model).keys.items() if owner == adapter_name}
-        named.update(keys)
+        keys = {name: key for (owner, name), key in state_of(model).keys.items() if owner == adapter_name}
+        named.update(tensors := named_keys(keys, ""))
         config.digest_to_save, config.size_to_save = weights_digest(named), size_in_words(named)
-        return {**entries, **keys}
+        return {**entries, **tensors}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

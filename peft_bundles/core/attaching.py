@@ -15,8 +15,9 @@ from ..config import BundleConfig
 from .base import PEFT_PREFIX, other_base
 from .basis import SHARED
 from .basis_files import of_block, read_basis
-from .checkpoints import KEYS, by_layer, check_digest, check_tensors
+from .checkpoints import by_layer, check_digest, check_tensors, named_keys
 from .layer import BundleLayer
+from .state import Key
 from .walking import adapter_layers, state_of
 
 
@@ -96,7 +97,7 @@ def check_loaded(
     config: BundleConfig,
     adapter: str,
     state_dict: Mapping[str, Tensor],
-    keys: Mapping[str, Tensor],
+    keys: Mapping[str, Key],
     remapped: dict[str, Tensor],
 ) -> None:
     """Check that the tensors of a file are what its config says.
@@ -131,7 +132,7 @@ def check_loaded(
         check_linear(layer, adapter, tensors[layer.site], source)
         check_tensors({layer.site: tensors[layer.site]}, config, layer.hidden_size, source)
         layer.state.unchecked.discard((adapter, layer.index))
-    check_digest(config, {**state_dict, **{f"{KEYS}.{name}": key for name, key in keys.items()}}, source)
+    check_digest(config, {**state_dict, **named_keys(keys)}, source)
 
 
 def check_linear(layer: BundleLayer, adapter: str, tensors: Mapping[str, Tensor], source: str) -> None:

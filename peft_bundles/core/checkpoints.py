@@ -32,10 +32,11 @@ from .basis import (
     tensor_shapes,
 )
 from .places import CHILD, Site
+from .state import Key
 
 
 logger = logging.getLogger(__name__)
-KEYS = "bundle_keys"  # a key of a router is under "bundle_keys.<bundle>"
+KEYS = "bundle_keys"  # a key of a router is under "bundle_keys.<bundle>.mean" and "... .remembered"
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
@@ -48,14 +49,14 @@ class Checkpoint:
         layers: site -> key ("bundle_up.<bundle>", "bundle_basis", ...) -> tensor (`tensor_shapes`).
         heads: site -> path of its module in the keys of PEFT's files.
         source: where it came from, for messages.
-        keys: bundle -> its key for routers, (P, d); those that have one.
+        keys: bundle -> its key for routers; those that have one.
     """
 
     config: BundleConfig
     layers: dict[Site, dict[str, Tensor]]
     heads: dict[Site, str]
     source: str
-    keys: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -73,7 +74,7 @@ class Checkpoint:
             f"{self.heads[site]}.{CHILD}.{tail}": tensor
             for site, layer in self.layers.items()
             for tail, tensor in layer.items()
-        } | {f"{PEFT_PREFIX}{KEYS}.{bundle}": key for bundle, key in self.keys.items()}
+        } | named_keys(self.keys)
 
     def behind_blocks(self) -> dict[int, dict[str, Tensor]]:
         """Number of the block -> its tensors, for the blocks with bundles behind them."""
@@ -92,40 +93,48 @@ def weights_digest(entries: Mapping[str, Tensor]) -> str:
             if head not in behind and not head.rpartition(".")[2].isdigit():  # a linear layer
                 where = re.sub(r"^.*?\b(\d+\.)", r"\1", head)
             parts.append((f"{where}:{tail}:{tensor.dtype}", tensor))
-        elif bundle := key_owner(key):
-            parts.append((f"{KEYS}:{bundle}:{tensor.dtype}", tensor))
+        elif of_key := key_part(key):
+            parts.append((f"{KEYS}:{of_key}:{tensor.dtype}", tensor))
     for name, tensor in sorted(parts, key=lambda part: part[0]):
         total.update(name.encode())
         _update(total, tensor)
     return total.hexdigest()
 
 
-def key_owner(name: str) -> str | None:
-    """The bundle whose key a tensor is, by its name in a file; None for other tensors."""
-    head, _, bundle = name.rpartition(f"{KEYS}.")
-    return bundle if bundle != name and head in ("", PEFT_PREFIX) else None
+def named_keys(keys: Mapping[str, Key], prefix: str = PEFT_PREFIX) -> dict[str, Tensor]:
+    """The tensors of keys (bundle -> key) under the names that they have in a file."""
+    return {f"{prefix}{KEYS}.{b}.{what}": t for b, key in keys.items() for what, t in key.tensors().items()}
+
+
+def key_part(name: str) -> tuple[str, str] | None:
+    """(bundle, "mean" or "remembered") of a tensor that belongs to a key, by its name in a file; None for others."""
+    head, _, tail = name.rpartition(f"{KEYS}.")
+    bundle, _, what = tail.partition(".")
+    return (bundle, what) if tail != name and what and head in ("", PEFT_PREFIX) else None
 
 
 def split_keys(
     tensors: Mapping[str, Tensor], config: BundleConfig, source: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Key], dict[str, Tensor]]:
     """(bundle -> its key, the other tensors) of a file.
 
     Raises:
         ValueError: the keys are not those that the config lists, or not finite numbers of the base model's shape.
     """
-    keys = {bundle: tensor for name, tensor in tensors.items() if (bundle := key_owner(name))}
-    listed, shape = set(config.keys or ()), config.base_shape or [0, 0]
-    if keys.keys() != listed:
-        raise ValueError(f"{source} has keys of {sorted(keys)}, but its config lists {sorted(listed)}; get both again.")
-    for bundle, key in keys.items():
-        size = (shape[1] + 1, shape[0])
-        if tuple(key.shape) != size or not key.is_floating_point() or not bool(torch.isfinite(key).all()):
+    parts = {part: tensor for name, tensor in tensors.items() if (part := key_part(name))}
+    listed, (d, blocks) = set(config.keys or ()), config.base_shape or (0, 0)
+    if parts.keys() != {(bundle, what) for bundle in listed for what in ("mean", "remembered")}:
+        have = sorted({bundle for bundle, _ in parts})
+        raise ValueError(f"{source} has keys of {have}, but its config lists {sorted(listed)}; get both files again.")
+    for (bundle, what), tensor in parts.items():
+        size = (blocks + 1 if what == "mean" else tensor.shape[0], d)
+        if tuple(tensor.shape) != size or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"{source}: the key of {bundle!r} must hold finite numbers of shape {size}, one state a depth, and has "
-                f"{tuple(key.shape)}; it belongs to another base model, or is damaged."
+                f"{source}: {what} of the key of {bundle!r} must hold finite numbers of shape {size}, and has "
+                f"{tuple(tensor.shape)}; it belongs to another base model, or is damaged."
             )
-    return keys, {name: tensor for name, tensor in tensors.items() if key_owner(name) is None}
+    keys = {bundle: Key(parts[bundle, "mean"], parts[bundle, "remembered"]) for bundle in config.keys or ()}
+    return keys, {name: tensor for name, tensor in tensors.items() if key_part(name) is None}
 
 
 def size_in_words(entries: Mapping[str, Tensor]) -> str:

@@ -40,6 +40,22 @@ class OpenRoute(Protocol):
     def gate(self, adapter: str, hidden: Tensor, packing: Layout) -> Gate: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Key:
+    """What a router knows of a bundle: hidden states of its own rows, with bundles off.
+
+    Attributes:
+        mean: mean state at every depth, (P, d).
+        remembered: states at one depth (`routers.keys.REMEMBERED_AT`), (n, d).
+    """
+
+    mean: Tensor
+    remembered: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "remembered": self.remembered}
+
+
 class OpenPass(Protocol):
     """What a bundle layer asks of the router in a forward (`routers.passes.Pass`)."""
 
@@ -165,7 +181,7 @@ class BundleState:
         penalty: the quiet penalty of the step in progress.
         merged: some adapters are merged into the base model, at alphas that are fixed.
         before_merge: what `set_alphas` had set before.
-        keys: (adapter, bundle) -> its key: the mean state of its rows at every depth, (P, d) in float32, on the CPU.
+        keys: (adapter, bundle) -> its key, on the CPU.
         null: what `learn_null` measured; None before.
         router: of `set_router`; None: alphas alone decide.
         warned: adapters that train without the calibration that their `quiet` needs, after the warning.
@@ -187,7 +203,7 @@ class BundleState:
     warned: set[str] = field(default_factory=set)
     merged: bool = False
     before_merge: dict[str, AlphaValue] = field(default_factory=dict)
-    keys: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    keys: dict[tuple[str, str], Key] = field(default_factory=dict)
     null: Any = None
     router: Any = None
 
@@ -215,10 +231,10 @@ class BundleState:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "waiting": []}
 
-    def take_keys(self, adapter: str, keys: Mapping[str, Tensor]) -> None:
+    def take_keys(self, adapter: str, keys: Mapping[str, Key]) -> None:
         """Take the keys of an adapter's bundles, in place of those it had."""
         kept = {name: key for name, key in self.keys.items() if name[0] != adapter}
-        self.keys = {**kept, **{(adapter, bundle): key.float().cpu() for bundle, key in keys.items()}}
+        self.keys = {**kept, **{(adapter, bundle): key for bundle, key in keys.items()}}
         self.version += 1
 
     def router_in_use(self) -> Any:

@@ -6,10 +6,18 @@ nobody's, with a mean m_0 for each kind of it and one covariance C. A token with
     s_k = w (m_k - c)^T C^-1 (x - (m_k + c) / 2)        c: the mean of the null's kinds, w: a weight of the depth
 
 which compares the likelihoods of x under two normal distributions (linear discriminant analysis). Evidence is summed
-over depths, and over tokens with weights decay^age. The bundle with most evidence is on, if no kind of null text has
-more.
+over depths, and over tokens with weights decay^age. If a bundle has more of it than every kind of null text, then one
+is on.
 
-Shapes: P depths, d hidden size, K kinds of null text, r rank of the covariance, C classes (the K kinds, then keys).
+Which one: bundles may differ in what their rows are about and not in their form. So a key also remembers states of its
+rows at one early depth, and x is evidence against a bundle by how much farther its nearest remembered state is:
+
+    r_k = RECALL (max_n (r_kn^T C^-1 x - r_kn^T C^-1 r_kn / 2) - the largest of these among all bundles)
+
+The bundle with the largest sum of both is on.
+
+Shapes: B rows, T tokens, P depths, d hidden size, K kinds of null text, r rank of the covariance, M keys, n remembered
+states, C columns of evidence: the K kinds, the keys, and what the keys remember.
 """
 
 from __future__ import annotations
@@ -28,7 +36,14 @@ from ..core.state import BundleState
 
 
 DECAY = 0.9
+RECALL = 16.0
+TOGETHER = 2048  # tokens that are compared with remembered states at once
 CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
+
+
+def remembered_at(depths: int) -> int:
+    """The depth whose states are remembered: early, since bundles after it are gated by them."""
+    return min(2, depths - 1)
 
 
 @dataclass(eq=False)
@@ -97,6 +112,7 @@ class KeyRouter:
     Args:
         always_on: bundles that are on everywhere and need no key, such as a style.
         follows: bundle -> the bundle whose key it uses, for bundles that learnt together, such as a policy's value.
+        remembered: use the states that keys remember; False: only their means, which costs less.
 
     Raises:
         ValueError: when it is used: a bundle without a key; a null or a key of another base model; a key that wins
@@ -107,6 +123,7 @@ class KeyRouter:
 
     always_on: Sequence[str] = ()
     follows: Mapping[str, str] | None = None
+    remembered: bool = True
     _made: tuple[Any, FoldedKeys] | None = None
 
     def folded(self, state: BundleState) -> FoldedKeys:
@@ -120,7 +137,7 @@ class KeyRouter:
         return made[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyRouter:
-        return KeyRouter(self.always_on, self.follows)
+        return KeyRouter(self.always_on, self.follows, self.remembered)
 
 
 class FoldedKeys:
@@ -129,7 +146,8 @@ class FoldedKeys:
     Attributes:
         classes: the K kinds of null text, then (adapter, bundle) of every key.
         claims: (adapter, bundle) -> share of the null's tokens that its key wins.
-        maps: (d, C) for each depth. offsets: (C,) for each depth.
+        maps: (d, K + M) for each depth. offsets: (K + M,) for each depth.
+        recall: the same of all remembered states, (d, n) and (n,), and the key of each, (n,); None without them.
     """
 
     decay = DECAY
@@ -145,7 +163,9 @@ class FoldedKeys:
         self.always_on = set(router.always_on)
         self._columns: dict[Any, Tensor] = {}
         self.classes: list[Any] = [*null.kinds, *dict.fromkeys(self.key_of.values())]
-        means_PCd = torch.cat([null.mean_PKd, *(state.keys[k][:, None] for k in self.classes[len(null.kinds) :])], 1)
+        self.kinds = len(null.kinds)
+        keys = [state.keys[name] for name in self.classes[self.kinds :]]
+        means_PCd = torch.cat([null.mean_PKd, *(key.mean[:, None].float() for key in keys)], 1)
         self.limits, self.maps, self.offsets = null.limit_P, list[Tensor](), list[Tensor]()
         for depth, mean_Cd in enumerate(means_PCd.double()):
             centre_d = null.mean_PKd[depth].double().mean(0)
@@ -155,6 +175,13 @@ class FoldedKeys:
             offset_C = -(map_dC.double() * (apart_dC / 2 + centre_d[:, None])).sum(0)
             self.maps.append(map_dC)
             self.offsets.append(offset_C.float())
+        self.recall: tuple[Tensor, Tensor, Tensor] | None = None
+        self.recalled_at = remembered_at(len(means_PCd))
+        if router.remembered and len(keys) > 1:
+            states_nd = torch.cat([key.remembered.double() for key in keys])
+            map_dn = null.solve(self.recalled_at, states_nd.T).float()
+            owners_n = torch.cat([torch.full((len(key.remembered),), n) for n, key in enumerate(keys)])
+            self.recall = map_dn, -(map_dn.double() * states_nd.T).sum(0).float() / 2, owners_n
         self.claims = self._claims(null)
         loud = {name: round(share, 3) for (_, name), share in self.claims.items() if share > CLAIMS}
         if loud:
@@ -168,8 +195,8 @@ class FoldedKeys:
         for depth, sample_Nd in enumerate(null.sample_PNd):
             total = total + sample_Nd.float() @ self.maps[depth] + self.offsets[depth]
         winners_N = total.argmax(-1) if isinstance(total, Tensor) else torch.zeros(0)
-        kinds = len(null.kinds)
-        return {name: float((winners_N == kinds + n).float().mean()) for n, name in enumerate(self.classes[kinds:])}
+        names = self.classes[self.kinds :]
+        return {name: float((winners_N == self.kinds + n).float().mean()) for n, name in enumerate(names)}
 
     def scores(self, depth: int, hidden_BTd: Tensor) -> Tensor:
         """The evidence of every token for every class, (B, T, C) in float32; 0 for attention sinks."""
@@ -181,7 +208,35 @@ class FoldedKeys:
         with torch.autocast(hidden_BTd.device.type, enabled=False):
             scores_BTC = torch.addmm(self.offsets[depth], x_BTd.flatten(0, 1), self.maps[depth])
         inside = torch.linalg.vector_norm(x_BTd, dim=-1, keepdim=True) <= float(self.limits[depth])
-        return scores_BTC.view(*hidden_BTd.shape[:2], -1) * inside
+        scores_BTC = scores_BTC.view(*hidden_BTd.shape[:2], -1)
+        if self.recall is not None:
+            scores_BTC = torch.cat([scores_BTC, self._recalled(depth, x_BTd)], -1)
+        return scores_BTC * inside
+
+    def _recalled(self, depth: int, x_BTd: Tensor) -> Tensor:
+        """How much farther each key's nearest remembered state is than the nearest of all, (B, T, M), at most 0."""
+        assert self.recall is not None
+        M = len(self.classes) - self.kinds
+        if depth != self.recalled_at:
+            return x_BTd.new_zeros(*x_BTd.shape[:2], M)
+        map_dn, offset_n, owners_n = self.recall
+        if map_dn.device != x_BTd.device:
+            map_dn, offset_n, owners_n = self.recall = tuple(each.to(x_BTd.device) for each in self.recall)  # type: ignore[assignment]
+        nearest = []
+        for x_nd in x_BTd.flatten(0, 1).split(TOGETHER):  # (tokens, n) does not fit for all tokens of a long prompt
+            fits_Nn = torch.addmm(offset_n, x_nd, map_dn)
+            best_NM = fits_Nn.new_full((len(x_nd), M), -torch.inf)
+            nearest.append(best_NM.scatter_reduce_(1, owners_n.expand_as(fits_Nn), fits_Nn, "amax"))
+        best_BTM = torch.cat(nearest).view(*x_BTd.shape[:2], M)
+        return RECALL * (best_BTM - best_BTM.amax(-1, keepdim=True))
+
+    def decide(self, evidence_BTC: Tensor) -> Tensor:
+        """The class that is on at every token, (B, T); a kind of null text: none."""
+        K, M = self.kinds, len(self.classes) - self.kinds
+        keys_BTM = evidence_BTC[..., K : K + M]
+        on_BT = keys_BTM.amax(-1) > evidence_BTC[..., :K].amax(-1)
+        which = keys_BTM + evidence_BTC[..., K + M :] if self.recall is not None else keys_BTM
+        return torch.where(on_BT, which.argmax(-1) + K, 0)
 
     def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The class of each bundle, (M,); -1 for one that is always on."""

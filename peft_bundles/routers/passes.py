@@ -36,6 +36,9 @@ class Folded(Protocol):
     def scores(self, depth: int, hidden_BTd: Tensor) -> Tensor:
         """(B, T, C), float32."""
 
+    def decide(self, evidence_BTC: Tensor) -> Tensor:
+        """The class that is on, (B, T)."""
+
     def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The class of each of these bundles, (M,); -1 for one that is always on."""
 
@@ -75,7 +78,7 @@ class Pass:
         past = None if past is None else past.to(scores_BTC.device)
         evidence_BTC = running_sum(self.total, self.folded.decay, past)
         self.tails.append(evidence_BTC[:, -KEPT:])
-        self.spoke, self.depth = evidence_BTC.argmax(-1), depth
+        self.spoke, self.depth = self.folded.decide(evidence_BTC), depth
         self._gates.clear()
 
     def _counts(self, hidden_BTd: Tensor) -> Tensor:

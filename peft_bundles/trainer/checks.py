@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from ..calibration import STATES
 from ..config import BundleConfig
-from ..core.walking import adapter_layers
+from ..core.walking import adapter_layers, state_of
 from ..objectives.base import Objective
 from ..routing.routes import check_signals
 from .config import BundleTrainingConfig
@@ -34,6 +34,11 @@ def config_of(model: Any) -> BundleConfig:
     config = model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
     if not isinstance(config, BundleConfig):
         raise ValueError(f"{type(model).__name__} has no bundles; use get_peft_model(model, BundleConfig(...)).")
+    if config.bundles and state_of(model).router is not None:
+        raise ValueError(
+            "the model has a router, and in training the forward table says which bundles are on; call "
+            "model.set_router(None), and set it again after training."
+        )
     return config
 
 

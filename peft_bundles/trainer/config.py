@@ -45,6 +45,8 @@ class BundleTrainingConfig(TrainingArguments):
             semantic bundles, alpha and gradient, as `mask` says. With the mask "rate" a bundle's learning rate in a
             step is multiplied by the mean of its topic's weight over the rows that have the topic. Objectives whose
             dataset has no such column train as without topics.
+        keys: make the key of every bundle when training ends, from the rows of its signals (`peft_bundles.learn_keys`).
+            A key holds means of hidden states of these rows, and is saved with the bundle.
         trunk: "frozen", or "full": the base model is trained too, by all signals.
         trunk_ranks: signal -> rank of the subspace that its gradient on the trunk is projected to, with trunk="full".
         trunk_refresh: number of steps after which these subspaces are chosen again.
@@ -72,6 +74,7 @@ class BundleTrainingConfig(TrainingArguments):
     max_grad_norms: dict[str, float] | None = None
     kl_clamp: dict[str, Any] | None = None
     topics: dict[str, Any] | None = None
+    keys: bool = True
     trunk: str = "frozen"
     trunk_ranks: dict[str, int] | None = None
     trunk_refresh: int = 200

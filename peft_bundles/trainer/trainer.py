@@ -35,6 +35,7 @@ from . import checks, monitor
 from .checkpoint import STAGING, RunState, comparable, staged
 from .config import BundleTrainingConfig
 from .evaluating import held_out_means
+from .keys import KeysAtEnd
 from .mixing import MixingPlan
 from .parameters import clip_gradients, head_parameters, optimizer_groups, start_alike
 from .progress import shorten_console, without_bars
@@ -159,7 +160,7 @@ class BundleTrainer(_BaseTrainer):
             data_collator=operator.itemgetter(0),
             eval_dataset=cast(Any, evaluated or None),
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _AroundOptimizer(self)],
+            callbacks=[*(callbacks or []), _AroundOptimizer(self), *([KeysAtEnd(self)] if args.keys else [])],
             optimizers=optimizers,
         )
         shorten_console(self, company(self.bundle_config, signals, table))

@@ -15,10 +15,13 @@ from transformers import DynamicCache
 import peft_bundles
 from peft_bundles import KeyRouter, Null, learn_keys, learn_null
 from peft_bundles.core.evidence import CHUNK, KEPT, EvidenceLayer, attended_tokens, running_sum
+from peft_bundles.core.state import Key
+from peft_bundles.keys import spread_out
 from peft_bundles.routers import keys as keys_module
 
 
 RANGES = {"b_mlp": (3, 20), "b_linear": (40, 58), "b_diag": (75, 92)}  # of token ids, by bundle
+HALVES = {"b_mlp": (40, 60), "b_linear": (70, 90)}
 PLACES = {"block": {}, "linears": {"bundles": LINEAR}}
 places = pytest.mark.parametrize("place", list(PLACES))
 
@@ -96,6 +99,45 @@ def test_a_full_factor_is_the_covariance(monkeypatch):
     assert torch.allclose(torch.diag(diagonal) + factor @ factor.T, shrunk, atol=1e-10)
 
 
+def test_what_is_remembered_is_the_nearest_state():
+    model = routed()
+    state = model.base_model._state
+    folded, null, at = state.router.folded(state), state.null, keys_module.remembered_at(3)
+    covariance = torch.diag(null.diagonal_Pd[at]) + null.factor_Pdr[at] @ null.factor_Pdr[at].T
+    x_BTd = torch.randn(2, 5, 64)
+    distances = []
+    for name in folded.classes[folded.kinds :]:
+        apart = x_BTd[..., None, :] - state.keys[name].remembered.float()
+        distances.append((apart @ covariance.inverse() * apart).sum(-1).amin(-1) / 2)
+    farther = torch.stack(distances, -1)
+    expected = -keys_module.RECALL * (farther - farther.amin(-1, keepdim=True))
+    assert torch.allclose(folded._recalled(at, x_BTd), expected, rtol=1e-3, atol=1e-2)
+    assert not folded._recalled(at - 1, x_BTd).any()
+
+
+def test_remembered_states_lie_far_apart():
+    states = torch.cat([torch.zeros(50, 4), torch.eye(4), torch.zeros(50, 4)])
+    assert len(spread_out(states, 200)) == len(states)
+    assert {tuple(row) for row in spread_out(states, 5).tolist()} == {
+        tuple(row) for row in states.unique(dim=0).tolist()
+    }
+
+
+def test_halves_of_one_kind_are_told_apart_by_what_is_remembered():
+    """Two bundles share their form and differ in one id of a row."""
+    model = routed()
+    form = ids_of("b_mlp", 1, 10)[0].tolist()
+    rows = {b: [{"input_ids": [*form[:4], first, *form[4:]]} for first in range(*at)] for b, at in HALVES.items()}
+    learn_keys(model, rows, progress=False)
+    for bundle, of_bundle in rows.items():
+        shares = []
+        for remembered in (False, True):
+            model.set_router(KeyRouter(remembered=remembered, always_on=["b_diag"]))
+            gates = model.gates(torch.tensor([row["input_ids"] for row in of_bundle]))
+            shares.append(gates.values[:, 4:, gates.bundles.index(bundle)].mean().item())
+        assert shares[1] > 0.95 and shares[0] < shares[1]
+
+
 # ---- gates ----
 
 
@@ -115,9 +157,9 @@ def test_gates_act_as_alphas(monkeypatch):
     ids = mixed()
     for place in PLACES:
         model = routed(place=place)
+        model.set_router(KeyRouter(remembered=False))
         folded = model.base_model._state.router.folded(model.base_model._state)
-        only = [0] * (model.base_model._state.num_layers + 1)
-        for depth in range(1, len(only)):  # evidence from the embeddings alone
+        for depth in range(1, len(folded.maps)):  # evidence from the embeddings alone
             folded.maps[depth].zero_()
             folded.offsets[depth].zero_()
         gates = model.gates(ids)
@@ -371,7 +413,7 @@ def test_what_cannot_be_routed_is_refused(tmp_path):
 def test_a_key_that_wins_null_text_is_refused():
     model = routed()
     state = model.base_model._state
-    state.keys["default", "b_mlp"] = state.null.mean_PKd[:, 0] * 1.01
+    state.keys["default", "b_mlp"] = Key(1.01 * state.null.mean_PKd[:, 0], state.null.mean_PKd[:1, 0])
     model.base_model.set_router(None)
     with pytest.raises(ValueError, match=r"'b_mlp': 0\.\d+"):
         model.set_router("keys")
@@ -427,9 +469,7 @@ def test_a_changed_key_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = (
-        "base_model.model.bundle_keys.b_mlp" if "base_model.model.bundle_keys.b_mlp" in tensors else "bundle_keys.b_mlp"
-    )
+    key = next(name for name in tensors if name.endswith("bundle_keys.b_mlp.mean"))
     for change, message in (
         ({key: tensors[key] + 1}, "not those that were saved"),
         ({key: None}, "has keys of|not those that were saved"),
