@@ -18,13 +18,13 @@ from .core.base import base_fingerprint, find_blocks
 from .core.evidence import running_sum
 from .core.state import Key
 from .core.walking import bundle_layers, resolve_adapter, state_of
-from .routers.keys import DECAY, Null, remembered_at
+from .routers.keys import DECAY, Null, projection, remembered_at
 
 
 RANK = 128  # of the null's covariance, beside its diagonal
 SHRINK = 0.1  # share of the mean variance that is added to every direction
 SAMPLE = 1024  # tokens of the null on which every key is tried
-REMEMBERED = 1024  # states of its rows that a key remembers
+REMEMBERED = 2048  # states of its rows that a key remembers
 CANDIDATES = 8192  # states that they are chosen from
 
 
@@ -35,7 +35,7 @@ class _States:
         sums, counts: by depth, over the tokens that are not outliers, in float64. outers: of outer products.
         limits: by depth, lengths above which a state is an outlier: of every batch.
         samples: by depth, states averaged over tokens as evidence is, at a share of the tokens.
-        states: at the depth that is remembered: every `stride`-th state.
+        states: at the depth that is remembered: every `stride`-th state, projected.
         rows, tokens: numbers of those that were read.
     """
 
@@ -71,7 +71,7 @@ class _States:
         self.sums[depth] = self.sums[depth] + kept_Nd.sum(0)
         self.counts[depth] += len(kept_Nd)
         if depth == remembered_at(len(self.sums)) and not self.outer:
-            self.states.append(kept_Nd[:: self.stride].bfloat16())
+            self.states.append((kept_Nd[:: self.stride] @ projection(kept_Nd)).bfloat16())
             if sum(map(len, self.states)) > 2 * CANDIDATES:
                 self.states, self.stride = [torch.cat(self.states)[::2]], 2 * self.stride
         if self.outer:

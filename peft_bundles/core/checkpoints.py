@@ -32,7 +32,7 @@ from .basis import (
     tensor_shapes,
 )
 from .places import CHILD, Site
-from .state import Key
+from .state import REMEMBERED_WIDTH, Key
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def split_keys(
         have = sorted({bundle for bundle, _ in parts})
         raise ValueError(f"{source} has keys of {have}, but its config lists {sorted(listed)}; get both files again.")
     for (bundle, what), tensor in parts.items():
-        size = (blocks + 1 if what == "mean" else tensor.shape[0], d)
+        size = (blocks + 1, d) if what == "mean" else (len(tensor), min(REMEMBERED_WIDTH, d))
         if tuple(tensor.shape) != size or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"{source}: {what} of the key of {bundle!r} must hold finite numbers of shape {size}, and has "

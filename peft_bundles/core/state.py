@@ -40,13 +40,16 @@ class OpenRoute(Protocol):
     def gate(self, adapter: str, hidden: Tensor, packing: Layout) -> Gate: ...
 
 
+REMEMBERED_WIDTH = 128  # numbers of a state that a key remembers
+
+
 @dataclass(frozen=True, eq=False)
 class Key:
     """What a router knows of a bundle: hidden states of its own rows, with bundles off.
 
     Attributes:
         mean: mean state at every depth, (P, d).
-        remembered: states at one depth (`routers.keys.REMEMBERED_AT`), (n, d).
+        remembered: states at one early depth, projected to q = min(REMEMBERED_WIDTH, d) numbers, (n, q).
     """
 
     mean: Tensor

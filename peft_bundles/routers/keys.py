@@ -12,12 +12,13 @@ is on.
 Which one: bundles may differ in what their rows are about and not in their form. So a key also remembers states of its
 rows at one early depth, and x is evidence against a bundle by how much farther its nearest remembered state is:
 
-    r_k = RECALL (max_n (r_kn^T C^-1 x - r_kn^T C^-1 r_kn / 2) - the largest of these among all bundles)
+    r_k = -RECALL / 2 (min_n |x - r_kn|^2 - the smallest of these among all bundles)
 
-The bundle with the largest sum of both is on.
+(distances of states projected to q random directions, where the null's covariance is made 1). The bundle with the
+largest sum of both is on, of those with nearly as much evidence s as the first.
 
 Shapes: B rows, T tokens, P depths, d hidden size, K kinds of null text, r rank of the covariance, M keys, n remembered
-states, C columns of evidence: the K kinds, the keys, and what the keys remember.
+states of q numbers, C columns of evidence: the K kinds, the keys, and what the keys remember.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.state import BundleState
+from ..core.state import REMEMBERED_WIDTH, BundleState
 
 
 DECAY = 0.9
 RECALL = 16.0
+TIE = 0.8  # what is remembered decides among keys that beat the null by this share of what the first beats it by
 TOGETHER = 2048  # tokens that are compared with remembered states at once
 CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
 
@@ -44,6 +46,13 @@ CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
 def remembered_at(depths: int) -> int:
     """The depth whose states are remembered: early, since bundles after it are gated by them."""
     return min(2, depths - 1)
+
+
+def projection(like: Tensor) -> Tensor:
+    """The (d, q) projection of remembered states, the same in every key: drawn from a fixed seed, float64."""
+    d = like.shape[-1]
+    drawn = torch.randn(d, min(REMEMBERED_WIDTH, d), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (drawn / d**0.5).to(like.device)
 
 
 @dataclass(eq=False)
@@ -75,6 +84,16 @@ class Null:
         scaled_dn, scaled_dr = right_dn.double() / diagonal, factor / diagonal
         inner_rr = torch.eye(factor.shape[1], dtype=torch.float64) + factor.T @ scaled_dr
         return scaled_dn - scaled_dr @ torch.linalg.solve(inner_rr, factor.T @ scaled_dn)
+
+    def whitening(self, depth: int) -> tuple[Tensor, Tensor]:
+        """(W (q, q), projection (d, q)), float64: states x @ projection @ W have covariance 1 on null text."""
+        project_dq = projection(self.mean_PKd)
+        factor_qr = project_dq.T @ self.factor_Pdr[depth].double()
+        covariance_qq = (
+            project_dq.T @ (self.diagonal_Pd[depth].double()[:, None] * project_dq) + factor_qr @ factor_qr.T
+        )
+        values, vectors = torch.linalg.eigh(covariance_qq)
+        return (vectors * values.clamp_min(1e-12).rsqrt()) @ vectors.T, project_dq
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file, for `Null.load`."""
@@ -147,7 +166,8 @@ class FoldedKeys:
         classes: the K kinds of null text, then (adapter, bundle) of every key.
         claims: (adapter, bundle) -> share of the null's tokens that its key wins.
         maps: (d, K + M) for each depth. offsets: (K + M,) for each depth.
-        recall: the same of all remembered states, (d, n) and (n,), and the key of each, (n,); None without them.
+        recall: projection (d, q), all remembered states (q, n), -|state|^2 / 2 (n,) and the key of each (n,), where the
+            null has covariance 1; None without them.
     """
 
     decay = DECAY
@@ -175,13 +195,14 @@ class FoldedKeys:
             offset_C = -(map_dC.double() * (apart_dC / 2 + centre_d[:, None])).sum(0)
             self.maps.append(map_dC)
             self.offsets.append(offset_C.float())
-        self.recall: tuple[Tensor, Tensor, Tensor] | None = None
+        self.recall: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.recalled_at = remembered_at(len(means_PCd))
         if router.remembered and len(keys) > 1:
-            states_nd = torch.cat([key.remembered.double() for key in keys])
-            map_dn = null.solve(self.recalled_at, states_nd.T).float()
+            white_qq, project_dq = null.whitening(self.recalled_at)
+            states_qn = (torch.cat([key.remembered.double() for key in keys]) @ white_qq).T
             owners_n = torch.cat([torch.full((len(key.remembered),), n) for n, key in enumerate(keys)])
-            self.recall = map_dn, -(map_dn.double() * states_nd.T).sum(0).float() / 2, owners_n
+            offset_n = -states_qn.square().sum(0) / 2
+            self.recall = (project_dq @ white_qq).float(), states_qn.float(), offset_n.float(), owners_n
         self.claims = self._claims(null)
         loud = {name: round(share, 3) for (_, name), share in self.claims.items() if share > CLAIMS}
         if loud:
@@ -219,12 +240,13 @@ class FoldedKeys:
         M = len(self.classes) - self.kinds
         if depth != self.recalled_at:
             return x_BTd.new_zeros(*x_BTd.shape[:2], M)
-        map_dn, offset_n, owners_n = self.recall
-        if map_dn.device != x_BTd.device:
-            map_dn, offset_n, owners_n = self.recall = tuple(each.to(x_BTd.device) for each in self.recall)  # type: ignore[assignment]
+        if self.recall[0].device != x_BTd.device:
+            project_dq, states_qn, offset_n, owners_n = (each.to(x_BTd.device) for each in self.recall)
+            self.recall = project_dq, states_qn, offset_n, owners_n
+        project_dq, states_qn, offset_n, owners_n = self.recall
         nearest = []
         for x_nd in x_BTd.flatten(0, 1).split(TOGETHER):  # (tokens, n) does not fit for all tokens of a long prompt
-            fits_Nn = torch.addmm(offset_n, x_nd, map_dn)
+            fits_Nn = torch.addmm(offset_n, x_nd @ project_dq, states_qn)
             best_NM = fits_Nn.new_full((len(x_nd), M), -torch.inf)
             nearest.append(best_NM.scatter_reduce_(1, owners_n.expand_as(fits_Nn), fits_Nn, "amax"))
         best_BTM = torch.cat(nearest).view(*x_BTd.shape[:2], M)
@@ -235,8 +257,11 @@ class FoldedKeys:
         K, M = self.kinds, len(self.classes) - self.kinds
         keys_BTM = evidence_BTC[..., K : K + M]
         on_BT = keys_BTM.amax(-1) > evidence_BTC[..., :K].amax(-1)
-        which = keys_BTM + evidence_BTC[..., K + M :] if self.recall is not None else keys_BTM
-        return torch.where(on_BT, which.argmax(-1) + K, 0)
+        if self.recall is not None:
+            lead_BTM = keys_BTM - evidence_BTC[..., :K].amax(-1, keepdim=True)
+            near = lead_BTM >= TIE * lead_BTM.amax(-1, keepdim=True)
+            keys_BTM = (keys_BTM + evidence_BTC[..., K + M :]).masked_fill(~near, -torch.inf)
+        return torch.where(on_BT, keys_BTM.argmax(-1) + K, 0)
 
     def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The class of each bundle, (M,); -1 for one that is always on."""
