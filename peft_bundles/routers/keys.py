@@ -6,8 +6,8 @@ nobody's, with a mean m_0 for each kind of it and one covariance C. A token with
     s_k = w (m_k - c)^T C^-1 (x - (m_k + c) / 2)        c: the mean of the null's kinds, w: a weight of the depth
 
 which compares the likelihoods of x under two normal distributions (linear discriminant analysis). Evidence is summed
-over depths, and over tokens with weights decay^age. If a bundle has more of it than every kind of null text, then one
-is on.
+over depths, and over tokens with weights decay^age. A bundle is on if it leads every kind of null text by MARGIN of
+what it would lead by if all states were m_k.
 
 Which one: bundles may differ in what their rows are about and not in their form. So a key also remembers states of its
 rows at one early depth, and x is evidence against a bundle by how much farther its nearest remembered state is:
@@ -15,10 +15,10 @@ rows at one early depth, and x is evidence against a bundle by how much farther 
     r_k = -RECALL / 2 (min_n |x - r_kn|^2 - the smallest of these among all bundles)
 
 (distances of states projected to q random directions, where the null's covariance is made 1). The bundle with the
-largest sum of both is on, of those with nearly as much evidence s as the first.
+largest sum of both is on, of those that lead the null by nearly as much as the first.
 
 Shapes: B rows, T tokens, P depths, d hidden size, K kinds of null text, r rank of the covariance, M keys, n remembered
-states of q numbers, C columns of evidence: the K kinds, the keys, and what the keys remember.
+states of q numbers, C columns of evidence: the K kinds, the keys, a count of the tokens, and what the keys remember.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ..core.state import REMEMBERED_WIDTH, BundleState
 
 
 DECAY = 0.9
+MARGIN = 0.3
 RECALL = 16.0
 TIE = 0.8  # what is remembered decides among keys that beat the null by this share of what the first beats it by
 TOGETHER = 2048  # tokens that are compared with remembered states at once
@@ -165,7 +166,8 @@ class FoldedKeys:
     Attributes:
         classes: the K kinds of null text, then (adapter, bundle) of every key.
         claims: (adapter, bundle) -> share of the null's tokens that its key wins.
-        maps: (d, K + M) for each depth. offsets: (K + M,) for each depth.
+        maps: (d, K + M + 1) for each depth. offsets: (K + M + 1,) for each depth.
+        leads: what a token leads the null by up to each depth if its state is the key's mean, (P, M).
         recall: projection (d, q), all remembered states (q, n), -|state|^2 / 2 (n,) and the key of each (n,), where the
             null has covariance 1; None without them.
     """
@@ -187,14 +189,19 @@ class FoldedKeys:
         keys = [state.keys[name] for name in self.classes[self.kinds :]]
         means_PCd = torch.cat([null.mean_PKd, *(key.mean[:, None].float() for key in keys)], 1)
         self.limits, self.maps, self.offsets = null.limit_P, list[Tensor](), list[Tensor]()
+        leads: list[Tensor] = []
         for depth, mean_Cd in enumerate(means_PCd.double()):
             centre_d = null.mean_PKd[depth].double().mean(0)
             apart_dC = (mean_Cd - centre_d).T
             map_dC = null.solve(depth, apart_dC).float()
             # Of the rounded map: states and means then cancel exactly.
             offset_C = -(map_dC.double() * (apart_dC / 2 + centre_d[:, None])).sum(0)
-            self.maps.append(map_dC)
-            self.offsets.append(offset_C.float())
+            fits_MC = mean_Cd[self.kinds :] @ map_dC.double() + offset_C
+            leads.append((fits_MC[:, self.kinds :].diagonal() - fits_MC[:, : self.kinds].amax(-1)).clamp_min(0))
+            # The last column counts the tokens that gave evidence.
+            self.maps.append(torch.cat([map_dC, map_dC.new_zeros(len(map_dC), 1)], 1))
+            self.offsets.append(torch.cat([offset_C, offset_C.new_tensor([float(depth == 0)])]).float())
+        self.leads = torch.stack(leads).cumsum(0).float()
         self.recall: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.recalled_at = remembered_at(len(means_PCd))
         if router.remembered and len(keys) > 1:
@@ -212,11 +219,11 @@ class FoldedKeys:
             )
 
     def _claims(self, null: Null) -> dict[tuple[str, str], float]:
-        total: Tensor | float = 0.0
+        total_NC = torch.zeros(())
         for depth, sample_Nd in enumerate(null.sample_PNd):
-            total = total + sample_Nd.float() @ self.maps[depth] + self.offsets[depth]
-        winners_N = total.argmax(-1) if isinstance(total, Tensor) else torch.zeros(0)
+            total_NC = total_NC + sample_Nd.float() @ self.maps[depth] + self.offsets[depth]
         names = self.classes[self.kinds :]
+        winners_N = self.decide(len(self.maps) - 1, total_NC) if names else torch.zeros(0)
         return {name: float((winners_N == self.kinds + n).float().mean()) for n, name in enumerate(names)}
 
     def scores(self, depth: int, hidden_BTd: Tensor) -> Tensor:
@@ -230,7 +237,7 @@ class FoldedKeys:
             scores_BTC = torch.addmm(self.offsets[depth], x_BTd.flatten(0, 1), self.maps[depth])
         inside = torch.linalg.vector_norm(x_BTd, dim=-1, keepdim=True) <= float(self.limits[depth])
         scores_BTC = scores_BTC.view(*hidden_BTd.shape[:2], -1)
-        if self.recall is not None:
+        if self.recall is not None:  # at other depths zeros, so that all depths add up
             scores_BTC = torch.cat([scores_BTC, self._recalled(depth, x_BTd)], -1)
         return scores_BTC * inside
 
@@ -252,16 +259,20 @@ class FoldedKeys:
         best_BTM = torch.cat(nearest).view(*x_BTd.shape[:2], M)
         return RECALL * (best_BTM - best_BTM.amax(-1, keepdim=True))
 
-    def decide(self, evidence_BTC: Tensor) -> Tensor:
-        """The class that is on at every token, (B, T); a kind of null text: none."""
+    def decide(self, depth: int, evidence_BTC: Tensor) -> Tensor:
+        """The class that is on at every token, (B, T); 0, the first kind of null text: none."""
         K, M = self.kinds, len(self.classes) - self.kinds
-        keys_BTM = evidence_BTC[..., K : K + M]
-        on_BT = keys_BTM.amax(-1) > evidence_BTC[..., :K].amax(-1)
-        if self.recall is not None:
-            lead_BTM = keys_BTM - evidence_BTC[..., :K].amax(-1, keepdim=True)
-            near = lead_BTM >= TIE * lead_BTM.amax(-1, keepdim=True)
-            keys_BTM = (keys_BTM + evidence_BTC[..., K + M :]).masked_fill(~near, -torch.inf)
-        return torch.where(on_BT, keys_BTM.argmax(-1) + K, 0)
+        if not M:
+            return evidence_BTC.new_zeros(evidence_BTC.shape[:-1], dtype=torch.long)
+        if self.leads.device != evidence_BTC.device:
+            self.leads = self.leads.to(evidence_BTC.device)
+        lead_BTM = evidence_BTC[..., K : K + M] - evidence_BTC[..., :K].amax(-1, keepdim=True)
+        rank_BTM, best_BT1 = lead_BTM, lead_BTM.amax(-1, keepdim=True)
+        if evidence_BTC.shape[-1] > K + M + 1:
+            rank_BTM = (lead_BTM + evidence_BTC[..., K + M + 1 :]).masked_fill(lead_BTM < TIE * best_BT1, -torch.inf)
+        first_BT = rank_BTM.argmax(-1)
+        least_BT = MARGIN * self.leads[depth][first_BT] * evidence_BTC[..., K + M]
+        return torch.where(best_BT1[..., 0] > least_BT, first_BT + K, 0)
 
     def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The class of each bundle, (M,); -1 for one that is always on."""

@@ -36,7 +36,7 @@ class Folded(Protocol):
     def scores(self, depth: int, hidden_BTd: Tensor) -> Tensor:
         """(B, T, C), float32."""
 
-    def decide(self, evidence_BTC: Tensor) -> Tensor:
+    def decide(self, depth: int, evidence_BTC: Tensor) -> Tensor:
         """The class that is on, (B, T)."""
 
     def columns(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
@@ -78,7 +78,7 @@ class Pass:
         past = None if past is None else past.to(scores_BTC.device)
         evidence_BTC = running_sum(self.total, self.folded.decay, past)
         self.tails.append(evidence_BTC[:, -KEPT:])
-        self.spoke, self.depth = self.folded.decide(evidence_BTC), depth
+        self.spoke, self.depth = self.folded.decide(depth, evidence_BTC), depth
         self._gates.clear()
 
     def _counts(self, hidden_BTd: Tensor) -> Tensor:
