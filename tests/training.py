@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from models import BOS, EOS, PAD, TINY, VOCABULARY, perturb
 from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_bundles import BundleConfig, calibrate
 from peft_bundles.core.walking import bundle_parameters
@@ -77,6 +77,17 @@ def config(**fields: Any) -> BundleConfig:
     return BundleConfig(**{**defaults, **fields})
 
 
+def everywhere() -> dict[str, Any]:
+    """The bundles of `config`, and some at linear layers; no objective has the signal of the last."""
+    rest = {"place": ["o_proj", "down_proj"], "kind": "mlp", "signals": {"preference": 1.0, "policy": 0.5}}
+    return {
+        **(config().bundles or {}),
+        "l_lm": {"rank": 3, "place": "mlp", "signals": {"lm": 1.0}},
+        "l_rest": {"rank": 2, **rest},
+        "l_idle": {"rank": 2, "place": "mlp", "signals": {"temporal": 1.0}},
+    }
+
+
 def model(name: str = "llama", *, moved: bool = True, calibrated: bool = False, **fields: Any) -> PeftModel:
     """Calibrated, the loss of every step includes the quiet penalty."""
     made = get_peft_model(TINY[name](), config(**fields))
@@ -121,6 +132,20 @@ def greedy(objective: PPO) -> PPO:
 def bundles_of(found: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     """Bundle -> copies of its weights."""
     return {name: [p.detach().clone() for p in ps] for (_, name), ps in bundle_parameters(found).items()}
+
+
+class Moved(TrainerCallback):
+    """The bundles of which a step has changed a bit, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[set[str]] = []
+
+    def on_step_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        self.before = bundles_of(model)
+
+    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        now = bundles_of(model)
+        self.steps.append({name for name, old in self.before.items() if not all(map(torch.equal, old, now[name]))})
 
 
 def losses_of(run: BundleTrainer, prefix: str = "loss/") -> list[dict[str, float]]:

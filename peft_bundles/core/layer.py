@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
-from .gates import expand_rows, layer_alphas
+from .gates import expand_rows, layer_alphas, switched_on
 from .inference import Part, Plan, for_reuse, run_plan
 from .recompute import recompute_with_call
 from .stored import StoredBundles
@@ -158,8 +158,8 @@ class BundleLayer(StoredBundles):
         if numbers is not None and not any(numbers):
             return residual
         live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
-        if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
-            live = [name for name, number in zip(live, numbers) if number]
+        if numbers is None or not all(numbers):  # a bundle that is off learns nothing, whatever the others' alphas are
+            live = switched_on(state, adapter, self.index, live)
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden, packing)

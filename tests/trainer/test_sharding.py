@@ -9,7 +9,19 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from models import TINY, batch, layers, logits, quietly_loaded, unchanged
 from torch import nn
 from torch.distributed.tensor import DTensor
-from training import arguments, bundles_of, greedy, losses_of, model, pairs, texts, tokenizer, two_processes
+from training import (
+    Moved,
+    arguments,
+    bundles_of,
+    everywhere,
+    greedy,
+    losses_of,
+    model,
+    pairs,
+    texts,
+    tokenizer,
+    two_processes,
+)
 
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
@@ -35,7 +47,10 @@ def run_of(folder: Path, world: int, **fields) -> BundleTrainer:
         folder, max_steps=6, per_device_train_batch_size=4 // world, optim="sgd", optim_args="momentum=0.9",
         learning_rate=0.05, mixing="alternate", kl_clamp={"strength": {"lm": 1.0}, "beta": {"b_lm": 1.0}}, **fields,
     )  # fmt: skip
-    return BundleTrainer(model(calibrated=True), args, objectives, tokenizer())
+    made = model(calibrated=True, bundles=everywhere())
+    run = BundleTrainer(made, args, objectives, tokenizer(), callbacks=[moved := Moved()])
+    run.moved = moved.steps
+    return run
 
 
 def worker(rank: int, folder: str) -> None:
@@ -49,6 +64,7 @@ def worker(rank: int, folder: str) -> None:
     torch.save(
         {
             "bundles": bundles_of(run.model),
+            "moved": run.moved,
             "heads": run.objectives["ppo"].value_head.state_dict(),
             "whole": kinds,
             "log": losses_of(run),
@@ -85,9 +101,9 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.slow
 def test_the_trunk_is_sharded_and_what_trains_is_whole(sharded):
     _, first, _ = sharded
-    outside = {n for n, p in model().named_parameters() if p.requires_grad or ".layers." not in n}
+    outside = {n for n, p in model(bundles=everywhere()).named_parameters() if p.requires_grad or ".layers." not in n}
     assert first["whole"] == outside
-    assert first["layers"] == {"FSDPLlamaDecoderLayer"}
+    assert first["layers"] == {"FSDPLlamaDecoderLayer", "Linear"}  # a linear layer is no unit of its own
 
 
 @pytest.mark.slow
@@ -104,6 +120,14 @@ def test_two_sharded_processes_equal_one(sharded, alone):
     found = alone.evaluate()
     for name in ("eval_loss/lm", "eval_loss/preference", "eval_preference/rewards/margin"):
         assert first["eval"][name] == pytest.approx(found[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_moves_its_owners_alone_on_every_process(sharded):
+    """Behind blocks and at linear layers; the bundle without an objective never moves."""
+    _, first, second = sharded
+    owners = {"b_lm", "l_lm"}, {"b_preference", "l_rest"}, {"b_policy", "b_value", "b_entropy", "b_kl", "l_rest"}
+    assert first["moved"] == second["moved"] == [*owners, *owners]
 
 
 @pytest.mark.slow
