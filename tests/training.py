@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -134,18 +135,20 @@ def bundles_of(found: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     return {name: [p.detach().clone() for p in ps] for (_, name), ps in bundle_parameters(found).items()}
 
 
-class Moved(TrainerCallback):
-    """The bundles of which a step has changed a bit, step by step."""
+class Watch(TrainerCallback):
+    """Which bundles each step moved by a bit or more."""
 
-    def __init__(self) -> None:
-        self.steps: list[set[str]] = []
+    def __init__(self, run: BundleTrainer) -> None:
+        self.run, self.seen = run, [bundles_of(run.model)]
 
-    def on_step_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.before = bundles_of(model)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append(bundles_of(self.run.model))
 
-    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        now = bundles_of(model)
-        self.steps.append({name for name, old in self.before.items() if not all(map(torch.equal, old, now[name]))})
+    def moved(self) -> list[set[str]]:
+        return [
+            {name for name in a if not all(map(torch.equal, a[name], b[name]))}
+            for a, b in itertools.pairwise(self.seen)
+        ]
 
 
 def losses_of(run: BundleTrainer, prefix: str = "loss/") -> list[dict[str, float]]:

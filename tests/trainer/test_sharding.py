@@ -10,7 +10,7 @@ from models import TINY, batch, layers, logits, quietly_loaded, unchanged
 from torch import nn
 from torch.distributed.tensor import DTensor
 from training import (
-    Moved,
+    Watch,
     arguments,
     bundles_of,
     everywhere,
@@ -48,14 +48,13 @@ def run_of(folder: Path, world: int, **fields) -> BundleTrainer:
         learning_rate=0.05, mixing="alternate", kl_clamp={"strength": {"lm": 1.0}, "beta": {"b_lm": 1.0}}, **fields,
     )  # fmt: skip
     made = model(calibrated=True, bundles=everywhere())
-    run = BundleTrainer(made, args, objectives, tokenizer(), callbacks=[moved := Moved()])
-    run.moved = moved.steps
-    return run
+    return BundleTrainer(made, args, objectives, tokenizer())
 
 
 def worker(rank: int, folder: str) -> None:
     common = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 3, **FSDP}
     run = run_of(Path(folder), 2, **common)
+    run.add_callback(watch := Watch(run))
     run.train()
     run.save_model(f"{folder}/adapter")
     kinds = {n for n, p in run.model.named_parameters() if not isinstance(p, DTensor)}
@@ -64,7 +63,7 @@ def worker(rank: int, folder: str) -> None:
     torch.save(
         {
             "bundles": bundles_of(run.model),
-            "moved": run.moved,
+            "moved": watch.moved(),
             "heads": run.objectives["ppo"].value_head.state_dict(),
             "whole": kinds,
             "log": losses_of(run),
