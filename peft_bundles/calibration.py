@@ -293,12 +293,12 @@ def _measuring(model: nn.Module, measures: Mapping[nn.Module, _Moments | _Inputs
                 return
             hidden = output[0] if isinstance(output, tuple) else output
             chosen = mask[0].to(hidden.device)
-            chosen = chosen if hidden.dim() == 3 else chosen.flatten()
+            chosen = chosen if hidden.shape[:2] == chosen.shape else chosen.flatten()
             if isinstance(kept, _Moments):
                 kept.add(hidden[chosen])
             elif len(hidden) == len(chosen):  # not of an expert, which sees some of the tokens only
                 inputs = args[0] if args else kwargs["input"]
-                kept.add(inputs[chosen], hidden[chosen])
+                kept.add(inputs[chosen].flatten(0, -2), hidden[chosen].flatten(0, -2))
 
         return hook
 

@@ -250,7 +250,8 @@ class BundleConfig(PeftConfig):
                 "[0, 1]."
             )
         for name, spec in self.bundles.items():
-            self._check_bundle(name, spec)
+            if self.target_modules is None or spec.place is not None or self.place is not None:
+                self.check_bundle(name)  # else it may be at linear layers, which is known when the adapter is attached
         idle = [name for name, spec in self.bundles.items() if not any(spec.signals.values())]
         if idle and len(idle) < len(self.bundles) and not self.inference_mode:
             warnings.warn(
@@ -296,23 +297,32 @@ class BundleConfig(PeftConfig):
             named[name] = from_mapping(cls, f"{kind} {name!r}", {**values, "name": name})
         return named
 
-    def _check_bundle(self, name: str, spec: BundleSpec) -> None:
-        assert self.sub_bases is not None
-        places = self.places(name)
-        if any(place != BLOCK for place in places) and self.kind_of(name, BLOCK not in places) not in LINEAR_KINDS:
+    def check_bundle(self, name: str) -> None:
+        """Refuse a bundle that cannot be at one of its places.
+
+        Args:
+            name: of the bundle.
+
+        Raises:
+            ValueError: its kind acts behind blocks only, or at linear layers only; behind a block, no sub-basis or one
+                that is unknown, or an overlap without common columns.
+        """
+        assert self.bundles is not None and self.sub_bases is not None
+        spec, places = self.bundles[name], self.places(name)
+        kind = self.kind_of(name, BLOCK not in places)
+        if any(place != BLOCK for place in places) and kind not in LINEAR_KINDS:
             raise ValueError(
-                f"bundle {name!r}: kind={self.kind_of(name)!r} acts behind a block only, and place={places} is at "
-                f"linear layers; use kind={' or '.join(map(repr, LINEAR_KINDS))} there."
+                f"bundle {name!r}: kind={kind!r} acts behind blocks only, and place={places} is at linear layers. "
+                f"Write kind={' or '.join(map(repr, LINEAR_KINDS))} there (rank=1 is the smallest), or keep the kind "
+                f"and write place={BLOCK!r}" + ("." if kind == "full" else " and sub_bases.")
             )
-        if BLOCK not in places:
-            return
-        if (kind := self.kind_of(name)) not in KINDS:
+        if BLOCK in places and kind not in KINDS:
             raise ValueError(
                 f"bundle {name!r}: kind={kind!r} acts at linear layers only, and place={places} has {BLOCK!r}; use "
                 f"place='mlp', or one of the kinds {', '.join(KINDS)}."
             )
-        if kind == "full" or (self.target_modules is not None and spec.place is None and self.place is None):
-            return  # `target_modules` may name linear layers, which are known when the adapter is attached
+        if BLOCK not in places or kind == "full":
+            return
         if unknown := [s for s in spec.sub_bases if s not in self.sub_bases]:
             raise ValueError(f"bundle {name!r}: sub_bases {unknown} are unknown; choose from {sorted(self.sub_bases)}.")
         if not spec.sub_bases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch.multiprocessing as mp
 from models import BOS, EOS, PAD, TINY, VOCABULARY, perturb
 from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_bundles import BundleConfig, calibrate
 from peft_bundles.core.walking import bundle_parameters
@@ -77,6 +78,17 @@ def config(**fields: Any) -> BundleConfig:
     return BundleConfig(**{**defaults, **fields})
 
 
+def everywhere() -> dict[str, Any]:
+    """The bundles of `config`, and some at linear layers; no objective has the signal of the last."""
+    rest = {"place": ["o_proj", "down_proj"], "kind": "mlp", "signals": {"preference": 1.0, "policy": 0.5}}
+    return {
+        **(config().bundles or {}),
+        "l_lm": {"rank": 3, "place": "mlp", "signals": {"lm": 1.0}},
+        "l_rest": {"rank": 2, **rest},
+        "l_idle": {"rank": 2, "place": "mlp", "signals": {"temporal": 1.0}},
+    }
+
+
 def model(name: str = "llama", *, moved: bool = True, calibrated: bool = False, **fields: Any) -> PeftModel:
     """Calibrated, the loss of every step includes the quiet penalty."""
     made = get_peft_model(TINY[name](), config(**fields))
@@ -121,6 +133,22 @@ def greedy(objective: PPO) -> PPO:
 def bundles_of(found: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     """Bundle -> copies of its weights."""
     return {name: [p.detach().clone() for p in ps] for (_, name), ps in bundle_parameters(found).items()}
+
+
+class Watch(TrainerCallback):
+    """Which bundles each step moved by a bit or more."""
+
+    def __init__(self, run: BundleTrainer) -> None:
+        self.run, self.seen = run, [bundles_of(run.model)]
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append(bundles_of(self.run.model))
+
+    def moved(self) -> list[set[str]]:
+        return [
+            {name for name in a if not all(map(torch.equal, a[name], b[name]))}
+            for a, b in itertools.pairwise(self.seen)
+        ]
 
 
 def losses_of(run: BundleTrainer, prefix: str = "loss/") -> list[dict[str, float]]:

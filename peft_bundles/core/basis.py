@@ -86,7 +86,7 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
     are added, as many as make up the share o of the whole support.
 
     Raises:
-        ValueError: no support, a rank larger than it, or a common block too small for the overlap asked for.
+        ValueError: no support or an unknown one, a rank larger than it, or a common block too small for the overlap.
     """
     assert config.bundles is not None and config.sub_bases is not None
     columns = sub_basis_columns(config, hidden_size)
@@ -94,14 +94,13 @@ def bundle_shapes(config: BundleConfig, hidden_size: int) -> dict[str, BundleSha
     for name, spec in config.bundles.items():
         if BLOCK not in config.places(name):
             continue
+        config.check_bundle(name)
         kind = config.kind_of(name)
         bottleneck = spec.bottleneck if spec.bottleneck is not None else config.bottleneck
         if kind == "full":
             hidden = resolve_rank(bottleneck, hidden_size)
             shapes[name] = BundleShape(kind, hidden_size, hidden, torch.arange(0), hidden_size)
             continue
-        if not spec.sub_bases:
-            raise ValueError(f"bundle {name!r}: sub_bases is empty; name at least one of {sorted(config.sub_bases)}.")
         support = torch.cat([columns[s] for s in spec.sub_bases])
         if spec.overlap:
             shared = round(spec.overlap / (1 - spec.overlap) * len(support))

@@ -134,12 +134,10 @@ def layer_alphas(
     Raises:
         ValueError: alphas per row (per token) that do not match the number of rows (tokens) of `hidden`.
     """
-    call, config = state.call, state.configs[adapter]
-    specs = config.bundles
+    call, specs = state.call, state.configs[adapter].bundles
     assert specs is not None
     names = list(specs) if names is None else names
-    own, later = call.alphas, state.set_alphas if call.set_alphas is None else call.set_alphas
-    current = [own[n] if n in own else later[n] if n in later else specs[n].alpha for n in names]
+    current = current_alphas(state, adapter, names)
     types = {type(value) for value in current}  # faster than checking each value; every layer does this
     by_layer = tuple in types
     values = [value[layer] if isinstance(value, tuple) else value for value in current] if by_layer else current
@@ -160,6 +158,19 @@ def layer_alphas(
     which = len(names) if len(names) == len(specs) else tuple(names)
     key = (state.version, adapter, which, layer if by_layer else None, *hidden.shape[:2], numbers, units and units[1])
     return None, call.cached(key, hidden, lambda: table() if units is None else table().to(units[1]))
+
+
+def current_alphas(state: BundleState, adapter: str, names: Sequence[str]) -> list[AlphaValue]:
+    """The alphas of bundles as they were given, or else as the config says."""
+    specs, own = state.configs[adapter].bundles or {}, state.call.alphas
+    later = state.set_alphas if state.call.set_alphas is None else state.call.set_alphas
+    return [own[n] if n in own else later[n] if n in later else specs[n].alpha for n in names]
+
+
+def switched_on(state: BundleState, adapter: str, layer: int, names: Sequence[str]) -> list[str]:
+    """The bundles whose alpha in a layer is not the number 0."""
+    values = current_alphas(state, adapter, names)
+    return [n for n, v in zip(names, values) if isinstance(v, Tensor) or (v[layer] if isinstance(v, tuple) else v)]
 
 
 def given_sizes(state: BundleState, adapter: str) -> tuple[int | None, int | None]:

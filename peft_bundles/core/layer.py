@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import BundleWeights, bundle_forward, compute_dtype, eager_bundle_forward, within_budget
-from .gates import expand_rows, layer_alphas
+from .gates import expand_rows, layer_alphas, switched_on
 from .inference import Part, Plan, for_reuse, run_plan
 from .recompute import recompute_with_call
 from .stored import StoredBundles
@@ -72,7 +72,7 @@ class BundleLayer(StoredBundles):
         residual = hidden if residual is None else residual
         if self._disable_adapters:
             return residual
-        if hasattr(self.bundle_mean, "_hf_hook"):
+        if any(hasattr(table, "_hf_hook") for table in self.bundle_up._modules.values()):
             with self._fetched():
                 return self._bundled(hidden, residual)
         return self._bundled(hidden, residual)
@@ -81,7 +81,16 @@ class BundleLayer(StoredBundles):
     def _fetched(self) -> Iterator[None]:
         """Run the block with the tensors that accelerate offloads: it fetches them when their module is called, but
         the modules that hold ours never are.
+
+        Raises:
+            RuntimeError: offloaded weights are to be trained, of which every forward gets a new copy.
         """
+        if self.training and torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in self.parameters()):
+            raise RuntimeError(
+                f"accelerate has offloaded the weights of the bundles at {self.site}, so no optimizer can train them. "
+                "Offload the base model and attach bundles after that: get_peft_model keeps theirs on the device that "
+                "computes. Without training, call model.eval() or use torch.no_grad()."
+            )
         modules: list[Any] = [module for module in self.modules() if hasattr(module, "_hf_hook")]
         for module in modules:
             module._hf_hook.pre_forward(module)
@@ -172,8 +181,8 @@ class BundleLayer(StoredBundles):
             )
             alpha = gates if alpha is None else alpha * gates
         live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
-        if numbers is not None and not all(numbers):  # a bundle that is off learns nothing
-            live = [name for name, number in zip(live, numbers) if number]
+        if numbers is None or not all(numbers):  # a bundle that is off learns nothing, whatever the others' alphas are
+            live = switched_on(state, adapter, self.index, live)
         if route is not None:
             live = [name for name in live if name in route.live(adapter)]
             gate = route.gate(adapter, hidden, packing)

@@ -177,13 +177,16 @@ class LinearBundles(BundleLayer):
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:  # type: ignore[override]
         """Forward hook of the linear layer: its output, with the bundles' update."""
         inputs, shape = args[0] if args else kwargs["input"], self.state.call.shape
-        if inputs.dim() == 1:
-            return self(inputs[None, None], output[None, None])[0, 0]
-        if inputs.dim() != 2:
+        if inputs.dim() == 3:
             return self(inputs, output)
+        rows = 1
+        if inputs.dim() > 3:  # (B, ..., I): what lies between are tokens of the row
+            rows = len(inputs)
         # Some models (OPT) put all rows in one here. What an expert gets are tokens of any rows.
-        rows = shape[0] if shape is not None and shape.numel() == len(inputs) else 1
-        return self(inputs.view(rows, -1, inputs.shape[1]), output.view(rows, -1, output.shape[1])).flatten(0, 1)
+        elif inputs.dim() == 2 and shape is not None and shape.numel() == len(inputs):
+            rows = shape[0]
+        tokens = inputs.shape[:-1].numel() // max(rows, 1)
+        return self(*(each.reshape(rows, tokens, each.shape[-1]) for each in (inputs, output))).view(output.shape)
 
     def _fold(
         self, adapter: str, dtype: torch.dtype, live: Collection[str], tables: Any | None = None

@@ -87,11 +87,12 @@ def bundles_at(config: BundleConfig, blocks: Mapping[int, nn.Module]) -> dict[Si
         blocks: number of the block -> block, for those that get bundles.
 
     Raises:
-        ValueError: a place that names no linear layer in any block.
+        ValueError: a place that names no linear layer in any block, or where the bundle cannot be.
     """
     sites: dict[Site, list[str]] = {}
     linears = {number: list(linears_of(block)) for number, block in blocks.items()}
     for bundle in config.bundles or ():
+        config.check_bundle(bundle)
         for place in config.places(bundle):
             if place == BLOCK:
                 matched = [Site(number) for number in blocks]

@@ -57,7 +57,7 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin, accelerator:
             raise ValueError(f"FSDP: {field}={value!r} does not work with bundles; set it to {required!r}.")
     base: Any = model.get_base_model()
     layers = bundle_layers(base)
-    blocks = [layer.get_base_layer() for layer in layers]
+    blocks = [layer.get_base_layer() for layer in layers if not layer.site.path]
     of_bundles = {p for layer in layers for p in layer.parameters()}
     frozen = {
         p: name

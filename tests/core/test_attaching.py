@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from datasets import Dataset
 from models import (
+    LINEAR,
     TINY,
     attached,
     batch,
@@ -21,6 +22,7 @@ from models import (
     quietly_loaded,
     snapshot,
     some,
+    train,
     two_adapters,
     unchanged,
     weights,
@@ -287,6 +289,44 @@ def test_offloaded_after_attaching(name, buffers, tmp_path):
     assert all(p.is_meta for p in weights(model).values())
     with pytest.raises(ValueError, match="Save it before offloading it"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bundles", [LINEAR, {"b_linear": LINEAR["b_linear"]}])
+def test_offloaded_bundles_at_linear_layers(bundles):
+    model, plain, ids = attached(bundles=bundles), attached(bundles=bundles), batch()
+    cpu_offload(model, execution_device=CPU)
+    wanted = plain(input_ids=ids).logits
+    assert all(p.is_meta for p in weights(model).values())
+    assert torch.equal(model(input_ids=ids).logits, wanted) and torch.equal(logits(model, ids), wanted)
+    assert torch.equal(generated(model, ids), generated(plain, ids))
+
+
+@pytest.mark.parametrize("place", ["block", "mlp"])
+def test_offloaded_bundles_are_not_trained(place):
+    """Every forward gets new copies of them, so a gradient would reach no parameter."""
+    bundles = {"b_one": {"rank": 4, "place": place, "sub_bases": ["left"], "signals": {"lm": 1.0}}}
+    model, ids = attached(bundles=bundles), batch()
+    cpu_offload(model, execution_device=CPU)
+    with pytest.raises(RuntimeError, match=r"offloaded the weights of the bundles at 0.*attach bundles after that"):
+        model.train()(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        model(input_ids=ids)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bundles_on_an_offloaded_base_are_trained_as_on_any(checkpointing, tmp_path):
+    both, losses = {**LINEAR, **bundle_config().bundles}, []
+    for offloaded in (False, True):
+        base = TINY["llama"]()
+        if offloaded:
+            disk_offload(base, tmp_path, execution_device=CPU)
+        torch.manual_seed(0)
+        model = perturb(get_peft_model(base, bundle_config(bundles=both)))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses.append(train(model))
+        assert base.model.layers[0].mlp.up_proj.weight.is_meta == offloaded
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

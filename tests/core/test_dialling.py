@@ -83,6 +83,17 @@ def test_per_token_alphas_act_from_that_token_on():
     assert not torch.allclose(mixed[:, 4], off[:, 4]) and not torch.allclose(mixed[:, 4], on[:, 4])
 
 
+@pytest.mark.parametrize("place", ["block", "mlp"])
+@pytest.mark.parametrize("off", [0.0, [0.0, 0.0, 0.0], torch.zeros(3, 5)])
+def test_a_bundle_that_is_off_beside_one_with_alphas_per_row_learns_nothing(place, off):
+    bundles = {name: {"rank": 4, "sub_bases": ["a"], "signals": {"lm": 1.0}} for name in ("b_one", "b_two")}
+    config = BundleConfig(sub_bases={"a": 16}, bundles=bundles, place=place, task_type="CAUSAL_LM", quiet=0.0)
+    model, ids = get_peft_model(TINY["llama"](), config), batch(3, 5)
+    model(input_ids=ids, labels=ids, alphas={"b_one": torch.tensor([0.0, 1.0, 2.0]), "b_two": off}).loss.backward()
+    assert all(p.grad is not None for p in model.bundle_parameters("b_one"))
+    assert all(p.grad is None for p in model.bundle_parameters("b_two"))
+
+
 def test_precedence_call_block_set_default():
     model, ids = make(), batch(2, 5)
     default = with_numbers(model, 1.0, 0.5, 1.0, ids)

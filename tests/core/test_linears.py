@@ -305,3 +305,36 @@ def test_inputs_by_keyword_and_of_one_token():
     assert calibrate(model, tokens=64, max_length=16, progress=False)["tokens"] >= 64
     with torch.no_grad():
         torch.testing.assert_close(linear(x), wanted[0, 0], rtol=0, atol=1e-12)
+
+
+def with_axes(model, shape):
+    """The tokens of a row on two axes of this shape, inside each MLP."""
+
+    def split(mlp):
+        def forward(h):
+            x = h.unflatten(1, shape)
+            return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).flatten(1, 2)
+
+        mlp.forward = forward
+
+    for block in model.get_base_model().model.layers:
+        split(block.mlp)
+    return model
+
+
+def test_inputs_with_more_axes_are_tokens_of_their_rows():
+    plain, split, ids = bundled(), with_axes(bundled(), (3, 3)), batch()
+    by_row, by_token = torch.tensor([0.0, 1.0, -0.5]), torch.linspace(-1, 1, 27).view(3, 9)
+    for alphas in ({}, {"b_one": by_row}, {"b_two": by_token, "b_three": by_row}, dict.fromkeys(BUNDLES, 0.0)):
+        torch.testing.assert_close(
+            logits(split, ids, alphas=alphas), logits(plain, ids, alphas=alphas), rtol=0, atol=1e-12
+        )
+    for model in (plain, split):
+        with model.route(["lm", "policy", "policy"]):
+            model(input_ids=ids, labels=ids, alphas={"b_one": by_row}).loss.backward()
+    wanted = gradients(plain)
+    for name, gradient in gradients(split).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-12)
+    with split.disable_adapter():
+        assert torch.equal(logits(split, ids), logits(TINY["llama"]().double(), ids))
+    assert calibrate(with_axes(plain, (-1, 1)), tokens=64, max_length=16, progress=False)["tokens"] >= 64

@@ -164,12 +164,32 @@ def test_a_place_that_is_no_name_is_refused(place):
 
 def test_kinds_belong_to_places():
     for spec, message in (
-        ({"rank": 4, "place": "mlp", "kind": "diag"}, "kind='diag' acts behind a block only"),
+        (
+            {"rank": 4, "place": "mlp", "kind": "diag"},
+            r"kind='diag' acts behind blocks only.*kind='lora' or 'mlp' there",
+        ),
         ({"rank": 4, "place": "block", "kind": "lora", "sub_bases": ["a"]}, "kind='lora' acts at linear layers only"),
-        ({"rank": 4, "place": ["block", "mlp"], "kind": "full"}, "kind='full' acts behind a block only"),
+        ({"rank": 4, "place": ["block", "mlp"], "kind": "full"}, "kind='full' acts behind blocks only"),
     ):
         with pytest.raises(ValueError, match=message):
             BundleConfig(bundles={"b_one": spec}, sub_bases={"a": 8})
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", r".*mlp\.up_proj"])
+def test_target_modules_are_places_for_kinds_too(targets):
+    """What they name is known only when the adapter is attached."""
+    bundles = {"b_one": {"rank": 4, "kind": "diag"}}
+    with pytest.raises(ValueError, match="kind='diag' acts behind blocks only"):
+        get_peft_model(TINY["llama"](), BundleConfig(bundles=bundles, target_modules=targets))
+    bundles["b_one"]["kind"] = "lora"
+    model = get_peft_model(TINY["llama"](), BundleConfig(bundles=bundles, target_modules=targets))
+    assert {site.block for site in sites(model)} == set(range(LAYERS)) and all(site.path for site in sites(model))
+    for bundle, message in (
+        (bundles["b_one"], "kind='lora' acts at linear"),
+        ({"rank": 4, "sub_bases": ["x"]}, "unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(TINY["llama"](), BundleConfig(bundles={"b": bundle}, target_modules=r".*layers\.\d+"))
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

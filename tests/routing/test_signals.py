@@ -1,17 +1,13 @@
 """The six guarantees of gradient routing (docs/concepts.md), each with a test that fails if it breaks."""
 
 import copy
-import os
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import TINY, perturb
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from peft_bundles import BundleConfig, BundleLayer, BundleSpec
 from peft_bundles.core.functional import bundle_reference
@@ -26,8 +22,8 @@ NO_DROPOUT = {"gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
 SIGNALS = ("lm", "policy", "value", "entropy", "kl", "logic")
 
 
-def config(**changes) -> BundleConfig:
-    """Owners, attenuated sides, two signals with one column (entropy, kl), supports that overlap."""
+def config(placed=(), **changes) -> BundleConfig:
+    """Owners, attenuated sides, two signals with one column (entropy, kl), supports that overlap; and `placed` ones."""
     return BundleConfig(
         task_type="CAUSAL_LM",
         sub_bases={"a": 16, "b": 16, "common": 12},
@@ -38,6 +34,7 @@ def config(**changes) -> BundleConfig:
             "b_policy": BundleSpec(rank=6, sub_bases=["b"], overlap=0.4, signals={"policy": 1.0}),
             "b_value": BundleSpec(rank=6, sub_bases=["b"], adapter="linear", signals={"value": 1.0}),
             "b_anchor": BundleSpec(rank=4, sub_bases=["b"], signals={"entropy": 1.0, "kl": 1.0, "value": 0.5}),
+            **dict(placed),
         },
         **changes,
     )
@@ -439,57 +436,3 @@ def test_finalize_grads_finds_backwards_that_went_wrong():
         logits = model(batch()).logits
     with pytest.raises(ValueError, match=r"\['lm'\] comes from a forward whose rows have"):
         model.routed_backward({"lm": loss_of("lm", logits)})
-
-
-# ---- two processes ----
-
-
-def _steps(model, rank: int, world: int, wrap: str, steps: int = 3) -> None:
-    """Three AdamW steps; each rank sees its share of the rows, and step 1 has a signal that only rank 0 sees."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    plans = [["lm", "policy", "lm", "policy"], ["lm", "value", "kl", "kl"], [("policy", "kl")] * 4]
-    trainer = model
-    if wrap != "none":
-        trainer = DistributedDataParallel(model, find_unused_parameters=wrap == "ddp")
-    for step, plan in enumerate(plans[:steps]):
-        if wrap == "ddp" and step == 2:
-            break  # several backwards under plain DDP are what no_sync is for
-        optimizer.zero_grad()
-        share = slice(rank * 4 // world, (rank + 1) * 4 // world)
-        rows, ids = plan[share], batch(4)[share]
-        context = trainer.no_sync() if wrap == "no_sync" else torch.enable_grad()
-        with context:
-            with model.route(rows):
-                logits = trainer(ids).logits
-            if step == 2:
-                model.routed_backward({s: loss_of(s, logits) * world / 4 for s in plan[0]})
-            else:
-                (sum(loss_of(s, logits[i : i + 1]) for i, s in enumerate(rows)) * world / 4).backward()
-        model.finalize_grads(reduce=wrap != "ddp")
-        optimizer.step()
-
-
-def _worker(rank: int, world: int, path: str, wrap: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world)
-    model = make("llama")
-    _steps(model, rank, world, wrap)
-    flags = {k: [p.grad is None for p in ps] for k, ps in bundle_parameters(model).items()}
-    torch.save({"state": model.state_dict(), "none": flags}, f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["none", "no_sync", "ddp"])
-def test_two_processes_equal_one(tmp_path, wrap):
-    mp.spawn(_worker, args=(2, str(tmp_path), wrap), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["none"] == second["none"]
-    assert all(torch.equal(first["state"][k], second["state"][k]) for k in first["state"])
-    alone = make("llama")
-    _steps(alone, 0, 1, "none", steps=2 if wrap == "ddp" else 3)
-    expected = {k: [p.grad is None for p in ps] for k, ps in bundle_parameters(alone).items()}
-    assert first["none"] == expected and any(any(f) for f in expected.values())
-    for key, value in alone.state_dict().items():
-        torch.testing.assert_close(first["state"][key], value, rtol=1e-8, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")

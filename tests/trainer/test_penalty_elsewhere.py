@@ -13,7 +13,7 @@ import trl
 from datasets import Dataset
 from models import batch, layers, weights
 from torch.nn.parallel import DistributedDataParallel
-from training import completions, model, pairs, texts, tokenizer, trainer, two_processes
+from training import completions, everywhere, model, pairs, texts, tokenizer, trainer, two_processes
 from transformers import Trainer, TrainingArguments
 
 from peft_bundles.core.quiet import DRAW
@@ -168,7 +168,7 @@ def test_our_trainer_after_another_and_another_after_ours(made, tmp_path):
 def two_ranks(rank, folder):
     """A plain loop in DDP: a micro-batch without synchronisation, then one with it."""
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    on = model(calibrated=True, quiet=5.0).double().train()
+    on = model(calibrated=True, quiet=5.0, bundles=everywhere()).double().train()
     wrapped = DistributedDataParallel(on)
     for number, context in enumerate((wrapped.no_sync, nullcontext)):
         ids = batch(2, 6, seed=2 * rank + number)
@@ -180,7 +180,7 @@ def two_ranks(rank, folder):
 @pytest.mark.slow
 def test_two_processes_of_another_trainer_end_with_the_same_gradient(tmp_path):
     first, second = two_processes(two_ranks, tmp_path)
-    on = model(calibrated=True, quiet=0.0).double().train()
+    on = model(calibrated=True, quiet=0.0, bundles=everywhere()).double().train()
     for seed in range(4):
         (on(input_ids=batch(2, 6, seed=seed)).logits.logsumexp(-1).mean() / 4).backward()
     for name, parameter in weights(on).items():

@@ -13,7 +13,19 @@ import torch
 import torch.distributed as dist
 from models import snapshot, unchanged, weights
 from safetensors.torch import load_file, save_file
-from training import arguments, config, greedy, losses_of, model, pairs, texts, tokenizer, trainer, two_processes
+from training import (
+    arguments,
+    config,
+    everywhere,
+    greedy,
+    losses_of,
+    model,
+    pairs,
+    texts,
+    tokenizer,
+    trainer,
+    two_processes,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_bundles import BundleConfig
@@ -193,7 +205,7 @@ def _run(folder: str, world: int, **fields) -> BundleTrainer:
     rows = [*texts(), {"text": "z" * 50}]
     kept[0] = LM(rows, eval_dataset=texts(3))
     kept[1] = Preference(pairs(), eval_dataset=pairs(1))  # fewer rows than processes
-    made = model(calibrated=True)
+    made = model(calibrated=True, bundles=everywhere())
     if dist.is_initialized():  # each process draws its own first weights; the first one's count
         for parameter in weights(made).values():
             parameter.data += dist.get_rank()

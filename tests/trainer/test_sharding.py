@@ -9,7 +9,19 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from models import TINY, batch, layers, logits, quietly_loaded, unchanged
 from torch import nn
 from torch.distributed.tensor import DTensor
-from training import arguments, bundles_of, greedy, losses_of, model, pairs, texts, tokenizer, two_processes
+from training import (
+    Watch,
+    arguments,
+    bundles_of,
+    everywhere,
+    greedy,
+    losses_of,
+    model,
+    pairs,
+    texts,
+    tokenizer,
+    two_processes,
+)
 
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
@@ -35,12 +47,14 @@ def run_of(folder: Path, world: int, **fields) -> BundleTrainer:
         folder, max_steps=6, per_device_train_batch_size=4 // world, optim="sgd", optim_args="momentum=0.9",
         learning_rate=0.05, mixing="alternate", kl_clamp={"strength": {"lm": 1.0}, "beta": {"b_lm": 1.0}}, **fields,
     )  # fmt: skip
-    return BundleTrainer(model(calibrated=True), args, objectives, tokenizer())
+    made = model(calibrated=True, bundles=everywhere())
+    return BundleTrainer(made, args, objectives, tokenizer())
 
 
 def worker(rank: int, folder: str) -> None:
     common = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 3, **FSDP}
     run = run_of(Path(folder), 2, **common)
+    run.add_callback(watch := Watch(run))
     run.train()
     run.save_model(f"{folder}/adapter")
     kinds = {n for n, p in run.model.named_parameters() if not isinstance(p, DTensor)}
@@ -49,6 +63,7 @@ def worker(rank: int, folder: str) -> None:
     torch.save(
         {
             "bundles": bundles_of(run.model),
+            "moved": watch.moved(),
             "heads": run.objectives["ppo"].value_head.state_dict(),
             "whole": kinds,
             "log": losses_of(run),
@@ -85,9 +100,9 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.slow
 def test_the_trunk_is_sharded_and_what_trains_is_whole(sharded):
     _, first, _ = sharded
-    outside = {n for n, p in model().named_parameters() if p.requires_grad or ".layers." not in n}
+    outside = {n for n, p in model(bundles=everywhere()).named_parameters() if p.requires_grad or ".layers." not in n}
     assert first["whole"] == outside
-    assert first["layers"] == {"FSDPLlamaDecoderLayer"}
+    assert first["layers"] == {"FSDPLlamaDecoderLayer", "Linear"}  # a linear layer is no unit of its own
 
 
 @pytest.mark.slow
@@ -104,6 +119,14 @@ def test_two_sharded_processes_equal_one(sharded, alone):
     found = alone.evaluate()
     for name in ("eval_loss/lm", "eval_loss/preference", "eval_preference/rewards/margin"):
         assert first["eval"][name] == pytest.approx(found[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_moves_its_owners_alone_on_every_process(sharded):
+    """Behind blocks and at linear layers; the bundle without an objective never moves."""
+    _, first, second = sharded
+    owners = {"b_lm", "l_lm"}, {"b_preference", "l_rest"}, {"b_policy", "b_value", "b_entropy", "b_kl", "l_rest"}
+    assert first["moved"] == second["moved"] == [*owners, *owners]
 
 
 @pytest.mark.slow

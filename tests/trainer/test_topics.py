@@ -1,6 +1,5 @@
 """Topics of rows in `BundleTrainer`: who learns from a row, with what weight and rate, and that runs stay exact."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from models import TINY, perturb, snapshot, unchanged
 from peft import get_peft_model
 from torch import Tensor
-from training import arguments, bundles_of, losses_of, tokenizer, two_processes
-from transformers import TrainerCallback
+from training import Watch, arguments, bundles_of, losses_of, tokenizer, two_processes
 
 from peft_bundles import BundleConfig, calibrate
 from peft_bundles.objectives import (
@@ -68,22 +66,6 @@ def two_topics(count: int = 12) -> list[dict]:
 def trainer(folder: Path, objectives, on=None, mask: str = "soft", **fields) -> BundleTrainer:
     topics = {"topics": TOPICS, "mask": mask, **fields.pop("routing", {})}
     return BundleTrainer(on or model(), arguments(folder, topics=topics, **fields), objectives, tokenizer())
-
-
-class Watch(TrainerCallback):
-    """Which bundles each step moved."""
-
-    def __init__(self, run: BundleTrainer) -> None:
-        self.run, self.seen = run, [bundles_of(run.model)]
-
-    def on_step_end(self, *args, **kwargs) -> None:
-        self.seen.append(bundles_of(self.run.model))
-
-    def moved(self) -> list[set[str]]:
-        return [
-            {name for name in a if not all(map(torch.equal, a[name], b[name]))}
-            for a, b in itertools.pairwise(self.seen)
-        ]
 
 
 # ---- who learns ----
@@ -297,8 +279,9 @@ def run_of(folder: Path, world: int, mask: str, **fields) -> BundleTrainer:
     rows = [LM(texts(), eval_dataset=texts(5)), LM(texts(7), signal="logic")]
     if mask == "hard":
         rows = LM([{"text": "of law", "topics": ["law"]}, {"text": "of none", "topics": []}], eval_dataset=texts(5))
+    made = model(calibrated=True, place=["block", "down_proj"])
     return trainer(
-        folder, rows, model(calibrated=True), mask, max_steps=4, optim="sgd", optim_args="momentum=0.9",
+        folder, rows, made, mask, max_steps=4, optim="sgd", optim_args="momentum=0.9",
         per_device_train_batch_size=(2 if mask == "hard" else 4) // world, learning_rate=0.05, **fields,
     )  # fmt: skip
 
