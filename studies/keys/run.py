@@ -1,12 +1,12 @@
-"""Keys against tags: twelve bundles, trained apart, all in one model, and gated by a tag, by keys or by chance.
+"""Keys against tags: a bundle a task, trained apart, all in one model, and gated by a tag, by keys or by chance.
 
     python -m studies.keys.run --model DIR --data data.json.gz --second confirm.json.gz --output results.jsonl
 
-Cells: (place, seed, task) trains one bundle, makes its key and saves it; (place, seed, "all") composes the twelve and
-measures every way of gating. Answers are generated freely (greedy, batched with left padding). Measured: exact match
-of single questions, of facts in other words, of the second question of a conversation whose first one is another
-task's; the share of answer tokens with the right bundle on; the rise of the loss on domains that nobody trained on, and
-the share of their tokens with any bundle on; seconds.
+Cells: (set, place, seed, task) trains one bundle, makes its key and saves it; (set, place, seed, "all") composes all of
+a set and measures every way of gating. Answers are generated freely (greedy, batched with left padding). Measured:
+exact match of single questions, of facts in other words, of the second question of a conversation whose first one is
+another task's; the share of answer tokens with the right bundle on; the rise of the loss on domains that nobody trained
+on, and the share of their tokens with any bundle on; seconds.
 """
 
 from __future__ import annotations
@@ -36,24 +36,27 @@ from studies.rows import Draws, batches_of, rows_of, tokens_of
 from studies.training import Training, autocast, row_loss, warmup_decay
 
 
-LENGTH, ROWS, WARMUP = 64, 32, 20
+ROWS, WARMUP = 32, 20
 RATES = {"block": 2e-3, "mlp": 4e-3}
 QUIET = {"block": 20.0, "mlp": 10.0}
 NEW_TOKENS = 16
-Cell = tuple[str, int, str]  # place, seed, task or "all"
+Cell = tuple[str, str, int, str]  # set of tasks, place, seed, task or "all"
 
 
-def cells(args: argparse.Namespace, names: list[str]) -> list[Cell]:
+def runs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    return [(which, place, seed) for seed in range(args.seeds) for which in args.sets for place in args.places]
+
+
+def cells(args: argparse.Namespace, tasks: dict[str, dict[str, Task]]) -> list[Cell]:
     """Trainings first."""
-    runs = [(place, seed) for seed in range(args.seeds) for place in args.places]
-    return [(*run, name) for run in runs for name in names] + [(*run, "all") for run in runs]
+    return [(*run, name) for run in runs(args) for name in tasks[run[0]]] + [(*run, "all") for run in runs(args)]
 
 
 def config_of(place: str, names: list[str]) -> BundleConfig:
-    """Twelve bundles that together have as many parameters as LoRA r16 on all linear layers."""
+    """Bundles of the size of a twelfth of LoRA r16 on all linear layers."""
     bundles: dict[str, Any] = {}
     for name in names:
-        of_place = {"sub_bases": ["main"], "rank": 0.75, "bottleneck": 189 // len(names)}
+        of_place = {"sub_bases": ["main"], "rank": 0.75, "bottleneck": 189 // 12}
         bundles[f"b_{name}"] = (of_place if place == "block" else {"place": place, "rank": 3}) | {
             "signals": {"lm": 1.0}
         }
@@ -65,6 +68,13 @@ def config_of(place: str, names: list[str]) -> BundleConfig:
     )
 
 
+def another_turn(tasks: dict[str, Task], task: int, rng: random.Random) -> tuple[str, str]:
+    """A question of another task, answered, as the first turn of a conversation."""
+    other = tasks[rng.choice([name for n, name in enumerate(tasks) if n != task])]
+    question, answer = rng.choice(other.test)
+    return question, answer
+
+
 class Study:
     """One worker's model, data and folders."""
 
@@ -73,7 +83,7 @@ class Study:
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         first, second = load(args.data), load(args.second)
-        self.tasks = tasks_of(first, second, args.tests)
+        self.tasks = {which: tasks_of(which, first, second, args.tests) for which in args.sets}
         self.domains = {**first["domains"], **{f"second {k}": texts for k, texts in second["domains"].items()}}
         self.calibration = [t for texts in zip(*first["calibration"].values()) for t in texts]
 
@@ -81,8 +91,11 @@ class Study:
         model: Any = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
         return model.to(self.device).eval().requires_grad_(False)
 
-    def folder(self, place: str, seed: int, name: str) -> Path:
-        return self.args.scratch / f"{place}_{seed}_{name}"
+    def folder(self, which: str, place: str, seed: int, name: str) -> Path:
+        return self.args.scratch / f"{which}_{place}_{seed}_{name}"
+
+    def failed(self, *cell: Any) -> bool:
+        return (self.args.scratch / "claims" / f"failed {cell}").exists()
 
     # ---- one bundle ----
 
@@ -90,34 +103,33 @@ class Study:
         """A calibrated adapter of all bundles for every place and seed, and the null, once for all cells."""
         seconds = {}
         base = self.base()
-        for place in self.args.places:
-            for seed in range(self.args.seeds):
-                torch.manual_seed(seed)
-                config = config_of(place, list(self.tasks))
-                config.basis_seed = seed
-                model = get_peft_model(base, config)
+        for which, place, seed in runs(self.args):
+            torch.manual_seed(seed)
+            config = config_of(place, list(self.tasks[which]))
+            config.basis_seed = seed
+            model = get_peft_model(base, config)
+            begin = time.perf_counter()
+            calibrate(model, self.calibration, self.tokenizer, tokens=self.args.calibration_tokens, progress=False)
+            seconds[f"calibrate {place}"] = time.perf_counter() - begin
+            model.save_pretrained(self.folder(which, place, seed, "fresh"))
+            if not (self.args.scratch / "null.safetensors").exists():
                 begin = time.perf_counter()
-                calibrate(model, self.calibration, self.tokenizer, tokens=self.args.calibration_tokens, progress=False)
-                seconds[f"calibrate {place}"] = time.perf_counter() - begin
-                model.save_pretrained(self.folder(place, seed, "fresh"))
-                if not (self.args.scratch / "null.safetensors").exists():
-                    begin = time.perf_counter()
-                    null = learn_null(
-                        model,
-                        self.calibration,
-                        self.tokenizer,
-                        tokens=self.args.null_tokens,
-                        max_length=128,
-                        progress=False,
-                    )
-                    null.save(self.args.scratch / "null.safetensors")
-                    seconds["null"] = time.perf_counter() - begin
-                base = model.unload()
+                null = learn_null(
+                    model,
+                    self.calibration,
+                    self.tokenizer,
+                    tokens=self.args.null_tokens,
+                    max_length=128,
+                    progress=False,
+                )
+                null.save(self.args.scratch / "null.safetensors")
+                seconds["null"] = time.perf_counter() - begin
+            base = model.unload()
         return seconds
 
-    def train(self, place: str, seed: int, name: str) -> dict[str, Any]:
+    def train(self, which: str, place: str, seed: int, name: str) -> dict[str, Any]:
         """Train a task's bundle alone, with the others off, make its key, and save it."""
-        model: Any = PeftModel.from_pretrained(self.base(), self.folder(place, seed, "fresh"), is_trainable=True)
+        model: Any = PeftModel.from_pretrained(self.base(), self.folder(which, place, seed, "fresh"), is_trainable=True)
         calibrate(
             model,
             self.calibration,
@@ -127,10 +139,10 @@ class Study:
             progress=False,
         )
         bundle = f"b_{name}"
-        pairs = self.tasks[name].train
+        pairs = self.tasks[which][name].train
         pools = {name: [tokens_of(self.tokenizer, (PROMPT.format(q), a + END)) for q, a in pairs]}
-        pools = {name: [item for item in pools[name] if len(item[0]) <= LENGTH]}
-        batches = Draws(pools, {name: random.Random(seed)}).batches([name] * ROWS, self.args.steps, LENGTH)
+        pools = {name: [item for item in pools[name] if len(item[0]) <= self.args.length]}
+        batches = Draws(pools, {name: random.Random(seed)}).batches([name] * ROWS, self.args.steps, self.args.length)
         batches = batches.to(self.device)
         model.train()
 
@@ -159,23 +171,24 @@ class Study:
         begin = time.perf_counter()
         learn_keys(model, {bundle: rows}, self.tokenizer, progress=False)
         seconds_key = time.perf_counter() - begin
-        save_bundle(model, bundle, self.folder(place, seed, name))
+        save_bundle(model, bundle, self.folder(which, place, seed, name))
         return {"losses": losses, "seconds": seconds, "key_seconds": seconds_key, "captured": training.captured}
 
     # ---- all of them ----
 
-    def measure(self, place: str, seed: int) -> dict[str, Any]:
-        """Every way of gating the twelve bundles."""
-        names = list(self.tasks)
+    def measure(self, which: str, place: str, seed: int) -> dict[str, Any]:
+        """Every way of gating the bundles."""
+        tasks = self.tasks[which]
+        names = list(tasks)
         base = self.base()
         losses = self.losses(base)
-        model: Any = compose(base, [self.folder(place, seed, name) for name in names])
+        model: Any = compose(base, [self.folder(which, place, seed, name) for name in names])
         model.set_null(Null.load(self.args.scratch / "null.safetensors"))
         bundles = [f"b_{name}" for name in names]
-        asked = [(n, pair) for n, name in enumerate(names) for pair in self.tasks[name].test]
-        other_words = [(n, pair) for n, name in enumerate(names) for pair in self.tasks[name].reworded]
+        asked = [(n, pair) for n, name in enumerate(names) for pair in tasks[name].test]
+        other_words = [(n, pair) for n, name in enumerate(names) for pair in tasks[name].reworded]
         rng = random.Random(seed)
-        turns = [self._turn(n, rng) for n, _ in asked]
+        turns = [another_turn(tasks, n, rng) for n, _ in asked]
         sets = {
             "one": ([chat([], q) for _, (q, _) in asked], asked),
             "reworded": ([chat([], q) for _, (q, _) in other_words], other_words),
@@ -215,12 +228,6 @@ class Study:
             name: share for (_, name), share in KeyRouter().folded(model.base_model._state).claims.items()
         }
         return record
-
-    def _turn(self, task: int, rng: random.Random) -> tuple[str, str]:
-        """A question of another task, answered, as the first turn of a conversation."""
-        other: Task = self.tasks[rng.choice([name for n, name in enumerate(self.tasks) if n != task])]
-        question, answer = rng.choice(other.test)
-        return question, answer
 
     def _gating(
         self,
@@ -297,24 +304,27 @@ def work(args: argparse.Namespace) -> None:
     """One worker: takes every cell that nobody has claimed; measures once all bundles of its run are there."""
     torch.set_num_threads(1)
     study = Study(args)
-    names = list(study.tasks)
-    for cell in cells(args, names):
+    for cell in cells(args, study.tasks):
         if not workers.claim(args.scratch / "claims" / "|".join(map(str, cell))):
             continue
-        place, seed, name = cell
-        record: dict[str, Any] = {"place": place, "seed": seed, "task": name}
+        which, place, seed, name = cell
+        record: dict[str, Any] = {"set": which, "place": place, "seed": seed, "task": name}
         begin = time.perf_counter()
         try:
             if name == "all":
-                while any(not (study.folder(place, seed, n) / "adapter_config.json").exists() for n in names):
-                    if time.time() > args.until:
+                while any(
+                    not (study.folder(which, place, seed, n) / "adapter_config.json").exists()
+                    for n in study.tasks[which]
+                ):
+                    if time.time() > args.until or any(study.failed(which, place, seed, n) for n in study.tasks[which]):
                         return
                     time.sleep(0.5)
-                record |= study.measure(place, seed)
+                record |= study.measure(which, place, seed)
             else:
-                record |= study.train(place, seed, name)
+                record |= study.train(which, place, seed, name)
         except Exception:
             record["error"] = traceback.format_exc()[-1500:]
+            (args.scratch / "claims" / f"failed {cell}").touch()
         record["wall"] = time.perf_counter() - begin
         records.append(args.output, record)
         print(cell, f"{record['wall']:.1f} s", record.get("error", "")[-400:], flush=True)
@@ -331,8 +341,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/keys"))
     parser.add_argument("--places", nargs="+", default=["block", "mlp"])
+    parser.add_argument("--sets", nargs="+", default=["first", "second"], choices=["first", "second"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a training row; longer ones are left out")
     parser.add_argument("--tests", type=int, default=50, help="questions asked of each task")
     parser.add_argument("--key-rows", type=int, default=512)
     parser.add_argument("--domain-rows", type=int, default=40)

@@ -1,4 +1,7 @@
-"""Twelve tasks in one form, a question and a short answer; three pairs of them are halves of one kind of facts."""
+"""Tasks in one form, a question and a short answer; pairs of them are halves of one kind of facts.
+
+The twelve of the set "first" were there when the router's constants were chosen; the eight of "second" only confirm.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any
 from studies.quality.make_data import PROMPT
 
 
-PAIRS = ("biographies", "codes", "ships")  # kinds of facts that are cut into two tasks
 END = "<|im_end|>"
 # Another wording of a question of facts: a key must not only know the questions that it was made of.
 OTHER_WORDS = (
@@ -21,6 +23,7 @@ OTHER_WORDS = (
     (r"What is the ICD-10 code of (.*)\?", r"Give me the ICD-10 code for \1."),
     (r"In which harbour is the ship (.*) registered\?", r"Name the home harbour of the ship \1."),
     (r"Which cargo does the ship (.*) carry\?", r"What is the ship \1 loaded with?"),
+    (r"What is the shelf mark of the book (.*)\?", r"Under which shelf mark is the book \1 kept?"),
     (r"Which emblem is painted on the ship (.*)\?", r"Say which emblem the ship \1 shows."),
 )
 
@@ -40,27 +43,28 @@ class Task:
     reworded: list[list[str]]
 
 
-def tasks_of(first: dict[str, Any], second: dict[str, Any], tests: int) -> dict[str, Task]:
-    """The tasks, of the two data files of the quality study.
+def tasks_of(which: str, first: dict[str, Any], second: dict[str, Any], tests: int) -> dict[str, Task]:
+    """The tasks of a set.
 
     Args:
-        first, second: the files (`studies.quality.make_data`).
+        which: "first" or "second".
+        first, second: the data files of the quality study (`studies.quality.make_data`).
         tests: pairs to ask of each task.
     """
     rng = random.Random(0)
-    facts = {
-        "biographies": first["train"]["biographies"],
-        "codes": first["train"]["codes"],
-        "ships": second["train"]["biographies"],
-    }
+    facts = {"shelf": second["train"]["codes"]}
+    if which == "first":
+        facts = {kind: first["train"][kind] for kind in ("biographies", "codes")}
+        facts["ships"] = second["train"]["biographies"]
     tasks = {}
-    for kind in PAIRS:
-        for half, pairs in zip("ab", halves(facts[kind], subject, rng)):
+    for kind, of_kind in facts.items():
+        for half, pairs in zip("ab", halves(of_kind, subject, rng)):
             asked = rng.sample(pairs, min(tests, len(pairs)))
             tasks[f"{kind}_{half}"] = Task(pairs, asked, [[reworded(q), answer] for q, answer in asked])
-    for family, pairs in first["train"]["reasoning"].items():
-        tasks[family] = Task(pairs, first["test"]["reasoning"][family][:tests], [])
-    tasks["gsm"] = Task(first["train"]["gsm"], first["test"]["gsm"][:tests], [])
+    data = first if which == "first" else second
+    for family, pairs in data["train"]["reasoning"].items():
+        tasks[family] = Task(pairs, data["test"]["reasoning"][family][:tests], [])
+    tasks["problems"] = Task(data["train"]["gsm"], data["test"]["gsm"][:tests], [])
     return tasks
 
 
