@@ -425,13 +425,23 @@ class BundleModel(Routed, Calls):
         call.uncached = kwargs.get("use_cache") is False
         call.prompts = next((t.shape[0] for t in inputs if isinstance(t, Tensor)), 1)
         try:
-            with torch.no_grad(), self.folded(), self._call(self._not_set_yet(alphas), adapter_names):
+            with (
+                torch.no_grad(),
+                self.folded(),
+                self._call(self._not_set_yet(alphas), adapter_names),
+                self._gated_by_prompt(inputs, kwargs.get("attention_mask")),
+            ):
                 return self.model.generate(*args, **kwargs)
         finally:
             call.prompts, call.uncached = before
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""
+        if self._state.router_in_use() is not None:
+            raise ValueError(
+                "generate_batch packs all rows into one, which a router cannot read; call model.set_router(None) before "
+                "it, or use generate."
+            )
         if kwargs.pop("alphas", None) is not None or self._state.call.alphas:
             raise ValueError(
                 "generate_batch runs in a thread of its own, where alphas= and `with model.alphas(...)` do not act; "

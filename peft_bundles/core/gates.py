@@ -173,6 +173,12 @@ def switched_on(state: BundleState, adapter: str, layer: int, names: Sequence[st
     return [n for n, v in zip(names, values) if isinstance(v, Tensor) or (v[layer] if isinstance(v, tuple) else v)]
 
 
+def current_alpha(state: BundleState, bundle: str) -> AlphaValue:
+    """A bundle's alpha in this thread's call, as it was given."""
+    specs = next(c.bundles for c in state.configs.values() if c.bundles and bundle in c.bundles)
+    return state.call.alphas.get(bundle, state.set_alphas.get(bundle, specs[bundle].alpha))
+
+
 def given_sizes(state: BundleState, adapter: str) -> tuple[int | None, int | None]:
     """The rows and tokens that an adapter's alphas were given for; None if no alpha is per row, per token."""
     names = state.configs[adapter].bundles or ()

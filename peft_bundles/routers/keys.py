@@ -38,8 +38,9 @@ from ..core.state import REMEMBERED_WIDTH, BundleState
 
 DECAY = 0.9
 MARGIN = 0.3
-RECALL = 16.0
+RECALL = 100.0
 TIE = 0.8  # what is remembered decides among keys that beat the null by this share of what the first beats it by
+SCOPES = ("token", "prompt")
 TOGETHER = 2048  # tokens that are compared with remembered states at once
 CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
 
@@ -125,6 +126,13 @@ class Null:
 _TENSORS = ("mean_PKd", "diagonal_Pd", "factor_Pdr", "limit_P", "sample_PNd")
 
 
+def call_adapters(state: BundleState) -> tuple[str, ...]:
+    """The bundle adapters of this thread's call."""
+    call = state.call
+    names = dict.fromkeys(call.adapter_names) if call.adapter_names else call.active or state.configs
+    return tuple(name for name in names if name in state.configs)
+
+
 @dataclass
 class KeyRouter:
     """Turns on, token by token, the bundle whose key fits what is being read; none where null text fits better.
@@ -133,9 +141,13 @@ class KeyRouter:
         always_on: bundles that are on everywhere and need no key, such as a style.
         follows: bundle -> the bundle whose key it uses, for bundles that learnt together, such as a policy's value.
         remembered: use the states that keys remember; False: only their means, which costs less.
+        scope: "token": every token has a gate of its own, in the pass that reads it. "prompt": `generate` reads the prompt
+            twice, first to find the gate at its end, then with this gate for the whole prompt and the answer. It costs a
+            second prefill, and the answer is what it would be if somebody had said which bundle to turn on. Forwards
+            outside `generate` have gates by token.
 
     Raises:
-        ValueError: when it is used: a bundle without a key; a null or a key of another base model; a key that wins
+        ValueError: an unknown scope. When it is used: a bundle without a key; a null or a key of another base model; a key that wins
             more than 5% of the null's tokens.
 
     Example: see `peft_bundles.learn_keys`.
@@ -144,12 +156,16 @@ class KeyRouter:
     always_on: Sequence[str] = ()
     follows: Mapping[str, str] | None = None
     remembered: bool = True
+    scope: str = "token"
     _made: tuple[Any, FoldedKeys] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r} is unknown; write one of {', '.join(map(repr, SCOPES))}.")
 
     def folded(self, state: BundleState) -> FoldedKeys:
         """Ready for the adapters that are active in this thread's call."""
-        active = state.call.active
-        active = tuple(state.configs) if active is None else active
+        active = call_adapters(state)
         key = active, state.version, state.null
         made = self._made
         if made is None or made[0][:2] != key[:2] or made[0][2] is not key[2]:
@@ -157,7 +173,7 @@ class KeyRouter:
         return made[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyRouter:
-        return KeyRouter(self.always_on, self.follows, self.remembered)
+        return KeyRouter(self.always_on, self.follows, self.remembered, self.scope)
 
 
 class FoldedKeys:

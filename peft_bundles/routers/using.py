@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..core.base import base_fingerprint
+from ..core.dialling import alphas
 from ..core.evidence import EvidenceLayer
+from ..core.gates import current_alpha
 from ..core.state import BundleState
-from .keys import KeyRouter, Null
+from .keys import KeyRouter, Null, call_adapters
 from .passes import RouterHooks
 
 
@@ -103,6 +105,37 @@ class Routed:
             self.model.train(training)
         return self._heard()
 
+    @contextmanager
+    def _gated_by_prompt(self, inputs: Sequence[Any], attention_mask: Tensor | None) -> Iterator[None]:
+        """For a router with scope="prompt": read the prompts, and run the block with the gate at the end of each.
+
+        Raises:
+            ValueError: the prompts are not token ids, or an alpha differs between tokens or layers.
+        """
+        state, call = self._state, self._state.call
+        if getattr(state.router_in_use(), "scope", None) != "prompt":
+            yield
+            return
+        ids = next((each for each in inputs if isinstance(each, Tensor)), None)
+        if ids is None or ids.is_floating_point():
+            raise ValueError("a router with scope='prompt' needs token ids; pass input_ids, or use scope='token'.")
+        gates = self.gates(ids, attention_mask)
+        values: dict[str, Any] = {}
+        for name, gate in zip(gates.bundles, gates.values[:, -1].unbind(-1)):
+            alpha = current_alpha(state, name)
+            if isinstance(alpha, tuple) or (isinstance(alpha, Tensor) and alpha.dim() > 1):
+                raise ValueError(
+                    f"alphas[{name!r}] differs between tokens or layers, and scope='prompt' gives every row one gate; use "
+                    "scope='token'."
+                )
+            values[name] = alpha * gate
+        before, call.router = call.router, None
+        try:
+            with alphas(self.model, values):
+                yield
+        finally:
+            call.router = before
+
     def _with_gates(self, *args: Any, **kwargs: Any) -> Any:
         """(result, gates) of `generate`."""
         call = self._state.call
@@ -113,7 +146,11 @@ class Routed:
             raise ValueError("return_gates=True cannot follow beams; call model.gates(sequences) on the result.")
         call.heard = None
         result = self.generate(*args, **kwargs)  # type: ignore[attr-defined]
-        return result, self._heard()
+        gates = self._heard()
+        if self._state.router_in_use().scope == "prompt":
+            tokens = (result if isinstance(result, Tensor) else result.sequences).shape[1] - 1
+            gates.values = gates.values[:, -1:].expand(-1, tokens, -1)
+        return result, gates
 
     def _heard(self) -> Gates:
         """The gates of this thread's last forward and of what its cache held."""
@@ -123,12 +160,10 @@ class Routed:
         folded = kept.router.folded(state)
         names: list[str] = []
         numbers: list[Tensor] = []
-        active = tuple(state.configs) if call.active is None else call.active
-        for adapter in active:
-            if adapter in state.configs:
-                of_adapter = tuple(state.configs[adapter].bundles or ())
-                names += of_adapter
-                numbers.append(folded.columns(adapter, of_adapter, kept.spoke.device))
+        for adapter in call_adapters(state):
+            of_adapter = tuple(state.configs[adapter].bundles or ())
+            names += of_adapter
+            numbers.append(folded.columns(adapter, of_adapter, kept.spoke.device))
         columns_M = torch.cat(numbers)
         return Gates(names, ((kept.spoke[..., None] == columns_M) | (columns_M < 0)).float())
 

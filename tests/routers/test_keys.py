@@ -287,6 +287,43 @@ def test_return_gates_are_those_of_a_fresh_prefill():
         generated(model, ids, return_gates=True, router=None)
 
 
+@places
+def test_a_prompt_read_twice_is_a_tag(place):
+    model, ids = routed(place=place), mixed()
+    gates = model.gates(ids)
+    last = {name: gates.values[:, -1, k] for k, name in enumerate(gates.bundles)}
+    tagged = generated(model, ids, router=None, alphas=last)
+    model.set_router(KeyRouter(scope="prompt"))
+    result, told = generated(model, ids, return_gates=True)
+    assert torch.equal(result, tagged) and told.values.shape[1] == result.shape[1] - 1
+    assert torch.equal(told.values[:, 0], gates.values[:, -1]) and torch.equal(told.values[:, -1], gates.values[:, -1])
+    assert torch.equal(generated(model, ids, num_beams=2), generated(model, ids, num_beams=2, router=None, alphas=last))
+    off = dict.fromkeys(RANGES, 0.0)
+    assert torch.equal(generated(model, ids, alphas=off), generated(reference("llama"), ids))
+    assert torch.equal(generated(model, ids, alphas={b: torch.ones(4) for b in RANGES}), tagged)
+    with pytest.raises(ValueError, match="one gate; use scope='token'"):
+        generated(model, ids, alphas={"b_mlp": torch.ones(ids.shape)})
+    with pytest.raises(ValueError, match="needs token ids"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=1)
+    with pytest.raises(ValueError, match="scope='row' is unknown"):
+        KeyRouter(scope="row")
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="packs all rows into one"):
+        routed().generate_batch([[3, 4]])
+
+
+def test_rows_name_their_adapters():
+    model, ids = routed(), mixed()
+    model.add_adapter("other", bundle_config(bundles={"b_other": {"rank": 5, "sub_bases": ["right"]}}))
+    learn_keys(model, {"b_other": [{"input_ids": r} for r in nobodys(8, 12).tolist()]}, adapter="other", progress=False)
+    on = logits(model, ids)
+    named = logits(model, ids, adapter_names=["default", "default", "__base__", "default"])
+    assert torch.allclose(named[[0, 1, 3]], on[[0, 1, 3]], atol=1e-5)
+    assert torch.allclose(named[2], logits(reference("llama"), ids)[2], atol=1e-5)
+
+
 def test_a_cache_without_evidence_is_refused():
     model, ids = routed(), mixed()
     with torch.no_grad(), model.router(None):

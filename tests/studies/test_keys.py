@@ -1,4 +1,4 @@
-"""studies/keys on a tiny model, a tokenizer of characters: bundles are trained apart and composed, and every way runs."""
+"""studies/keys on a tiny model: bundles are trained apart and composed, and every way of gating them runs."""
 
 import gzip
 import json
