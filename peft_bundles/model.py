@@ -439,8 +439,8 @@ class BundleModel(Routed, Calls):
         """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""
         if self._state.router_in_use() is not None:
             raise ValueError(
-                "generate_batch packs all rows into one, which a router cannot read; call model.set_router(None) before "
-                "it, or use generate."
+                "generate_batch packs all rows into one, which a router cannot read; call model.set_router(None) "
+                "before it, or use generate."
             )
         if kwargs.pop("alphas", None) is not None or self._state.call.alphas:
             raise ValueError(

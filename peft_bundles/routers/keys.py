@@ -141,14 +141,14 @@ class KeyRouter:
         always_on: bundles that are on everywhere and need no key, such as a style.
         follows: bundle -> the bundle whose key it uses, for bundles that learnt together, such as a policy's value.
         remembered: use the states that keys remember; False: only their means, which costs less.
-        scope: "token": every token has a gate of its own, in the pass that reads it. "prompt": `generate` reads the prompt
-            twice, first to find the gate at its end, then with this gate for the whole prompt and the answer. It costs a
-            second prefill, and the answer is what it would be if somebody had said which bundle to turn on. Forwards
-            outside `generate` have gates by token.
+        scope: "token": every token has a gate of its own, in the pass that reads it. "prompt": `generate` reads the
+            prompt twice, first to find the gate at its end, then with this gate for the whole prompt and the answer. It
+            costs a second prefill, and the answer is what it would be if somebody had said which bundle to turn on.
+            Forwards outside `generate` have gates by token.
 
     Raises:
-        ValueError: an unknown scope. When it is used: a bundle without a key; a null or a key of another base model; a key that wins
-            more than 5% of the null's tokens.
+        ValueError: an unknown scope. When it is used: a bundle without a key, no null, or a key that wins more than 5%
+            of the null's tokens.
 
     Example: see `peft_bundles.learn_keys`.
     """

@@ -125,8 +125,8 @@ class Routed:
             alpha = current_alpha(state, name)
             if isinstance(alpha, tuple) or (isinstance(alpha, Tensor) and alpha.dim() > 1):
                 raise ValueError(
-                    f"alphas[{name!r}] differs between tokens or layers, and scope='prompt' gives every row one gate; use "
-                    "scope='token'."
+                    f"alphas[{name!r}] differs between tokens or layers, and scope='prompt' gives every row one gate; "
+                    "use scope='token'."
                 )
             values[name] = alpha * gate
         before, call.router = call.router, None
