@@ -172,6 +172,10 @@ class KeyRouter:
             made = self._made = key, FoldedKeys(self, state, active)
         return made[1]
 
+    def check(self, state: BundleState, adapters: Sequence[str]) -> None:
+        """Raises ValueError if these adapters could not be routed."""
+        FoldedKeys(self, state, adapters)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyRouter:
         return KeyRouter(self.always_on, self.follows, self.remembered, self.scope)
 

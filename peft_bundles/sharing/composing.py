@@ -26,12 +26,19 @@ from ..core.checkpoints import Checkpoint, basis_of
 from ..core.state import BundleState
 from ..core.walking import active_adapters, adapter_layers, basis_layers, bundle_layers, resolve_adapter
 from ..model import BundleModel
+from ..routers.keys import Null
 from .hub import read_source
 from .parts import from_model, group_key, join, select, without
 
 
 def compose(
-    base_model: nn.Module, sources: Sequence[str | Path], rename: bool = False, token: str | None = None
+    base_model: nn.Module,
+    sources: Sequence[str | Path],
+    rename: bool = False,
+    token: str | None = None,
+    *,
+    router: Any = None,
+    null: Null | None = None,
 ) -> PeftModel:
     """Load bundles of several folders and Hub repositories into one model, for inference.
 
@@ -41,6 +48,9 @@ def compose(
             `repo@revision:bundle`. Without `:bundle`, all bundles of the source are loaded.
         rename: if two bundles have the same name, call the second `name_2` instead of raising.
         token: Hub token. None: the stored one.
+        router: "keys" or a `KeyRouter`: the model chooses which bundles are on (`BundleModel.set_router`). It needs
+            `null`. None: all are on, at their alphas.
+        null: what `learn_null` measured on this base model, on text that belongs to no bundle.
 
     Returns:
         A `PeftModel` in eval mode, with all bundles active. `composition(model)` lists them. Bundles of more than one
@@ -48,7 +58,8 @@ def compose(
 
     Raises:
         ValueError: no source; a source that is not a bundle, is damaged or half-written; a bundle of another base model
-            or another revision of it (the message says what differs); two bundles of one name without `rename`.
+            or another revision of it (the message says what differs); two bundles of one name without `rename`; with a
+            router a bundle without a key, or one whose key wins text that is nobody's.
 
     Example:
         >>> import copy, tempfile
@@ -92,6 +103,9 @@ def compose(
     model.base_model.set_adapter(names, inference_mode=True)
     if len({key[0] for key in groups} - {""}) > 1:
         warnings.warn(str(composition(model)), stacklevel=2)
+    if null is not None:
+        model.set_null(null)
+    model.set_router(router)
     return model.eval()
 
 
@@ -214,6 +228,13 @@ def _exchange(model: PeftModel, gone: str | None, new: Checkpoint | None) -> Non
     joined = [join(members) for members in groups.values() if members]
     built = [_attach(model, group) for group in joined]
     following = [a for a in active if a not in groups] + built
+    try:
+        if state.router is not None:
+            state.router.check(state, following)
+    except ValueError:
+        for name in built:
+            tuner.delete_adapter(name)
+        raise
     for layer in tuner._layers:
         for what in layer.adapter_layer_names:
             getattr(layer, what).requires_grad_(False)

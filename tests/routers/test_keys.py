@@ -492,14 +492,33 @@ def test_keys_are_saved_loaded_cut_and_joined(tmp_path):
     loaded.set_router("keys")
     assert torch.equal(logits(loaded, ids), expected)
     parts = [peft_bundles.save_bundle(model, bundle, tmp_path / bundle) for bundle in RANGES]
-    composed = peft_bundles.compose(TINY["llama"](), parts)
-    composed.set_null(null)
-    composed.set_router("keys")
+    with pytest.raises(ValueError, match="was not measured yet"):
+        peft_bundles.compose(TINY["llama"](), parts, router="keys")
+    composed = peft_bundles.compose(TINY["llama"](), parts, router="keys", null=null)
     assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
     peft_bundles.remove_bundle(composed, "b_mlp")
     assert composed.gates(ids).bundles == ["b_linear", "b_diag"]
     peft_bundles.load_bundle(composed, tmp_path / "b_mlp")
     assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
+
+
+def test_a_running_model_takes_no_bundle_that_it_cannot_route(tmp_path):
+    model, ids = routed(), mixed()
+    peft_bundles.save_bundle(model, "b_mlp", tmp_path / "keyed")
+    composed = peft_bundles.compose(
+        TINY["llama"](), [tmp_path / "keyed"], router="keys", null=model.base_model._state.null
+    )
+    before, adapters = logits(composed, ids), list(composed.peft_config)
+    state = model.base_model._state
+    state.keys["default", "b_diag"] = Key(1.01 * state.null.mean_PKd[:, 0], state.keys["default", "b_diag"].remembered)
+    peft_bundles.save_bundle(model, "b_diag", tmp_path / "greedy")
+    state.take_keys("default", {})
+    model.peft_config["default"].keys = None
+    peft_bundles.save_bundle(model, "b_linear", tmp_path / "keyless")
+    for folder, message in (("greedy", "'b_diag': 0"), ("keyless", r"\['b_linear'\] have no key")):
+        with pytest.raises(ValueError, match=message):
+            peft_bundles.load_bundle(composed, tmp_path / folder)
+        assert list(composed.peft_config) == adapters and torch.equal(logits(composed, ids), before)
 
 
 def test_a_changed_key_is_refused(tmp_path):
