@@ -412,13 +412,12 @@ class BundleModel(Routed, Calls):
             router: router of this call, as in `set_router`; left out: the model's.
             return_gates: return (result, `Gates`): which bundles were on while each token was read. Without beams.
         """
+        options = {"alphas": alphas, "adapter_names": adapter_names, **kwargs}
         if router is not OF_MODEL:
             with self.router(router):
-                return self.generate(
-                    *args, alphas=alphas, adapter_names=adapter_names, return_gates=return_gates, **kwargs
-                )
+                return self.generate(*args, return_gates=return_gates, **options)
         if return_gates:
-            return self._with_gates(*args, alphas=alphas, adapter_names=adapter_names, **kwargs)
+            return self._with_gates(*args, **options)
         call = self._state.call
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         before = call.prompts, call.uncached
@@ -439,8 +438,7 @@ class BundleModel(Routed, Calls):
         """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""
         if self._state.router_in_use() is not None:
             raise ValueError(
-                "generate_batch packs all rows into one, which a router cannot read; call model.set_router(None) "
-                "before it, or use generate."
+                "generate_batch packs rows into one, which a router cannot read; call set_router(None), or use generate."
             )
         if kwargs.pop("alphas", None) is not None or self._state.call.alphas:
             raise ValueError(

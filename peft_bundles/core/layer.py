@@ -72,10 +72,14 @@ class BundleLayer(StoredBundles):
         residual = hidden if residual is None else residual
         if self._disable_adapters:
             return residual
-        if any(hasattr(table, "_hf_hook") for table in self.bundle_up._modules.values()):
+        if not torch.compiler.is_compiling() and self._offloaded():
             with self._fetched():
                 return self._bundled(hidden, residual)
         return self._bundled(hidden, residual)
+
+    def _offloaded(self) -> bool:
+        """Whether accelerate offloads the bundles here."""
+        return any(hasattr(table, "_hf_hook") for table in self.bundle_up._modules.values())
 
     @contextmanager
     def _fetched(self) -> Iterator[None]:

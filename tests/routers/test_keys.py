@@ -7,53 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import LINEAR, PAD, TINY, attached, batch, bundle_config, every, generated, logits, perturb, reference
-from peft import PeftModel, get_peft_model
-from torch import Tensor
+from models import PAD, TINY, attached, batch, bundle_config, every, generated, logits, reference
+from routed import HALVES, PLACES, RANGES, ids_of, mixed, nobodys, places, routed
 from transformers import DynamicCache
 
 import peft_bundles
-from peft_bundles import KeyRouter, Null, learn_keys, learn_null
+from peft_bundles import KeyRouter, learn_keys, learn_null
 from peft_bundles.core.evidence import CHUNK, KEPT, EvidenceLayer, attended_tokens, running_sum
-from peft_bundles.core.state import Key
 from peft_bundles.keys import spread_out
 from peft_bundles.routers import keys as keys_module
-
-
-RANGES = {"b_mlp": (3, 20), "b_linear": (40, 58), "b_diag": (75, 92)}  # of token ids, by bundle
-HALVES = {"b_mlp": (40, 60), "b_linear": (70, 90)}
-PLACES = {"block": {}, "linears": {"bundles": LINEAR}}
-places = pytest.mark.parametrize("place", list(PLACES))
-
-
-def ids_of(bundle: str, rows: int = 4, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(*RANGES[bundle], (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def nobodys(rows: int, length: int, seed: int = 0) -> Tensor:
-    """Ids of no bundle."""
-    free = torch.tensor([n for n in range(3, 100) if not any(low <= n < high for low, high in RANGES.values())])
-    return free[torch.randint(len(free), (rows, length), generator=torch.Generator().manual_seed(seed))]
-
-
-def mixed(seed: int = 9, part: int = 6) -> Tensor:
-    """Rows that go from the ids of one bundle to those of another, or to those of none."""
-    order = [("b_mlp", "b_diag"), ("b_linear", "b_mlp"), ("b_diag", "b_linear")]
-    rows = [torch.cat([ids_of(name, 1, part, seed + n) for name in names], 1) for n, names in enumerate(order)]
-    return torch.cat([*rows, nobodys(1, 2 * part, seed=seed)])
-
-
-def routed(name: str = "llama", place: str = "block", **fields: object) -> object:
-    """A tiny model whose three bundles have keys, with the router on."""
-    # Gentle bundles: a wrong, loud one moves the states that later depths read.
-    model = perturb(
-        get_peft_model(TINY[name](), bundle_config(**PLACES[place], **fields)), scale=0.05 if place == "block" else 0.01
-    ).eval()
-    learn_keys(model, {b: [{"input_ids": r} for r in ids_of(b, 16).tolist()] for b in RANGES}, progress=False)
-    texts = [{"input_ids": row} for row in nobodys(64, 16, seed=3).tolist()]
-    learn_null(model, texts, tokens=1024, progress=False)
-    model.set_router("keys")
-    return model
 
 
 # ---- the sums ----
@@ -310,7 +272,7 @@ def test_a_prompt_read_twice_is_a_tag(place):
 
 
 def test_continuous_batching_is_refused():
-    with pytest.raises(ValueError, match="packs all rows into one"):
+    with pytest.raises(ValueError, match="packs rows into one"):
         routed().generate_batch([[3, 4]])
 
 
@@ -396,147 +358,3 @@ def test_disabled_adapters_are_the_base():
     model, ids = routed(), mixed()
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), logits(reference("llama"), ids))
-
-
-# ---- always on, shared keys, refusals ----
-
-
-def test_always_on_and_followers():
-    model, ids = routed(), ids_of("b_mlp")
-    model.set_router(KeyRouter(always_on=["b_diag"], follows={"b_linear": "b_mlp"}))
-    gates = model.gates(ids)
-    values = dict(zip(gates.bundles, gates.values.unbind(-1)))
-    assert values["b_diag"].min() == 1 and torch.equal(values["b_linear"], values["b_mlp"])
-    assert values["b_mlp"][:, 4:].mean() > 0.9
-
-
-def test_what_cannot_be_routed_is_refused(tmp_path):
-    model = attached()
-    with pytest.raises(ValueError, match=r"call peft_bundles\.learn_null"):
-        model.set_router("keys")
-    rows = [{"input_ids": row} for row in batch(32, 16).tolist()]
-    null = learn_null(model, rows, tokens=512, progress=False)
-    with pytest.raises(ValueError, match=r"have no key; make one with peft_bundles.learn_keys"):
-        model.set_router("keys")
-    with pytest.raises(ValueError, match="router='kays' is unknown"):
-        model.set_router("kays")
-    with pytest.raises(ValueError, match="is not a router"):
-        model.set_router(3)
-    with pytest.raises(ValueError, match="names \\['b_x'\\]"):
-        model.set_router(KeyRouter(always_on=["b_x"]))
-    with pytest.raises(ValueError, match="has no router"):
-        model.gates(batch())
-    for bad, message in (
-        ({}, "at least one bundle"),
-        ({"b_x": rows}, "no bundles \\['b_x'\\]"),
-        ({"b_mlp": []}, "has no rows"),
-        ({"b_mlp": ["text"]}, "tokenizer is None"),
-        ({"b_mlp": [{"input_ids": [4]}]}, "no token besides the first"),
-        ({"b_mlp": [{"ids": [4]}]}, "tokenizer is None"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            learn_keys(model, bad, progress=False)
-    with pytest.raises(ValueError, match="one string"):
-        learn_null(model, "text", progress=False)
-    null.save(tmp_path / "null.safetensors")
-    loaded = Null.load(tmp_path / "null.safetensors")
-    assert loaded.kinds == null.kinds and torch.equal(loaded.factor_Pdr, null.factor_Pdr)
-    attached().set_null(loaded)
-    with pytest.raises(ValueError, match="another base model"):
-        attached("gpt2").set_null(loaded)
-    safe = tmp_path / "other.safetensors"
-    peft_bundles.routers.keys.save_file({"a": torch.zeros(1)}, safe)
-    with pytest.raises(ValueError, match=r"not written by Null\.save"):
-        Null.load(safe)
-
-
-def test_a_key_that_wins_null_text_is_refused():
-    model = routed()
-    state = model.base_model._state
-    state.keys["default", "b_mlp"] = Key(1.01 * state.null.mean_PKd[:, 0], state.null.mean_PKd[:1, 0])
-    model.base_model.set_router(None)
-    with pytest.raises(ValueError, match=r"'b_mlp': 0\.\d+"):
-        model.set_router("keys")
-
-
-def test_states_that_are_not_finite_are_refused():
-    model = attached()
-    model.get_base_model().model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
-        learn_keys(model, {"b_mlp": [{"input_ids": [3, 4, 5]}]}, progress=False)
-
-
-def test_the_first_token_gives_no_evidence():
-    model = routed()
-    ids = ids_of("b_mlp")
-    ids[:, 0] = ids_of("b_diag")[:, 0]
-    changed = ids.clone()
-    changed[:, 0] = ids_of("b_linear")[:, 0]
-    state = model.base_model._state
-    model.gates(ids)
-    first = state.call.heard.kept[:, 0, 0]
-    model.gates(changed)
-    assert torch.equal(first, torch.zeros_like(first)) and torch.equal(state.call.heard.kept[:, 0, 0], first)
-    assert keys_module.DECAY == 0.9
-
-
-# ---- keys travel ----
-
-
-def test_keys_are_saved_loaded_cut_and_joined(tmp_path):
-    model, ids = routed(), mixed()
-    expected, null = logits(model, ids), model.base_model._state.null
-    model.save_pretrained(tmp_path / "whole")
-    loaded = PeftModel.from_pretrained(TINY["llama"](), tmp_path / "whole").eval()
-    loaded.set_null(null)
-    loaded.set_router("keys")
-    assert torch.equal(logits(loaded, ids), expected)
-    parts = [peft_bundles.save_bundle(model, bundle, tmp_path / bundle) for bundle in RANGES]
-    with pytest.raises(ValueError, match="was not measured yet"):
-        peft_bundles.compose(TINY["llama"](), parts, router="keys")
-    composed = peft_bundles.compose(TINY["llama"](), parts, router="keys", null=null)
-    assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
-    peft_bundles.remove_bundle(composed, "b_mlp")
-    assert composed.gates(ids).bundles == ["b_linear", "b_diag"]
-    peft_bundles.load_bundle(composed, tmp_path / "b_mlp")
-    assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
-
-
-def test_a_running_model_takes_no_bundle_that_it_cannot_route(tmp_path):
-    model, ids = routed(), mixed()
-    peft_bundles.save_bundle(model, "b_mlp", tmp_path / "keyed")
-    composed = peft_bundles.compose(
-        TINY["llama"](), [tmp_path / "keyed"], router="keys", null=model.base_model._state.null
-    )
-    before, adapters = logits(composed, ids), list(composed.peft_config)
-    state = model.base_model._state
-    state.keys["default", "b_diag"] = Key(1.01 * state.null.mean_PKd[:, 0], state.keys["default", "b_diag"].remembered)
-    peft_bundles.save_bundle(model, "b_diag", tmp_path / "greedy")
-    state.take_keys("default", {})
-    model.peft_config["default"].keys = None
-    peft_bundles.save_bundle(model, "b_linear", tmp_path / "keyless")
-    for folder, message in (("greedy", "'b_diag': 0"), ("keyless", r"\['b_linear'\] have no key")):
-        with pytest.raises(ValueError, match=message):
-            peft_bundles.load_bundle(composed, tmp_path / folder)
-        assert list(composed.peft_config) == adapters and torch.equal(logits(composed, ids), before)
-
-
-def test_a_changed_key_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model = routed()
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(name for name in tensors if name.endswith("bundle_keys.b_mlp.mean"))
-    for change, message in (
-        ({key: tensors[key] + 1}, "not those that were saved"),
-        ({key: None}, "has keys of|not those that were saved"),
-    ):
-        save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, path)
-        for load in (
-            lambda: PeftModel.from_pretrained(TINY["llama"](), tmp_path),
-            lambda: peft_bundles.compose(TINY["llama"](), [tmp_path]),
-        ):
-            with pytest.raises(ValueError, match=message):
-                load()
