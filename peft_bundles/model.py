@@ -438,7 +438,7 @@ class BundleModel(Routed, Calls):
         """The base model's continuous batching, in a thread of its own: only `set_alphas` acts, others are refused."""
         if self._state.router_in_use() is not None:
             raise ValueError(
-                "generate_batch packs rows into one, which a router cannot read; call set_router(None), or use generate."
+                "generate_batch packs rows into one, which no router can read; call set_router(None), or use generate."
             )
         if kwargs.pop("alphas", None) is not None or self._state.call.alphas:
             raise ValueError(
