@@ -90,24 +90,20 @@ class _States:
 
 
 @contextmanager
-def _reading(model: nn.Module, states: list[_States], on: Sequence[str]) -> Iterator[None]:
-    """Run the block in eval mode with only these bundles on, and add what its forwards compute to the last `states`."""
+def _reading(model: nn.Module, states: _States, on: Sequence[str]) -> Iterator[None]:
+    """Run the block in eval mode with only these bundles on, and add what its forwards compute to `states`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = [base.get_submodule(name) for name in find_blocks(base)]  # type: ignore[operator,union-attr]
     state, layers = state_of(model), bundle_layers(model)
     call = state.call
-    before = (
-        call.own,
-        call.router,
-        [layer._disable_adapters for layer in layers],
-        {m: m.training for m in model.modules()},
-    )
+    before, off = (call.own, call.router), [layer._disable_adapters for layer in layers]
+    training = {module: module.training for module in model.modules()}
 
     def first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[-1].add(0, args[0] if args else kwargs["hidden_states"])
+        states.add(0, args[0] if args else kwargs["hidden_states"])
 
     def later(depth: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states[-1].add(depth, output[0] if isinstance(output, tuple) else output)
+        states.add(depth, output[0] if isinstance(output, tuple) else output)
 
     # Before the bundles behind the block act: a router reads its states there, too.
     handles = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
@@ -121,12 +117,12 @@ def _reading(model: nn.Module, states: list[_States], on: Sequence[str]) -> Iter
         with torch.no_grad():
             yield
     finally:
-        call.own, call.router = before[0], before[1]
+        call.own, call.router = before
         for handle in handles:
             handle.remove()
-        for layer, off in zip(layers, before[2]):
-            layer._disable_adapters = off
-        for module, mode in before[3].items():
+        for layer, was_off in zip(layers, off):
+            layer._disable_adapters = was_off
+        for module, mode in training.items():
             module.training = mode
 
 
@@ -337,7 +333,7 @@ def _run(
     wanted: float = math.inf,
     bar: Any = None,
 ) -> _States:
-    with _reading(model, [states], always_on):
+    with _reading(model, states, always_on):
         for batch in batches:
             mask = batch.get("attention_mask")
             ids = batch["input_ids"].to(device)

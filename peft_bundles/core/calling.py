@@ -66,6 +66,7 @@ class Calls(BaseTuner):
                 yield
         finally:
             call.adapter_names = before
+            call.reading = None  # another thread may have taken the router's hooks away in the middle of a forward
 
     @contextmanager
     def _pinned(self, others: Sequence[str] = ()) -> Iterator[None]:

@@ -3,7 +3,7 @@
 The key of a bundle is the mean state m_k of its own training rows at every depth. The null class is text that is
 nobody's, with a mean m_0 for each kind of it and one covariance C. A token with state x is evidence for class k by
 
-    s_k = w (m_k - c)^T C^-1 (x - (m_k + c) / 2)        c: the mean of the null's kinds, w: a weight of the depth
+    s_k = (m_k - c)^T C^-1 (x - (m_k + c) / 2)        c: the mean of the null's kinds
 
 which compares the likelihoods of x under two normal distributions (linear discriminant analysis). Evidence is summed
 over depths, and over tokens with weights decay^age. A bundle is on if it leads every kind of null text by MARGIN of
@@ -24,7 +24,7 @@ states of q numbers, C columns of evidence: the K kinds, the keys, a count of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ from torch import Tensor
 from ..core.state import REMEMBERED_WIDTH, BundleState
 
 
+# What the formulas above leave open; the measurements behind the numbers are in docs/decisions.md.
 DECAY = 0.9
 MARGIN = 0.3
 RECALL = 100.0
-TIE = 0.8  # what is remembered decides among keys that beat the null by this share of what the first beats it by
+TIE = 0.8  # what is remembered decides among keys whose lead is at least this share of the largest
 SCOPES = ("token", "prompt")
 TOGETHER = 2048  # tokens that are compared with remembered states at once
 CLAIMS = 0.05  # a key that wins more of the null's tokens than this is refused
@@ -157,7 +158,7 @@ class KeyRouter:
     follows: Mapping[str, str] | None = None
     remembered: bool = True
     scope: str = "token"
-    _made: tuple[Any, FoldedKeys] | None = None
+    _made: tuple[Any, FoldedKeys] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:

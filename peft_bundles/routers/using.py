@@ -92,17 +92,14 @@ class Routed:
             attention_mask: (B, T); None: all ones.
 
         Raises:
-            ValueError: the model has no router.
+            ValueError: the model has no router, or is in training mode.
         """
         state = self._state
         if state.router_in_use() is None:
             raise ValueError("the model has no router; call model.set_router('keys') first.")
-        training = self.model.training
-        self.model.eval()
-        try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        finally:
-            self.model.train(training)
+        if self.model.training:
+            raise ValueError("routers act in eval mode only; call model.eval() first.")
+        self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self._heard()
 
     @contextmanager

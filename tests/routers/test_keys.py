@@ -79,6 +79,23 @@ def test_what_is_remembered_is_the_nearest_state():
     assert not folded._recalled(at - 1, x_BTd).any()
 
 
+def test_a_key_must_lead_the_null_and_memory_decides_near_ties():
+    state = routed().base_model._state
+    folded, K = state.router.folded(state), state.null.mean_PKd.shape[1]
+    lead = folded.leads[1]
+    enough, few = keys_module.MARGIN * 4 + 0.1, keys_module.MARGIN * 4 - 0.1
+
+    def decided(leads, recalled=(0.0, 0.0, 0.0), tokens=4.0):
+        return int(folded.decide(1, torch.tensor([[[0.0] * K + [*leads, tokens, *recalled]]]))) - K
+
+    assert decided([enough * lead[0], 0.0, 0.0]) == 0 and decided([few * lead[0], 0.0, 0.0]) < 0
+    high = 10 * float(lead.max())
+    near, far = keys_module.TIE * high + 0.1, keys_module.TIE * high - 0.1
+    assert decided([high, near, 0.0]) == 0
+    assert decided([high, near, 0.0], (-2 * high, 0.0, 0.0)) == 1
+    assert decided([high, far, 0.0], (-2 * high, 0.0, 0.0)) == 0
+
+
 def test_remembered_states_lie_far_apart():
     states = torch.cat([torch.zeros(50, 4), torch.eye(4), torch.zeros(50, 4)])
     assert len(spread_out(states, 200)) == len(states)
@@ -163,6 +180,8 @@ def test_alphas_multiply_gates(place):
 
 def test_a_router_changes_nothing_in_training_mode():
     model, ids = routed(), mixed()
+    with pytest.raises(ValueError, match="in eval mode only"):
+        model.train().gates(ids)
     trained = model.train()(input_ids=ids, labels=ids).logits
     model.base_model.set_router(None)
     assert torch.equal(trained, model(input_ids=ids, labels=ids).logits)
