@@ -178,6 +178,33 @@ def test_alphas_multiply_gates(place):
     assert torch.allclose(mixed_rows[0], logits(reference("llama"), ids)[0], atol=1e-5)
 
 
+def test_a_block_is_read_before_its_own_bundles_act(monkeypatch):
+    model, ids = routed(), ids_of("b_mlp")
+    folded, states = model.base_model._state.router.folded(model.base_model._state), {}
+    scores = folded.scores
+
+    def noted(depth, hidden):
+        states[depth] = hidden.clone()
+        return scores(depth, hidden)
+
+    monkeypatch.setattr(folded, "scores", noted)
+    logits(model, ids)
+    assert len(states) == 3
+    expected = reference("llama")(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(states[0], expected[0]) and torch.equal(states[1], expected[1])
+
+
+def test_a_router_taken_away_in_the_middle_of_a_forward_leaves_nothing_behind():
+    model, ids = routed(), mixed()
+    block = model.get_base_model().model.layers[1]
+    handle = block.register_forward_pre_hook(lambda *_: model.base_model.set_router(None))
+    logits(model, ids)
+    handle.remove()
+    left = logits(model, ids)
+    with torch.no_grad():
+        assert torch.equal(left, copy.deepcopy(model)(input_ids=ids).logits)
+
+
 def test_a_router_changes_nothing_in_training_mode():
     model, ids = routed(), mixed()
     with pytest.raises(ValueError, match="in eval mode only"):
