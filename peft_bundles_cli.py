@@ -1,4 +1,4 @@
-"""The command `peft-bundles`: describe, compose, share, generate with and sweep bundles from a shell.
+"""The command `peft-bundles`: describe, compose, share, generate with, route and sweep bundles from a shell.
 
 This module is next to the package, not in it: `import peft_bundles` imports torch, transformers and PEFT, which takes
 seconds, and help and tab completion must be fast. So each command imports the package itself.
@@ -76,7 +76,7 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Named low-rank bundles: describe, compose, share, generate, sweep and distill."""
+    """Named low-rank bundles: describe, compose, share, generate, route, sweep and distill."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
@@ -306,23 +306,10 @@ def generate(
         raise typer.BadParameter(f"--prompt {prompt!r} is empty; give some text.")
     from peft_bundles.sharing import commands
 
-    commands.check_bundles(sources, alphas, rename, token)
-    model, name = commands.load(sources, base, token, rename)
-    tokenizer = commands.tokenizer_of(name, token)
+    model, tokenizer, name = commands.ready(sources, alphas, base, token, rename)
+    inputs = commands.inputs_of(prompt, chat, tokenizer, name).to(model.device)
     import torch
 
-    if chat and tokenizer.chat_template is None:
-        raise ValueError(f"--chat: the tokenizer of {name} has no chat template; leave --chat out.")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        inputs = inputs.to(model.device)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].shape[1]:
-        raise ValueError(f"--prompt {prompt!r} has no token; give some text.")
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -332,6 +319,30 @@ def generate(
     text = tokenizer.decode(new, skip_special_tokens=True)
     values = {"prompt": prompt, "alphas": alphas, "text": text, "tokens": len(new)}
     _show(as_json, values, text if chat else tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+@app.command()
+def route(
+    sources: Sources,
+    prompt: Annotated[str, typer.Option(help="Text to read.")],
+    null: Annotated[Path, typer.Option(help="What `Null.save` wrote; made of --texts if it does not exist.")],
+    texts: Annotated[Path | None, typer.Option(help="Text that is nobody's, a blank line between texts.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Read it as a question in the model's chat template.")] = False,
+    base: Base = None,
+    rename: Rename = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the bundle that every token turns on. For example: route FOLDER --prompt TEXT --null null.safetensors"""
+    if texts is None and not null.is_file():
+        raise typer.BadParameter(f"--null {null} does not exist; give --texts FILE to measure it.")
+    from peft_bundles.sharing import commands
+
+    model, tokenizer, name = commands.ready(sources, (), base, token, rename)
+    inputs = commands.inputs_of(prompt, chat, tokenizer, name).to(model.device)
+    spoken = commands.spoken(model, tokenizer, inputs["input_ids"], null, texts)
+    lines = [f"{word!r}\t{bundle or '-'}" for word, bundle in spoken]
+    _show(as_json, {"prompt": prompt, "tokens": spoken}, "\n".join(lines))
 
 
 @app.command()
@@ -376,9 +387,7 @@ def sweep(
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}; give one that exists.")
     from peft_bundles.sharing import commands
 
-    commands.check_bundles(sources, [bundle, *alphas], rename, token)
-    model, name = commands.load(sources, base, token, rename)
-    tokenizer = commands.tokenizer_of(name, token)
+    model, tokenizer, _ = commands.ready(sources, [bundle, *alphas], base, token, rename)
     from peft_bundles.evaluation import alpha_sweep, negative_loss
 
     tasks = {
@@ -390,14 +399,7 @@ def sweep(
     if plot is not None:
         result.plot(plot)
     shown = {**result.to_dict(own), "fixed": alphas}
-    width = max(len("spearman"), *map(len, tasks))
-    lines = ["alpha".ljust(width) + "".join(f"{v:>9g}" for v in points) + "  spearman"]
-    for task, each in shown["tasks"].items():
-        rho = "-" if each["spearman"] is None else f"{each['spearman']:.2f}"
-        lines.append(task.ljust(width) + "".join(f"{v:>9.3f}" for v in each["mean"]) + f"{rho:>10}")
-    if own is not None:
-        lines.append(f"selectivity for {own}: {shown['selectivity']}")
-    _show(as_json, shown, "\n".join(lines))
+    _show(as_json, shown, commands.sweep_table(shown, points, own))
 
 
 @app.command()
@@ -422,13 +424,10 @@ def distill(
         raise ValueError(f"--output {output} exists and is not an empty folder; give a new one.")
     from peft_bundles.sharing import commands
 
-    commands.check_bundles(sources, alphas, rename, token)
-    model, name = commands.load(sources, base, token, rename)
+    model, tokenizer, _ = commands.ready(sources, alphas, base, token, rename)
     import peft_bundles
 
-    ids = commands.rows_of(f"--text {text}", text, commands.tokenizer_of(name, token), sys.maxsize, tokens).to(
-        model.device
-    )
+    ids = commands.rows_of(f"--text {text}", text, tokenizer, sys.maxsize, tokens).to(model.device)
     held_out = max(len(ids) // 10, 1)
     if len(ids) <= held_out:
         raise ValueError(f"--text {text} has one row of {tokens} tokens; give more text, or lower --tokens.")

@@ -105,6 +105,25 @@ def test_generate_dials(folders):
     assert run("generate", folders / "one", "--prompt", PROMPT, "--max-new-tokens", 1).stdout.startswith("t")
 
 
+def test_route_says_which_bundle_every_token_turns_on(folders, tmp_path):
+    model = loaded(folders)
+    rows = {"b_mlp": ["the quick brown fox jumps"], "b_linear": ["1 + 1 = 2; 2 + 2 = 4"], "b_diag": ["ABC DEF GHI JKL"]}
+    peft_bundles.learn_keys(model, rows, tokenizer(), progress=False)
+    model.save_pretrained(tmp_path / "keyed")
+    (tmp_path / "nobodys.txt").write_text("\n\n".join("~{}[]^_`@#"[n % 7 :] * 3 for n in range(12)))
+    null = tmp_path / "null.safetensors"
+    command = ("route", tmp_path / "keyed", "--prompt", "2 + 2 = 4; 1 + 1", "--null", null, "--base", folders / "base")
+    assert "does not exist; give --texts FILE" in refused(*command, code=2)
+    spoken = said(*command, "--texts", tmp_path / "nobodys.txt")["tokens"]
+    assert null.is_file() and said(*command)["tokens"] == spoken
+    model.set_null(peft_bundles.Null.load(null))
+    model.set_router("keys")
+    gates = model.gates(tokenizer()("2 + 2 = 4; 1 + 1", return_tensors="pt")["input_ids"])
+    wanted = [",".join(n for n, on in zip(gates.bundles, row) if on) for row in gates.values[0]]
+    assert [bundle for _, bundle in spoken] == wanted and "b_linear" in wanted
+    assert run(*command).stdout.splitlines()[-1].split("\t")[0] == repr(spoken[-1][0])
+
+
 def test_compose(folders, tmp_path):
     both = [f"{folders / 'one'}:b_linear", f"{folders / 'one'}:b_mlp"]
     found = said("compose", *both, "--output", tmp_path / "new")

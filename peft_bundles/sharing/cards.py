@@ -116,6 +116,7 @@ def write_card(
         digest=provenance.get("basis", {}).get("digest", "its own")[:16],
         basis_init=config.basis_init if config.basis_fingerprint else None,
         size=size_in_words(tensors) if tensors else None,
+        keys=", ".join(f"`{n}` {k['rows']:,} rows" for n, k in (config.keys or {}).items()),
         calibration=(
             f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "not calibrated"
         ),
