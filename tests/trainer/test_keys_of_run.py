@@ -10,7 +10,7 @@ from training import arguments, model, pairs, texts, tokenizer, trainer
 from peft_bundles import KeyRouter, learn_keys, learn_null
 from peft_bundles.objectives import LM, PPO, Preference
 from peft_bundles.trainer import BundleTrainer
-from peft_bundles.trainer.keys import ROWS, token_ids
+from peft_bundles.trainer.keys import ROWS, TOKENS, token_ids
 
 
 def length(completions, **_) -> list[float]:
@@ -52,6 +52,10 @@ def test_many_rows_are_thinned(tmp_path):
     run = trainer(tmp_path, LM([{"text": f"row {n}"} for n in range(ROWS + 40)]), max_steps=1)
     run.train()
     assert run.model.peft_config["default"].keys["b_lm"]["rows"] == ROWS
+    run = trainer(tmp_path, LM([{"text": "row " * 20 + str(n)} for n in range(ROWS)], max_length=None), max_steps=1)
+    run.train()
+    counts = run.model.peft_config["default"].keys["b_lm"]
+    assert counts["rows"] == ROWS // 6 + 1 and counts["tokens"] <= TOKENS  # every sixth
 
 
 def test_a_topic_bundle_has_the_key_of_its_topics_rows(tmp_path):
