@@ -160,6 +160,7 @@ def merge(parts: Sequence[Checkpoint], weights: Sequence[float], method: str, de
         bundles={name: spec},
         provenance=provenance,
         basis_fingerprint=first.config.basis_fingerprint,
+        keys=None,  # of rows of one part only
     )
     return Checkpoint(config, layers, first.heads, f"a merge of {origin}")
 
@@ -201,7 +202,7 @@ def _merge_linears(
     spec = replace(first.config.bundles[name], alpha=1.0, rank=rank, lora_alpha=rank * scale, use_rslora=False)
     origin = ", ".join(f"{w:g} x {p.source}" for w, p in zip(weights, parts))
     provenance = {**(first.config.provenance or {}), "summaries": {name: {"merged": origin, "method": method}}}
-    config = changed(first.config, bundles={name: spec}, provenance=provenance)
+    config = changed(first.config, bundles={name: spec}, provenance=provenance, keys=None)
     return Checkpoint(config, layers, first.heads, f"a merge of {origin}")
 
 

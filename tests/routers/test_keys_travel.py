@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import TINY, attached, batch, logits
 from peft import PeftModel
-from routed import RANGES, ids_of, mixed, routed
+from routed import RANGES, ids_of, mixed, places, routed
 
 import peft_bundles
 from peft_bundles import KeyRouter, Null, learn_keys, learn_null
@@ -116,6 +116,18 @@ def test_keys_are_saved_loaded_cut_and_joined(tmp_path):
     assert composed.gates(ids).bundles == ["b_linear", "b_diag"]
     peft_bundles.load_bundle(composed, tmp_path / "b_mlp")
     assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
+
+
+@places
+def test_a_merged_bundle_has_no_key(place, tmp_path):
+    model = routed(place=place)
+    peft_bundles.save_bundle(model, "b_linear", tmp_path / "one")
+    peft_bundles.merge_bundles([tmp_path / "one"] * 2, [0.5, 0.5], tmp_path / "both")
+    composed = peft_bundles.compose(TINY["llama"](), [tmp_path / "both"])
+    assert not composed.base_model._state.keys
+    learn_keys(composed, {"b_linear": [{"input_ids": row} for row in ids_of("b_linear").tolist()]}, progress=False)
+    peft_bundles.save_bundle(composed, "b_linear", tmp_path / "keyed")
+    assert peft_bundles.compose(TINY["llama"](), [tmp_path / "keyed"]).base_model._state.keys
 
 
 def test_a_running_model_takes_no_bundle_that_it_cannot_route(tmp_path):
