@@ -125,8 +125,8 @@ def test_a_merged_bundle_has_no_key(place, tmp_path):
     peft_bundles.merge_bundles([tmp_path / "one"] * 2, [0.5, 0.5], tmp_path / "both")
     composed = peft_bundles.compose(TINY["llama"](), [tmp_path / "both"])
     assert not composed.base_model._state.keys
-    learn_keys(composed, {"b_linear": [{"input_ids": row} for row in ids_of("b_linear").tolist()]}, progress=False)
-    peft_bundles.save_bundle(composed, "b_linear", tmp_path / "keyed")
+    learn_keys(composed, {"merged": [{"input_ids": row} for row in ids_of("b_linear").tolist()]}, progress=False)
+    peft_bundles.save_bundle(composed, "merged", tmp_path / "keyed")
     assert peft_bundles.compose(TINY["llama"](), [tmp_path / "keyed"]).base_model._state.keys
 
 
