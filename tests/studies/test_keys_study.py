@@ -92,3 +92,33 @@ def test_every_way_of_gating_is_measured(folder):
         assert ("domains" in record[way]) == (way not in ("tag", "wrong"))
         assert ("right gates, one" in record[way]) == way.startswith("keys")
     assert set(record["keys"]["spoke"]) == {"cats", "second cats"}
+
+
+def test_the_numbers_of_the_guide_are_those_of_the_record():
+    lines = (ROOT / "studies/keys/results/keys.jsonl").read_text().splitlines()
+    runs = {(r["set"], r["place"]): r for r in map(json.loads, lines) if r["task"] == "all"}
+    first, second = runs["first", "mlp"], runs["second", "mlp"]
+
+    def mean(values):
+        return sum(values.values()) / len(values)
+
+    def right(way):
+        return [f"{mean(run[way]['one']):.3f}".removeprefix("0") for run in (first, second)]
+
+    def rise(way, digits=3):
+        shares = [mean(run[way]["domains"]) - mean(run["base"]["domains"]) for run in (first, second)]
+        return ", ".join(f"+{share:.{digits}f}".replace("+0.", "+.") for share in shares)
+
+    guide = (ROOT / "docs/guides/keys.md").read_text()
+    rows = {
+        "the true bundle": [*right("tag"), ""],
+        "by keys": [*right("keys"), rise("keys")],
+        "by keys' means only": [*right("keys, means only"), rise("keys, means only")],
+        "all": [*right("all on"), rise("all on", 1)],
+        "a random one": [*right("random"), ""],
+    }
+    for way, cells in rows.items():
+        line = next(line for line in guide.splitlines() if line.startswith(f"| {way} |"))
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
+    for run in (first, second):
+        assert f"{mean(run['keys']['right gates, one']):.3f}".removeprefix("0") in guide
