@@ -180,9 +180,7 @@ class BundleLayer(StoredBundles):
         if numbers is not None and not any(numbers):
             return residual
         if state.call.reading is not None:
-            gates = state.call.reading.gates(adapter, self, hidden)[..., packing.index(hidden.device)["owner"]].to(
-                dtype
-            )
+            gates = state.call.reading.gates(adapter, self, hidden, dtype)
             alpha = gates if alpha is None else alpha * gates
         live, route, gate, run = packing.names, state.call.route if learning else None, None, bundle_forward
         if numbers is None or not all(numbers):  # a bundle that is off learns nothing, whatever the others' alphas are

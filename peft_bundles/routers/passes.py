@@ -3,7 +3,7 @@
 Depth l is the input of decoder block l; the last depth is the output of the last block. Linear layers of block l are
 gated by what is known at depth l, and bundles behind it by what is known at depth l + 1, before they act.
 
-Shapes: B rows, T tokens, d hidden size, P depths, C classes, M bundles of a layer.
+Shapes: B rows, T tokens, d hidden size, P depths, C classes, M bundles of a layer, H their hidden units.
 """
 
 from __future__ import annotations
@@ -94,23 +94,24 @@ class Pass:
         self.started = seen_BT[:, -1] > 0 if earlier is None else earlier | (seen_BT[:, -1] > 0)
         return (attended & ~first)[..., None].float()
 
-    def gates(self, adapter: str, layer: Any, hidden_BTd: Tensor) -> Tensor:
-        """The gates of a layer's bundles, (B, T, M): 1 for the bundle with most evidence, 0 for others.
+    def gates(self, adapter: str, layer: Any, hidden_BTd: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gates of the hidden units of a layer's bundles, (B, T, H) in `dtype`: 1 for units of the bundle that is on.
 
         Raises:
             ValueError: the layer does not get whole rows of tokens, as an expert does not.
         """
-        names = tuple(layer.packing(adapter).names)
-        if (adapter, names, hidden_BTd.device) not in self._gates:
-            if self.spoke is None or self.spoke.shape != hidden_BTd.shape[:2]:
-                raise ValueError(
-                    f"the bundles at {layer.site} get states of shape {tuple(hidden_BTd.shape)}, which are not rows of "
-                    "tokens, so a router cannot gate them; turn it off with model.router(None)."
-                )
-            columns_M = self.folded.columns(adapter, names, hidden_BTd.device)
-            on = (self.spoke.to(hidden_BTd.device)[..., None] == columns_M) | (columns_M < 0)
-            self._gates[adapter, names, hidden_BTd.device] = on.float()
-        return self._gates[adapter, names, hidden_BTd.device]
+        if self.spoke is None or self.spoke.shape != hidden_BTd.shape[:2]:
+            raise ValueError(
+                f"the bundles at {layer.site} get states of shape {tuple(hidden_BTd.shape)}, which are not rows of "
+                "tokens, so a router cannot gate them; turn it off with model.router(None)."
+            )
+        packing, device = layer.packing(adapter), hidden_BTd.device
+        key = packing, device, dtype
+        if key not in self._gates:  # the linear layers of a block have the same
+            columns_M = self.folded.columns(adapter, tuple(packing.names), device)
+            on_BTM = (self.spoke.to(device)[..., None] == columns_M) | (columns_M < 0)
+            self._gates[key] = on_BTM.to(dtype)[..., packing.index(device)["owner"]]
+        return self._gates[key]
 
     def end(self, output: Any) -> EvidenceLayer:
         """Put the evidence into the cache of the forward's output, if it has one."""
