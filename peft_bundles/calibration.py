@@ -25,7 +25,7 @@ from .core.basis import choose_basis, fingerprint
 from .core.generation import own_distribution
 from .core.layer import BundleLayer
 from .core.linears import LinearBundles
-from .core.walking import adapter_layers, basis_layers, bundle_layers, resolve_adapter, state_of
+from .core.walking import adapter_layers, basis_layers, measured, resolve_adapter, state_of
 
 
 SAMPLED = 64  # rows of own samples made together: on a CPU a token costs a look at all weights, for 8 rows as for 64
@@ -302,22 +302,13 @@ def _measuring(model: nn.Module, measures: Mapping[nn.Module, _Moments | _Inputs
 
         return hook
 
-    every = bundle_layers(model)  # other adapters may sit on other layers
-    off, training = [layer._disable_adapters for layer in every], {m: m.training for m in model.modules()}
     handles = [module.register_forward_hook(measure(kept), with_kwargs=True) for module, kept in measures.items()]
-    for layer in every:
-        layer._disable_adapters = True
-    model.eval()
     try:
-        with torch.no_grad():
+        with measured(model):
             yield mask
     finally:
         for handle in handles:
             handle.remove()
-        for layer, before in zip(every, off):
-            layer._disable_adapters = before
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _tokenised(

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import OUTLIER, own_samples, padded
+from .core.attaching import own_config
 from .core.base import base_fingerprint, find_blocks
 from .core.evidence import running_sum
 from .core.state import Key
-from .core.walking import bundle_layers, resolve_adapter, state_of
+from .core.walking import measured, resolve_adapter, state_of
 from .routers.keys import DECAY, Null, projection, remembered_at
 
 
@@ -94,10 +95,8 @@ def _reading(model: nn.Module, states: _States, on: Sequence[str]) -> Iterator[N
     """Run the block in eval mode with only these bundles on, and add what its forwards compute to `states`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = [base.get_submodule(name) for name in find_blocks(base)]  # type: ignore[operator,union-attr]
-    state, layers = state_of(model), bundle_layers(model)
-    call = state.call
-    before, off = (call.own, call.router), [layer._disable_adapters for layer in layers]
-    training = {module: module.training for module in model.modules()}
+    state, call = state_of(model), state_of(model).call
+    before = call.own, call.router
 
     def first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.add(0, args[0] if args else kwargs["hidden_states"])
@@ -110,20 +109,13 @@ def _reading(model: nn.Module, states: _States, on: Sequence[str]) -> Iterator[N
     handles += [block.register_forward_hook(partial(later, n), prepend=True) for n, block in enumerate(blocks, 1)]
     call.own = type(call.own)({name: float(name in on) for name in state.bundle_names()})
     call.router = None
-    for layer in layers:
-        layer._disable_adapters = not on
-    model.eval()
     try:
-        with torch.no_grad():
+        with measured(model, bundles=bool(on)):
             yield
     finally:
         call.own, call.router = before
         for handle in handles:
             handle.remove()
-        for layer, was_off in zip(layers, off):
-            layer._disable_adapters = was_off
-        for module, mode in training.items():
-            module.training = mode
 
 
 def learn_keys(
@@ -203,7 +195,6 @@ def keys_from_batches(
 ) -> dict[str, dict[str, int]]:
     """`learn_keys` from batches of token ids and their masks, both (B, T)."""
     state, device = state_of(model), next(model.parameters()).device
-    config = state.configs[adapter]
     keys, counts = {}, {}
     for name, of_bundle in tqdm(batches.items(), desc="keys", unit="bundle", disable=not progress):
         states = _run(model, of_bundle, _States(state.num_layers + 1, False), always_on, device)
@@ -213,6 +204,7 @@ def keys_from_batches(
         keys[adapter, name] = Key(states.means().bfloat16(), remembered.cpu())
         counts[name] = {"rows": states.rows, "tokens": states.tokens}
     state.keys.update(keys)
+    config = own_config(model, adapter)
     config.keys = {**(config.keys or {}), **counts}
     state.version += 1
     return counts

@@ -311,11 +311,9 @@ class BundleModel(Routed, Calls):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # "...bundles.bundle_weight.<adapter>.<bundle>" and "...bundles.bundle_basis.<adapter>"
-        if key.startswith(f"{KEYS}."):
-            return key
         head, child, tail = plain_name(key).rpartition(f".{CHILD}.")
         if not child:
-            return super()._remove_adapter_name_from_key(key, adapter_name)
+            return key if key.startswith(KEYS) else super()._remove_adapter_name_from_key(key, adapter_name)
         what, _, rest = tail.partition(".")
         rest = rest.removeprefix(adapter_name).removeprefix(".")
         return f"{head}{child}{what}" + (f".{rest}" if rest else "")
@@ -339,7 +337,8 @@ class BundleModel(Routed, Calls):
             if not config.bundles:
                 return remapped
             check_loaded(model, config, adapter_name, rest, keys, remapped)
-            state_of(model).take_keys(adapter_name, keys)
+            if keys:  # a state dict that is set may have none, and the model keeps its own
+                state_of(model).take_keys(adapter_name, keys)
         config.weights_digest = None  # state dicts that are set later are not checked against it
         return remapped
 

@@ -158,7 +158,8 @@ def check_linear(layer: BundleLayer, adapter: str, tensors: Mapping[str, Tensor]
 
 
 def check_saved(model: nn.Module, config: BundleConfig, adapter: str) -> None:
-    """Check that an adapter to be saved has its basis. Forget the record of a base model that has been trained since.
+    """Check that an adapter to be saved has its basis. Forget the record of a base model that has been trained since,
+    and of keys that the model does not have: those of another model with the same config.
 
     Raises:
         ValueError: the adapter lacks the basis that its config names, or its tensors are offloaded.
@@ -180,6 +181,8 @@ def check_saved(model: nn.Module, config: BundleConfig, adapter: str) -> None:
                         f"basis_source={config.basis_source!r} is not the basis of adapter {adapter!r}; save its own "
                         "with save_basis, or set basis_source=None."
                     )
+    keyed = {name for owner, name in state_of(model).keys if owner == adapter}
+    config.keys = {name: counts for name, counts in (config.keys or {}).items() if name in keyed} or None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.base_fingerprint and other_base(config.base_fingerprint, base) is not None:
         config.base_fingerprint = None

@@ -116,24 +116,28 @@ def key_part(name: str) -> tuple[str, str] | None:
 def split_keys(
     tensors: Mapping[str, Tensor], config: BundleConfig, source: str
 ) -> tuple[dict[str, Key], dict[str, Tensor]]:
-    """(bundle -> its key, the other tensors) of a file.
+    """(bundle -> its key, the other tensors) of a file; of the keys those that the config lists.
 
     Raises:
-        ValueError: the keys are not those that the config lists, or not finite numbers of the base model's shape.
+        ValueError: the config came with the file and lists other keys, or a key is not finite numbers of the base
+            model's shape.
     """
     parts = {part: tensor for name, tensor in tensors.items() if (part := key_part(name))}
     listed, (d, blocks) = set(config.keys or ()), config.base_shape or (0, 0)
-    if parts.keys() != {(bundle, what) for bundle in listed for what in ("mean", "remembered")}:
+    expected = {(bundle, what) for bundle in listed for what in ("mean", "remembered")}
+    if config.weights_digest is None:  # a model's own config: it is resumed, or a state dict is set
+        listed = {bundle for bundle in listed if {(bundle, "mean"), (bundle, "remembered")} <= parts.keys()}
+    elif parts.keys() != expected:
         have = sorted({bundle for bundle, _ in parts})
         raise ValueError(f"{source} has keys of {have}, but its config lists {sorted(listed)}; get both files again.")
     for (bundle, what), tensor in parts.items():
-        size = (blocks + 1, d) if what == "mean" else (len(tensor), min(REMEMBERED_WIDTH, d))
+        size = (blocks + 1, d) if what == "mean" else (*tensor.shape[:1], min(REMEMBERED_WIDTH, d))
         if tuple(tensor.shape) != size or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"{source}: {what} of the key of {bundle!r} must hold finite numbers of shape {size}, and has "
                 f"{tuple(tensor.shape)}; it belongs to another base model, or is damaged."
             )
-    keys = {bundle: Key(parts[bundle, "mean"], parts[bundle, "remembered"]) for bundle in config.keys or ()}
+    keys = {b: Key(parts[b, "mean"], parts[b, "remembered"]) for b in config.keys or () if b in listed}
     return keys, {name: tensor for name, tensor in tensors.items() if key_part(name) is None}
 
 

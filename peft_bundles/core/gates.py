@@ -175,8 +175,8 @@ def switched_on(state: BundleState, adapter: str, layer: int, names: Sequence[st
 
 def current_alpha(state: BundleState, bundle: str) -> AlphaValue:
     """A bundle's alpha in this thread's call, as it was given."""
-    specs = next(c.bundles for c in state.configs.values() if c.bundles and bundle in c.bundles)
-    return state.call.alphas.get(bundle, state.set_alphas.get(bundle, specs[bundle].alpha))
+    adapter = next(adapter for adapter, config in state.configs.items() if bundle in (config.bundles or ()))
+    return current_alphas(state, adapter, [bundle])[0]
 
 
 def given_sizes(state: BundleState, adapter: str) -> tuple[int | None, int | None]:

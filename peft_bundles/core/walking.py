@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,6 +13,24 @@ from .layer import BundleLayer
 from .places import CHILD
 from .recompute import recompute_with_call
 from .state import BundleState
+
+
+@contextmanager
+def measured(model: nn.Module, *, bundles: bool = False) -> Iterator[None]:
+    """Run the block in eval mode, without gradients and, unless `bundles`, with all bundles off."""
+    layers = bundle_layers(model)  # of every adapter: others may sit on other layers
+    off, training = [layer._disable_adapters for layer in layers], {m: m.training for m in model.modules()}
+    for layer in layers:
+        layer._disable_adapters = not bundles
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, before in zip(layers, off):
+            layer._disable_adapters = before
+        for module, mode in training.items():
+            module.training = mode
 
 
 def down_to_blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -180,11 +180,11 @@ class RouterHooks:
         call.reading = None
         if router is None or decoder.training:
             return
-        given = {**dict(zip(self.arguments, args)), **kwargs}
-        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        cache = _first_cache(given)
+        named = {**dict(zip(self.arguments, args)), **kwargs}
+        ids = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        cache = _first_cache(named)
         past = 0 if (kept := _evidence_of(cache, router)) is None else kept.tokens
-        attended = None if ids is None else attended_tokens(given.get("attention_mask"), ids.shape[1], past)
+        attended = None if ids is None else attended_tokens(named.get("attention_mask"), ids.shape[1], past)
         call.reading = Pass(router.folded(state), attended, cache)
 
     @torch.compiler.disable

@@ -43,6 +43,7 @@ NOT_COMPARED = {
     "base_model_name_or_path",
     "revision",
     "peft_version",
+    "keys",
 }
 
 

@@ -32,7 +32,7 @@ from peft_bundles import BundleConfig, KeyRouter, Null, calibrate, compose, lear
 from studies import records, workers
 from studies.keys.tasks import END, Task, chat, tasks_of
 from studies.quality.make_data import PROMPT, load
-from studies.rows import Draws, batches_of, rows_of, tokens_of
+from studies.rows import Draws, Rows, batches_of, rows_of, tokens_of
 from studies.training import Training, autocast, row_loss, warmup_decay
 
 
@@ -275,14 +275,16 @@ class Study:
             gates = gates * shown[:, : gates.shape[1], None] / shown.float().mean(1)[:, None, None].clamp_min(1e-6)
         return self.tokenizer.batch_decode(result[:, batch["input_ids"].shape[1] :]), gates
 
+    def rows_of_domain(self, texts: list[str]) -> Rows:
+        some = texts[: self.args.domain_rows]
+        return rows_of([tokens_of(self.tokenizer, text) for text in some], 128).to(self.device)
+
     @torch.no_grad()
     def losses(self, model: Any) -> dict[str, float]:
         """Mean token loss on every domain."""
         losses = {}
         for name, texts in self.domains.items():
-            rows = rows_of([tokens_of(self.tokenizer, text) for text in texts[: self.args.domain_rows]], 128).to(
-                self.device
-            )
+            rows = self.rows_of_domain(texts)
             with autocast(self.device):
                 logits = model(input_ids=rows.ids, use_cache=False).logits.flatten(0, 1)[rows.where]
             losses[name] = float(F.cross_entropy(logits.float(), rows.target))
@@ -292,9 +294,7 @@ class Study:
         """Share of the tokens of every domain with any bundle on."""
         shares = {}
         for name, texts in self.domains.items():
-            rows = rows_of([tokens_of(self.tokenizer, text) for text in texts[: self.args.domain_rows]], 128).to(
-                self.device
-            )
+            rows = self.rows_of_domain(texts)
             with autocast(self.device):
                 shares[name] = float(model.gates(rows.ids).values.amax(-1).mean())
         return shares

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TINY, attached, batch, logits
-from peft import PeftModel
+from models import TINY, attached, batch, bundle_config, logits
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from routed import RANGES, ids_of, mixed, places, routed
 
 import peft_bundles
@@ -116,6 +116,30 @@ def test_keys_are_saved_loaded_cut_and_joined(tmp_path):
     assert composed.gates(ids).bundles == ["b_linear", "b_diag"]
     peft_bundles.load_bundle(composed, tmp_path / "b_mlp")
     assert torch.allclose(logits(composed, ids), expected, atol=1e-5)
+
+
+def test_a_config_that_trained_before_brings_no_keys(tmp_path):
+    model = routed()
+    config = model.peft_config["default"]
+    assert set(config.keys) == set(RANGES)
+    fresh = get_peft_model(TINY["llama"](), bundle_config())
+    fresh.peft_config["default"].keys = dict(config.keys)
+    fresh.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(TINY["llama"](), tmp_path).peft_config["default"].keys is None
+    shared = bundle_config()
+    one, other = (get_peft_model(TINY["llama"](), shared) for _ in range(2))
+    learn_keys(one, {"b_mlp": [{"input_ids": [4, 5, 6]}]}, progress=False)
+    assert one.peft_config["default"].keys and other.peft_config["default"].keys is None and shared.keys is None
+
+
+def test_weights_that_are_set_leave_the_keys_alone():
+    model, ids = routed(), mixed()
+    expected, keys = logits(model, ids), dict(model.base_model._state.keys)
+    tensors = get_peft_model_state_dict(model)
+    plain = {name: tensor for name, tensor in tensors.items() if "bundle_keys" not in name}
+    for state_dict in (plain, tensors):
+        set_peft_model_state_dict(model, state_dict)
+        assert model.base_model._state.keys.keys() == keys.keys() and torch.equal(logits(model, ids), expected)
 
 
 @places

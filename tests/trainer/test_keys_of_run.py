@@ -48,6 +48,15 @@ def test_keys_change_nothing_of_the_training(tmp_path):
     assert keys_of(runs[0].model) and not keys_of(runs[1].model)
 
 
+def test_a_run_that_ended_goes_on_from_its_checkpoint(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path, LM(texts()), max_steps=1, **saving)
+    run.train()
+    longer = trainer(tmp_path, LM(texts()), on=run.model, max_steps=2, **saving)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 2 and keys_of(longer.model)
+
+
 def test_many_rows_are_thinned(tmp_path):
     run = trainer(tmp_path, LM([{"text": f"row {n}"} for n in range(ROWS + 40)]), max_steps=1)
     run.train()
